@@ -1,0 +1,48 @@
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_DISABLE_TELEMETRY := 1
+export DVC_NO_ANALYTICS := 1
+
+.PHONY: help install repro test params lint smoke bench report clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
+
+install: $(STAMP)  ## create .venv with the versions of requirements.lock
+
+# torch first and alone, with its own dependencies; everything else by exact version, without resolving anything.
+$(STAMP): requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $$(grep '^torch==' requirements.lock)
+	$(BIN)/pip install --quiet --no-deps --requirement requirements.lock
+	touch $@
+
+repro: install  ## the main job: data, two ARMs, the sweep, the front, the report
+	dvc repro
+
+test: install  ## all tests, offline
+	python -m pytest
+
+params: install  ## compose conf/ into params.yaml (ARGS="data=jsonl data.path=mine.jsonl" to override)
+	python -m pipeline.sweep --cfg job --resolve $(ARGS) > .params.partial && mv .params.partial params.yaml
+
+lint: install  ## ruff and mypy
+	ruff check . && ruff format --check . && mypy
+
+smoke: install  ## the whole DAG on a tiny random model, in a throw-away copy
+	python -m pytest -q tests/test_dag.py
+
+bench: install  ## speed of guided decoding against the unguided base
+	python -m tests.bench_decoding
+
+report: install  ## where to look at the results
+	@python -m pipeline.report
+
+clean:  ## remove what stages and tools wrote, but not DVC's cache
+	rm -rf models scratch .pytest_cache .mypy_cache .ruff_cache .hypothesis

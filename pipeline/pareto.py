@@ -1,0 +1,133 @@
+"""Multi-objective measures, all maximised: dominance, hypervolume, mean inner product, rank correlation, intervals.
+
+Shapes: N points, M objectives.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import moocore
+import numpy as np
+import pandas as pd
+from scipy.stats import bootstrap, spearmanr
+
+from pipeline.config import Params
+from pipeline.generation import point_temperature
+
+
+def non_dominated(scores_NM: np.ndarray) -> np.ndarray:
+    """Which points no other point beats (as good everywhere, better somewhere): mask_N."""
+    return np.asarray(moocore.is_nondominated(scores_NM, maximise=True, keep_weakly=True), dtype=bool)
+
+
+def hypervolume(scores_NM: np.ndarray, reference_M: Sequence[float]) -> float:
+    """Volume between the reference point and the front; points below the reference add nothing."""
+    return float(moocore.hypervolume(scores_NM, ref=np.asarray(reference_M, dtype=float), maximise=True))
+
+
+def mean_inner_product(weights_NM: np.ndarray, scores_NM: np.ndarray) -> float:
+    """MIP (PARM, Lin et al. 2025): mean over points of ⟨w, score⟩, weights scaled to sum to 1."""
+    shares_NM = weights_NM / weights_NM.sum(axis=1, keepdims=True)
+    return float((shares_NM * scores_NM).sum(axis=1).mean())
+
+
+def rank_correlation(weights_N: np.ndarray, scores_N: np.ndarray) -> float | None:
+    """Spearman's ρ between an objective's weight and its score; None where either never changes."""
+    if len(set(weights_N)) < 2 or len(set(scores_N)) < 2:
+        return None
+    return float(spearmanr(weights_N, scores_N).statistic)
+
+
+def bootstrap_mean(values_N: np.ndarray, confidence: float, resamples: int, seed: int) -> tuple[float, float, float]:
+    """Mean and percentile-bootstrap interval: (mean, low, high)."""
+    mean = float(np.mean(values_N))
+    if np.ptp(values_N) == 0:
+        return mean, mean, mean
+    interval = bootstrap(
+        (values_N,), np.mean, confidence_level=confidence, n_resamples=resamples, method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return mean, float(interval.low), float(interval.high)
+
+
+def distinct_2(texts: Sequence[str]) -> float:
+    """Distinct word bigrams over all word bigrams of the texts (Li et al. 2016); 0 without bigrams."""
+    bigrams = [pair for text in texts for pair in pairwise(text.lower().split())]
+    return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
+
+
+def front_table(params: Params, scored: pd.DataFrame, wins: pd.DataFrame) -> pd.DataFrame:
+    """front.csv: one line per point with weights, scores and their intervals, cost in KL, win rates.
+
+    Args:
+        scored: the judged rows; intervals resample prompts.
+        wins: what `win_rates` found.
+    """
+    judge, objectives = params.judge, list(params.objectives)
+    lines = []
+    for name, point in params.sweep.points.items():
+        mine = scored[scored.point == name]
+        line: dict[str, object] = {
+            "method": "genarm" if point.guided else "base",
+            "base": params.base.name,
+            "point": name,
+        }
+        line |= {f"alpha_{objective}": point.weights.get(objective, 0.0) for objective in objectives}
+        line["temperature"] = point_temperature(point, params)
+        intervals = {
+            objective: bootstrap_mean(
+                mine.groupby("prompt")[objective].mean().to_numpy(), judge.confidence, judge.resamples, params.seed
+            )
+            for objective in objectives
+        }
+        line |= {f"score_{objective}": interval[0] for objective, interval in intervals.items()}
+        line |= {f"ci_low_{objective}": interval[1] for objective, interval in intervals.items()}
+        line |= {f"ci_high_{objective}": interval[2] for objective, interval in intervals.items()}
+        line["kl"] = mine.kl.mean()
+        won = wins[wins.point == name].set_index("objective").win_rate
+        line |= {f"win_rate_{objective}": won[objective] for objective in objectives}
+        line["perplexity"] = float(np.exp(-mine.logp_base.sum() / mine.n_tokens.sum()))
+        line["distinct_2"] = distinct_2(list(mine.response))
+        line["n_tokens"] = mine.n_tokens.mean()
+        lines.append(line)
+    table = pd.DataFrame(lines)
+    table["on_front"] = non_dominated(table[[f"score_{objective}" for objective in objectives]].to_numpy())
+    return table.round(4)
+
+
+def long_scores(front: pd.DataFrame, objectives: Sequence[str]) -> pd.DataFrame:
+    """The guided points as `point, objective, alpha, score`: a score against its own weight, for any objectives."""
+    guided = front[front.method != "base"]
+    parts = [
+        pd.DataFrame(
+            {
+                "point": guided.point,
+                "objective": name,
+                "alpha": guided[f"alpha_{name}"],
+                "score": guided[f"score_{name}"],
+            }
+        )
+        for name in objectives
+    ]
+    return pd.concat(parts).sort_values(["objective", "alpha"])
+
+
+def front_metrics(params: Params, front: pd.DataFrame) -> dict[str, object]:
+    """metrics.json: hypervolume of the sweep and of the unguided points, MIP, size of the front, rank correlations."""
+    objectives = list(params.objectives)
+    scores = [f"score_{objective}" for objective in objectives]
+    reference = [params.objectives[objective].reference for objective in objectives]
+    guided, controls = front[front.method != "base"], front[front.method == "base"]
+    spearman = {
+        name: rank_correlation(guided[f"alpha_{name}"].to_numpy(), guided[f"score_{name}"].to_numpy())
+        for name in objectives
+    }
+    alphas = guided[[f"alpha_{name}" for name in objectives]].to_numpy()
+    return {
+        "hypervolume": hypervolume(front[scores].to_numpy(), reference),
+        "hypervolume_controls": hypervolume(controls[scores].to_numpy(), reference) if len(controls) else 0.0,
+        "reference": dict(zip(objectives, reference, strict=True)),
+        "mip": mean_inner_product(alphas, guided[scores].to_numpy()) if len(guided) else None,
+        "n_front": int(front.on_front.sum()),
+        "spearman": spearman,
+    }

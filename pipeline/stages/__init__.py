@@ -1,0 +1,47 @@
+"""One file per DVC stage: load params, load files, call the library, write files.
+
+python -m pipeline.stages.train positivity      # what `dvc repro` runs, from the project's folder
+"""
+
+import errno
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from pipeline.config import Params, UserError, Workspace, load_params
+
+_DISK = {
+    errno.ENOSPC: "the disk is full: free some space",
+    errno.EROFS: "the file system is read-only: choose a folder that can be written",
+    errno.EACCES: "permission denied: make the folder writable",
+    errno.EPERM: "permission denied: make the folder writable",
+    errno.EDQUOT: "the disk quota is used up: free some space",
+}
+
+
+@contextmanager
+def guard() -> Iterator[None]:
+    """Turn errors that the user can mend into one sentence and exit code 1; let all others through."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        sys.exit(f"error: {error.filename or 'writing'}: {_DISK[error.errno]} and run the same command again.")
+
+
+def main(stage: Callable[..., None], *arguments: str) -> None:
+    """Run a stage on params.yaml in the current folder."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    for library in ("lightning", "peft", "transformers"):  # their advice is for us, not for who runs the stage
+        warnings.filterwarnings("ignore", module=library)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    with guard():
+        params: Params = load_params()
+        stage(params, Workspace(), *arguments)

@@ -1,0 +1,146 @@
+"""Rows on disk: JSON Lines read with line numbers, files written whole or not at all, and the append-only store.
+
+The store is what survives: DVC deletes a stage's outputs before it runs the stage again, so finished rows live
+outside the outputs, keyed by a digest of everything that determines them.
+"""
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from pipeline.config import UserError
+
+Row = dict[str, Any]
+
+
+def digest(value: Any) -> str:
+    """Digest of a JSON value (32 hex digits), the same on every machine."""
+    canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+
+
+def file_digest(*paths: Path) -> str:
+    """Digest of the contents of files, in the order given (32 hex digits)."""
+    whole = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        with path.open("rb") as stream:
+            whole.update(hashlib.file_digest(stream, "blake2b").digest())
+    return whole.hexdigest()
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
+    """Yield (line number from 1, object) of a JSON Lines file.
+
+    Raises:
+        UserError: the file is missing or empty, or a line is blank, not UTF-8, or not a JSON object.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing: check the path, or run the stage that writes it with `dvc repro`.")
+    number = 0
+    with path.open("rb") as stream:
+        for number, raw in enumerate(stream, 1):
+            where = f"{path}, line {number}"
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where}: byte {error.start + 1} is not UTF-8: save the file as UTF-8.") from error
+            if not line.strip():
+                raise UserError(f"{where}: the line is empty: remove it.")
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}): correct the line.") from error
+            if not isinstance(row, dict):
+                raise UserError(f'{where}: not a JSON object: write one {{"key": value, …}} per line.')
+            yield number, row
+    if number == 0:
+        raise UserError(f"{path} is empty: it needs at least one row.")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[str]]:
+    """Open a text file that appears under its name only when it is complete (temporary name, then rename)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8", newline="") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows as JSON Lines, whole or not at all."""
+    with replacing(path) as stream:
+        for row in rows:
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON document, indented, whole or not at all."""
+    with replacing(path) as stream:
+        json.dump(value, stream, indent=2, ensure_ascii=False)
+        stream.write("\n")
+
+
+class RowStore:
+    """Finished rows by digest, one append-only JSON Lines file.
+
+    The rows of one `add` are written with one system call and flushed to the disk, so a killed run loses at most what
+    it had not added; a torn last line is dropped when the store is opened again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rows: dict[str, Row] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            self._load()
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def _load(self) -> None:
+        content = self._path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                entry = json.loads(line)
+                self._rows[entry["digest"]] = entry["row"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{self._path}, line {number}: not a row of this store: remove the line to regenerate its row."
+                ) from error
+        if len(whole) < len(content):
+            os.truncate(self._path, len(whole))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._rows
+
+    def __getitem__(self, key: str) -> Row:
+        return self._rows[key]
+
+    def add(self, rows: Iterable[tuple[str, Row]]) -> None:
+        """Append finished rows, together or not at all; a key already present keeps its first row.
+
+        Raises:
+            OSError: the disk is full; the file is as it was before.
+        """
+        fresh = {key: row for key, row in rows if key not in self._rows}
+        lines = [json.dumps({"digest": key, "row": row}, ensure_ascii=False) + "\n" for key, row in fresh.items()]
+        block, start = "".join(lines).encode(), os.fstat(self._file).st_size
+        if os.write(self._file, block) < len(block):
+            os.ftruncate(self._file, start)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+        os.fsync(self._file)
+        self._rows |= fresh
+
+    def close(self) -> None:
+        """Close the file; the rows stay readable."""
+        os.close(self._file)

@@ -1,0 +1,36 @@
+"""Hydra's entry point: print the composition, or run generate and judge for one or many configurations.
+
+    python -m pipeline.sweep --cfg job --resolve                          # what `make params` writes
+    python -m pipeline.sweep --multirun decoding.temperature=0.7,1.0      # one folder per job
+    python -m pipeline.sweep --multirun seed=0,1,2 sweep=simplex5
+
+The ARMs are those that `dvc repro` trained; each job writes below Hydra's output directory, and finished rows are
+shared with every other run through the row store.
+"""
+
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from pipeline.config import Workspace, to_params
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+def main(config: DictConfig) -> None:
+    """Generate and judge one composed configuration in its own folder."""
+    from pipeline.stages import generate, guard, judge, pareto  # torch only when there is work to do
+
+    params = to_params(config)
+    job = Path(HydraConfig.get().runtime.output_dir)
+    prepared = Workspace()
+    workspace = Workspace(models=prepared.models, results=job, scratch=prepared.scratch)
+    with guard():
+        generate.run(params, workspace, prompts=prepared.results / "prepare" / "prompts.jsonl")
+        judge.run(params, workspace)
+        pareto.run(params, workspace, trained=prepared.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Fixtures: the real conf composed and shrunk, a fetched tiny model, ARMs of it. Offline, CPU only."""
+
+import os
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from peft import LoraConfig, get_peft_model
+
+from pipeline import models
+from pipeline.config import Base, Params, Workspace, to_params
+from pipeline.models import Prompter
+from tests.tiny import ROOT, write_tiny
+
+Composer = Callable[..., Params]
+
+
+@pytest.fixture(scope="session")
+def compose_params() -> Composer:
+    """Compose the real conf with overrides, as the command line does."""
+
+    def run(*overrides: str) -> Params:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            return to_params(compose("config", overrides=list(overrides)))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fetched tiny base, with its origin.json."""
+    folder = tmp_path_factory.mktemp("models")
+    spec = Base(name="tiny", source="path", location=str(write_tiny(folder / "source")))
+    models.fetch(spec, folder / "base")
+    return folder / "base"
+
+
+@pytest.fixture(scope="session")
+def prompter(tiny: Path) -> Prompter:
+    return Prompter.load(tiny, None)
+
+
+@pytest.fixture
+def base(tiny: Path) -> torch.nn.Module:
+    return models.load_model(tiny, torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def arms(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three random LoRA adapters of the tiny base, saved by PEFT; one adapts the attention only."""
+    folder, made = tmp_path_factory.mktemp("arms"), {}
+    for seed, (name, targets) in enumerate({"one": "all-linear", "two": "all-linear", "three": ["q_proj"]}.items()):
+        torch.manual_seed(seed + 1)
+        model = models.load_model(tiny, torch.float32, torch.device("cpu"))
+        adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM"))
+        for key, weight in adapted.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(weight, std=0.2)
+        adapted.save_pretrained(str(folder / name))
+        made[name] = folder / name
+    return made
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path / "models", tmp_path / "results", tmp_path / "scratch")
+
+
+@pytest.fixture
+def smoke_params(compose_params: Composer, tiny: Path) -> Params:
+    """The smoke experiment on the tiny base of this test session."""
+    params = compose_params("experiment=smoke", f"data.path={ROOT / 'pipeline/prompts/everyday.jsonl'}")
+    return dataclasses.replace(params, base=dataclasses.replace(params.base, location=str(tiny)))

@@ -1,0 +1,280 @@
+import re
+from dataclasses import fields
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from pipeline.config import Params, UserError, Workspace, load_params, to_params
+from tests.tiny import ROOT
+
+CONF = ROOT / "conf"
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+OPTIONS = sorted(
+    (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in ("experiment", "hydra")
+)
+ONE_POINT = ("~sweep.points", "+sweep.points={plain: {weights: {}}}", "sweep.control=plain")
+NEEDED = {
+    ("base", "hub"): ("base.location=org/name", "base.revision=0123abc"),
+    ("base", "path"): ("base.location=models/mine",),
+    ("data", "jsonl"): ("data.path=mine.jsonl",),
+    ("sweep", "simplex3"): ("objectives=three",),
+    ("objectives", "positivity"): ONE_POINT,
+    ("objectives", "conciseness"): ONE_POINT,
+    ("objectives", "simplicity"): ONE_POINT,
+}
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+
+
+def default():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return OmegaConf.to_container(compose("config"), resolve=True)
+
+
+def paths_of(entries):
+    return [path for entry in entries for path in ([entry] if isinstance(entry, str) else entry)]
+
+
+def outs_of(stage):
+    return [path for kind in ("outs", "metrics", "plots") for path in paths_of(STAGES[stage].get(kind, []))]
+
+
+def sections_of(stage):
+    return {path.split(".")[0] for path in paths_of(STAGES[stage]["params"])}
+
+
+def test_there_are_experiments_and_options_to_test():
+    assert {"smoke", "three_objectives"} <= set(EXPERIMENTS)
+    assert {group for group, _ in OPTIONS} == {field.name for field in fields(Params)} - {"seed"}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes(compose_params, name):
+    assert compose_params(f"experiment={name}") != compose_params()
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_of_every_group_composes(compose_params, group, option):
+    params = compose_params(f"{group}={option}", *NEEDED.get((group, option), ()))
+    text = OmegaConf.load(CONF / group / f"{option}.yaml")
+    for key in text.keys() - {"defaults", "points", "name"}:
+        section = getattr(params, group)
+        assert key in section if isinstance(section, dict) else hasattr(section, key)
+
+
+def test_smoke_uses_a_local_tiny_base_and_no_tracking(compose_params):
+    params = compose_params("experiment=smoke")
+    assert (params.base.source, params.base.location, params.tracking.mode) == ("path", "scratch/tiny", "disabled")
+
+
+def test_three_objectives_adds_one_and_leaves_the_default_two_alone(compose_params):
+    three, two = compose_params("experiment=three_objectives").objectives, compose_params().objectives
+    assert {name: three[name] for name in two} == two
+    assert three.keys() - two.keys() == {"simplicity"}
+
+
+def test_params_yaml_is_the_composed_default():
+    assert OmegaConf.to_container(OmegaConf.load(ROOT / "params.yaml"), resolve=True) == default()
+
+
+def test_load_params_reads_what_compose_makes(compose_params, tmp_path):
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(default()), encoding="utf-8")
+    assert load_params(tmp_path / "params.yaml") == compose_params()
+
+
+@pytest.mark.parametrize(
+    ("override", "closest"),
+    [
+        ("+trainer.lrr=0.1", "trainer.lr"),
+        ("+objectives.positivity.bta=0.1", "objectives.positivity.beta"),
+        ("+sweep.points.base.wieghts={positivity: 1.0}", "sweep.points.base.weights"),
+        ("+data.sampling.temprature=1.0", "data.sampling.temperature"),
+        ("+traner={lr: 0.1}", "trainer"),
+        ("+sweep.contrl=base", "sweep.control"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_closest_known_one(compose_params, override, closest):
+    unknown = override[1:].split("=")[0]
+    with pytest.raises(UserError, match=re.escape(f"unknown key {unknown}: did you mean {closest}?")):
+        compose_params(override)
+
+
+def test_an_unknown_key_is_named_before_the_missing_one_it_stands_for(compose_params):
+    with pytest.raises(UserError, match=r"unknown key sweep\.contrl: did you mean sweep\.control\?"):
+        compose_params("~sweep.control", "+sweep.contrl=base")
+
+
+@pytest.mark.parametrize("name", ["scorer", "label", "beta"])
+def test_an_unknown_key_below_an_objective_called_like_a_field(name):
+    config = default()
+    config["objectives"][name] = {"label": "x", "scorer": "positivity", "bta": 0.1}
+    with pytest.raises(UserError, match=rf"unknown key objectives\.{name}\.bta: did you mean objectives\.{name}\.beta"):
+        to_params(OmegaConf.create(config))
+
+
+@pytest.mark.parametrize(
+    ("override", "where"),
+    [
+        ("trainer.lr=fast", "trainer.lr is 'fast'"),
+        ("trainer.epochs=1.5", "trainer.epochs is 1.5"),
+        ("trainer.epochs=true", "trainer.epochs is True"),
+        ("trainer.epochs='2'", "trainer.epochs is '2'"),
+        ("trainer.epochs=0", "trainer.epochs is 0"),
+        ("trainer.scheduler=cosin", "trainer.scheduler is 'cosin'"),
+        ("seed='0'", "seed is '0'"),
+        ("seed=null", "seed is None"),
+        ("base.name=1", "base.name is 1"),
+        ("base.source=web", "base.source is 'web'"),
+        ("objectives.positivity.beta=-0.1", "objectives.positivity.beta is -0.1"),
+        ("objectives.positivity.beta=0", "objectives.positivity.beta is 0"),
+        ("objectives.positivity.beta=nan", "objectives.positivity.beta is nan"),
+        ("objectives.positivity.tie=-1.0", "objectives.positivity.tie is -1.0"),
+        ("data.label_noise=0.5", "data.label_noise is 0.5"),
+        ("data.sampling.responses_per_prompt=1", "data.sampling.responses_per_prompt is 1"),
+        ("decoding.temperature=0.0", "decoding.temperature is 0.0"),
+        ("sweep.points.base.temperature=cold", "sweep.points.base.temperature is 'cold'"),
+        ("sweep.points.p100_c000.weights.positivity=-1.0", "sweep.points.p100_c000.weights.positivity is -1.0"),
+        ("judge.confidence=1.0", "judge.confidence is 1.0"),
+        ("arm.dropout=1.0", "arm.dropout is 1.0"),
+        ("tracking.mode=loud", "tracking.mode is 'loud'"),
+    ],
+)
+def test_a_wrong_type_or_value_is_refused_where_it_stands(compose_params, override, where):
+    with pytest.raises(UserError) as refused:
+        compose_params(override)
+    assert where in str(refused.value)
+    assert str(refused.value).endswith(".")
+
+
+def test_a_whole_number_will_do_for_a_float(compose_params):
+    assert compose_params("decoding.temperature=2").decoding.temperature == 2.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (("base=hub",), "base.location"),
+        (("base=hub", "base.location=org/name"), "base.revision"),
+        (("base=path",), "base.location"),
+        (("data=jsonl",), "data.path"),
+        (("seed=???",), "seed"),
+    ],
+)
+def test_a_value_left_open_is_asked_for(compose_params, overrides, key):
+    with pytest.raises(UserError, match=re.escape(f"{key} has no value: give it one, as in {key}=value.")):
+        compose_params(*overrides)
+
+
+@pytest.mark.parametrize("key", ["seed", "judge", "base.name", "sweep.points"])
+def test_a_key_left_out_is_named(compose_params, key):
+    with pytest.raises(UserError, match=re.escape(f"{key} is missing")):
+        compose_params(f"~{key}")
+
+
+@pytest.mark.parametrize(
+    "overrides", [("~sweep.points", "+sweep.points={}"), ("~objectives.positivity", "~objectives.conciseness")]
+)
+def test_no_points_or_no_objectives_is_refused(compose_params, overrides):
+    with pytest.raises(UserError, match=r"(sweep\.points|objectives) is {}"):
+        compose_params(*overrides)
+
+
+def test_weights_of_an_unknown_objective_are_refused(compose_params):
+    with pytest.raises(UserError, match=r"sweep\.points\.base\.weights names positivty.*did you mean positivity\?"):
+        compose_params("+sweep.points.base.weights.positivty=1.0")
+
+
+def test_a_control_that_is_no_point_is_refused(compose_params):
+    with pytest.raises(UserError, match=r"sweep\.control sharp is no point: name one of base, sharpened"):
+        compose_params("sweep.control=sharp")
+
+
+def test_sampling_needs_a_scorer_for_every_objective(compose_params):
+    with pytest.raises(UserError, match=r"objectives\.conciseness has no scorer"):
+        compose_params("objectives.conciseness.scorer=null")
+
+
+def test_own_preference_rows_need_no_scorer(compose_params):
+    params = compose_params("data=jsonl", "data.path=mine.jsonl", "objectives.conciseness.scorer=null")
+    assert params.data.sampling is None
+    assert params.objectives["conciseness"].scorer is None
+
+
+def test_held_out_fractions_must_leave_something_to_train_on(compose_params):
+    with pytest.raises(UserError, match="leave nothing to train on"):
+        compose_params("+data.validation_fraction=0.5", "+data.test_fraction=0.5")
+
+
+def test_a_missing_params_file_says_how_to_write_it(tmp_path):
+    with pytest.raises(UserError, match=r"absent\.yaml is missing: write it with `make params`"):
+        load_params(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("content", [b"seed: [1", b"seed: \xff\xfe", b"a: b: c", b"seed: 1\nseed: 2\n"])
+def test_broken_yaml_is_reported_with_the_file(tmp_path, content):
+    (tmp_path / "params.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"params\.yaml is not readable YAML"):
+        load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("content", ["- 1\n- 2\n", "", "{}"])
+def test_yaml_that_is_no_configuration_is_refused(tmp_path, content):
+    (tmp_path / "params.yaml").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"params\.yaml"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_an_interpolation_that_leads_nowhere_is_a_user_error(compose_params):
+    with pytest.raises(UserError, match=r"base\.name|nowhere"):
+        compose_params("base.name=${nowhere}")
+
+
+def test_params_are_frozen(compose_params):
+    with pytest.raises(AttributeError):
+        compose_params().seed = 1
+
+
+def test_dvc_names_the_folders_of_the_workspace():
+    space = Workspace()
+    assert outs_of("fetch") == [str(space.models / "base")]
+    assert outs_of("prepare") == [str(space.results / "prepare")]
+    assert set(outs_of("train")) == {
+        str(space.adapter("${item.objective}")),
+        str(space.results / "train" / "${item.objective}" / "curve.csv"),
+        str(space.results / "train" / "${item.objective}" / "metrics.json"),
+    }
+    assert outs_of("generate") == [str(space.results / "generate" / "rows.jsonl")]
+    assert outs_of("judge") == [str(space.results / "judge")]
+    assert {path.rpartition("/")[0] for path in outs_of("pareto")} == {
+        str(space.results / "pareto"),
+        str(space.results / "report"),
+    }
+
+
+def test_no_dvc_output_is_scratch():
+    outs = [path for stage in STAGES for path in outs_of(stage)]
+    assert outs
+    assert not [path for path in outs if path.startswith(str(Workspace().scratch))]
+
+
+def test_every_dvc_dependency_is_a_file_of_the_project_or_an_earlier_output():
+    made = set()
+    for stage, said in STAGES.items():
+        for dep in said["deps"]:
+            written = any(dep == out or dep.startswith(f"{out}/") or out.startswith(f"{dep}/") for out in made)
+            assert written or dep == "${data.path}" or (ROOT / dep).is_file(), f"{stage}: {dep}"
+        assert f"pipeline/stages/{stage}.py" in said["deps"]
+        made |= set(outs_of(stage))
+
+
+def test_dvc_stages_list_only_known_sections_and_never_tracking():
+    known = {field.name for field in fields(Params)}
+    assert set.union(*(sections_of(stage) for stage in STAGES)) == known - {"tracking"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_dvc_stage_lists_every_section_that_its_script_reads(stage):
+    script = (ROOT / f"pipeline/stages/{stage}.py").read_text(encoding="utf-8")
+    read = set(re.findall(r"\bparams\.(\w+)", script)) - {"yaml", "tracking"}
+    assert read <= sections_of(stage)

@@ -1,0 +1,174 @@
+"""The whole DAG through DVC on a tiny random model, in a throw-away copy of the repository."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+from nbclient import NotebookClient
+
+from tests.tiny import ROOT, write_tiny
+
+ENVIRONMENT = {
+    **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1",
+    "DVC_SITE_CACHE_DIR": "", "PYTHONPATH": "", "GIT_CONFIG_GLOBAL": os.devnull,
+}  # fmt: skip
+
+
+def run(copy, *command, check=True):
+    done = subprocess.run(command, cwd=copy, env=ENVIRONMENT, text=True, capture_output=True, check=False)
+    if check:
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def compose(copy, *overrides):
+    text = run(copy, sys.executable, "-m", "pipeline.sweep", "--cfg", "job", "--resolve", *overrides)
+    (copy / "params.yaml").write_text(text, encoding="utf-8")
+
+
+def killed(copy, command, ready):
+    """Start a command, send it SIGKILL as soon as `ready()` is true."""
+    process = subprocess.Popen(command, cwd=copy, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not ready() and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the command ended before it could be killed"
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    copy = tmp_path_factory.mktemp("repository")
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file() and not name.startswith("results/") and name != "dvc.lock":
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    write_tiny(copy / "scratch/tiny")
+    run(copy, "git", "init", "-q")
+    run(copy, "dvc", "config", "core.site_cache_dir", str(copy / ".dvc" / "site"))
+    compose(copy, "experiment=smoke")
+    run(copy, "dvc", "repro", "-q")
+    return copy
+
+
+def test_every_stage_wrote_what_it_promises(copy):
+    front = pd.read_csv(copy / "results/pareto/front.csv")
+    assert list(front.point) == list(yaml.safe_load((copy / "params.yaml").read_text())["sweep"]["points"])
+    wanted = [
+        f"{part}_{name}"
+        for name in ("positivity", "conciseness")
+        for part in ("alpha", "score", "ci_low", "ci_high", "win_rate")
+    ]
+    assert {"method", "base", "point", "kl", "on_front", *wanted} <= set(front.columns)
+    assert front.set_index("point").loc["sharpened", "win_rate_positivity"] == 0.5
+    metrics = json.loads((copy / "results/pareto/metrics.json").read_text())
+    assert {"hypervolume", "reference", "mip", "n_front", "spearman", "arms"} <= set(metrics)
+    rows = [json.loads(line) for line in (copy / "results/generate/rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 7 * 6 and len({(row["prompt"], row["point"]) for row in rows}) == len(rows)
+    for name in ("positivity", "conciseness"):
+        assert (copy / "models/arms" / name / "adapter_model.safetensors").is_file()
+    html = (copy / "results/report/index.html").read_text()
+    assert "http://" not in html and "https://" not in html and rows[0]["prompt"] in html
+    assert (copy / "results/pareto/front.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_run_has_nothing_to_do(copy):
+    assert "up to date" in run(copy, "dvc", "repro")
+
+
+def test_dvc_shows_params_metrics_and_plots(copy):
+    assert "hypervolume" in run(copy, "dvc", "metrics", "show")
+    assert "train@positivity" in run(copy, "dvc", "dag")
+    run(copy, "dvc", "plots", "show", "--out", "plots")
+    assert "of the objective" in (copy / "plots/index.html").read_text()
+
+
+def test_generate_killed_and_run_again_equals_an_uninterrupted_run(copy):
+    store, output = copy / "scratch/store/generate.jsonl", copy / "results/generate/rows.jsonl"
+    before = output.read_bytes()
+    store.unlink()
+    command = [sys.executable, "-m", "pipeline.stages.generate"]
+    killed(copy, command, lambda: store.exists() and store.read_bytes().count(b"\n") >= 3)
+    left = store.read_bytes().count(b"\n")
+    assert 3 <= left < 42
+    assert f"{left} of 42 rows are in the store already" in run(copy, *command)
+    assert output.read_bytes() == before
+    assert len(store.read_text().splitlines()) == 42
+
+
+def test_train_killed_and_run_again_equals_an_uninterrupted_run(copy):
+    files = [
+        copy / name
+        for name in ("models/arms/positivity/adapter_model.safetensors", "results/train/positivity/curve.csv")
+    ]
+    before = [file.read_bytes() for file in files]
+    command = [sys.executable, "-m", "pipeline.stages.train", "positivity"]
+    killed(copy, command, lambda: any(copy.glob("scratch/train/positivity-*/step=*.ckpt")))
+    assert "going on from" in run(copy, *command)
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_a_new_point_and_a_third_objective_retrain_nothing(copy):
+    compose(copy, "experiment=smoke", "+sweep.points.p090={weights: {positivity: 0.9}}")
+    printed = run(copy, "dvc", "repro")
+    assert "Running stage 'train@" not in printed and "42 of 48 rows" in printed
+    compose(copy, "experiment=smoke", "objectives=three")
+    printed = run(copy, "dvc", "repro")
+    assert not any(f"Running stage 'train@{name}'" in printed for name in ("positivity", "conciseness"))
+    assert "Running stage 'train@simplicity'" in printed and "42 of 42 rows" in printed
+
+
+def test_multirun_writes_a_folder_per_job(copy):
+    compose(copy, "experiment=smoke")
+    printed = run(
+        copy, sys.executable, "-m", "pipeline.sweep", "--multirun", "experiment=smoke", "decoding.temperature=0.8,1.0",
+        "hydra.sweep.dir=scratch/sweep",
+    )  # fmt: skip
+    fronts = sorted((copy / "scratch/sweep").glob("*/pareto/front.csv"))
+    assert len(fronts) == 2, printed[-2000:]
+    assert fronts[0].read_text() != fronts[1].read_text()
+
+
+def test_own_jsonl_goes_from_rows_to_front(copy):
+    rows = [
+        {
+            "prompt": f"Question {n}?",
+            "response_0": "good great " * (n % 5 + 1),
+            "response_1": "bad",
+            "short": 1,
+            "warm": 0,
+        }
+        for n in range(60)
+    ]
+    (copy / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    labels = ["objectives.positivity.label=warm", "objectives.conciseness.label=short"]
+    compose(copy, "experiment=smoke", "data=jsonl", "data.path=mine.jsonl", *labels)
+    run(copy, "dvc", "repro", "-q")
+    assert len(pd.read_csv(copy / "results/pareto/front.csv")) == 7
+
+
+def test_notebooks_run_on_the_results(copy):
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        assert all(not cell.get("outputs") for cell in notebook.cells), f"{path.name} is committed with outputs"
+        NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(copy / "notebooks")}}).execute()
+
+
+def test_a_broken_params_file_is_one_sentence(copy):
+    text = (copy / "params.yaml").read_text()
+    (copy / "params.yaml").write_text(text.replace("max_new_tokens", "max_new_token", 1))
+    printed = run(copy, sys.executable, "-m", "pipeline.stages.judge", check=False)
+    (copy / "params.yaml").write_text(text)
+    assert "error: params.yaml: unknown key" in printed and "Traceback" not in printed

@@ -1,0 +1,423 @@
+import json
+import random
+import re
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import preferences
+from pipeline.config import Data, Objective, UserError
+from pipeline.preferences import (
+    SPLITS,
+    EpochBatches,
+    PromptGroup,
+    ResumableLoader,
+    collate,
+    label_samples,
+    limited,
+    pairs_of,
+    read_prompts,
+    read_rows,
+    split_of,
+    tokenise,
+)
+from tests.tiny import ROOT
+
+WARM, SHORT = Objective(label="warmer", tie=0.5), Objective(label="shorter", tie=0.1)
+BOTH = {"warm": WARM, "short": SHORT}
+SCORED = {
+    "positivity": Objective(label="p", scorer="positivity", tie=0.5),
+    "conciseness": Objective(label="c", scorer="conciseness", tie=0.1),
+}
+SIMPLER = Objective(label="s", scorer="simplicity", tie=0.03)
+EVERYDAY = ROOT / "pipeline/prompts/everyday.jsonl"
+TEXTS = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20)
+
+
+def labelled(prompt="Why?", **changes):
+    row = {"prompt": prompt, "response_0": "yes", "response_1": "no", "warmer": 0, "shorter": 1}
+    return {key: value for key, value in (row | changes).items() if value is not ...}
+
+
+def chosen(**changes):
+    return {"prompt": "Why?", "chosen": "yes", "rejected": "no", "objective": "warm"} | changes
+
+
+@pytest.fixture
+def read(tmp_path):
+    def run(*rows, objectives=BOTH, reader=read_rows, **options):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        data = Data(path=str(path), **options)
+        return reader(data, 0) if reader is read_prompts else reader(data, objectives, 0)
+
+    return run
+
+
+def test_labelled_rows_are_read_with_every_objective_and_ties(read):
+    rows = read(labelled(id="x", split="test"), labelled("How?", warmer=None, shorter=0, note="kept out"))
+    assert rows[0] == labelled(id="x", split="test")
+    assert (rows[1]["id"], rows[1]["warmer"], rows[1]["shorter"]) == ("2", None, 0)
+    assert rows[1]["split"] in SPLITS
+
+
+def test_chosen_and_rejected_become_labels_of_their_objective_only(read):
+    rows = read(chosen(), chosen(prompt="How?", objective="short"))
+    assert [(row["warmer"], row["shorter"]) for row in rows] == [(0, None), (None, 0)]
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs_of(rows, "short", SHORT, 0.0, 0)] == [("yes", "no")]
+
+
+def test_a_single_objective_need_not_be_named(read):
+    row = {key: value for key, value in chosen().items() if key != "objective"}
+    assert read(row, objectives={"warm": WARM})[0]["warmer"] == 0
+    with pytest.raises(UserError, match="line 1: objective is None: use one of warm, short"):
+        read(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (labelled(shorter=...), "the objective short has no label column shorter"),
+        (labelled(id="first"), "the id first of line 1 again"),
+        (labelled(response_1="yes"), "the two responses are equal"),
+        (labelled(response_1="  yes\n"), "the two responses are equal"),
+        (labelled(prompt="  "), "prompt must be a non-empty text"),
+        (labelled(prompt=3), "prompt must be a non-empty text"),
+        (labelled(response_0=""), "response_0 must be a non-empty text"),
+        (labelled(response_1=...), "response_1 must be a non-empty text"),
+        (labelled(warmer=True), "warmer is True: use 0, 1, or null"),
+        (labelled(warmer=2), "warmer is 2: use 0, 1, or null"),
+        (labelled(warmer="x"), "warmer is 'x': use 0, 1, or null"),
+        (labelled(warmer=[0]), "warmer is [0]: use 0, 1, or null"),
+        (labelled(split="dev"), "split is 'dev': use one of train, validation, test"),
+        (labelled("Once?", split="test"), "its prompt is in split train at line 1 and in test here"),
+        (chosen(objective="kind"), "objective is 'kind': use one of warm, short"),
+        (chosen(chosen=""), "chosen must be a non-empty text"),
+        (chosen(rejected=None), "rejected must be a non-empty text"),
+        (chosen(rejected="yes"), "the two responses are equal"),
+    ],
+)
+def test_a_faulty_row_is_named_by_file_and_line(read, tmp_path, row, reason):
+    good = labelled("Once?", id="first", split="train")
+    with pytest.raises(UserError) as refused:
+        read(good, row)
+    assert str(refused.value).startswith(f"{tmp_path / 'rows.jsonl'}, line 2: {reason}")
+
+
+@pytest.mark.parametrize("label", [0.0, 1.0])
+def test_a_label_written_as_a_float_is_refused_or_understood(read, label):
+    try:
+        rows = read(labelled(warmer=label, split="train"))
+    except UserError as refused:
+        assert "line 1: warmer is" in str(refused)
+    else:
+        assert pairs_of(rows, "warm", WARM, 0.0, 0)[0]["chosen"] == ["yes", "no"][int(label)]
+
+
+def test_an_objective_that_is_no_text_is_refused_with_its_line(read):
+    with pytest.raises(UserError, match="line 1: objective is"):
+        read(chosen(objective=["warm"]))
+
+
+def test_prompts_are_read_with_stable_ids(read):
+    rows = [{"prompt": "Why?", "split": "test"}, {"prompt": "How?"}]
+    first, second = read(*rows, reader=read_prompts), read(*rows[::-1], reader=read_prompts)
+    assert first == second[::-1]
+    assert first[0]["split"] == "test"
+    assert len({prompt["id"] for prompt in first}) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "Why?"}, "line 3: the prompt of line 1 again"),
+        ({"text": "x"}, "line 3: prompt must be"),
+        ({"prompt": "x", "split": "dev"}, "line 3: split is 'dev'"),
+    ],
+)
+def test_faulty_prompts_are_named_by_line(read, row, reason):
+    with pytest.raises(UserError, match=reason):
+        read({"prompt": "Why?"}, {"prompt": "How?"}, row, reader=read_prompts)
+
+
+@given(prompts=st.lists(TEXTS.filter(str.strip), min_size=2, max_size=8, unique=True), data=st.data())
+def test_splits_are_stable_and_shared_by_all_rows_of_a_prompt(tmp_path_factory, prompts, data):
+    def splits(rows):
+        path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        found = read_rows(Data(path=str(path), validation_fraction=0.3, test_fraction=0.3), BOTH, 0)
+        return {(row["prompt"], row["split"]) for row in found}
+
+    few = [labelled(prompt) for prompt in prompts[:-1]]
+    more = data.draw(st.permutations([*few, *few, labelled(prompts[-1])]))
+    assert splits(few) <= splits(more)
+    assert len(splits(more)) == len(prompts)
+
+
+def test_splits_have_their_shares_and_depend_on_the_seed():
+    data, prompts = Data(path="", validation_fraction=0.1, test_fraction=0.2), [f"prompt {n}" for n in range(5000)]
+    found = [split_of(prompt, data, 0) for prompt in prompts]
+    assert found.count("test") / len(found) == pytest.approx(0.2, abs=0.02)
+    assert found.count("validation") / len(found) == pytest.approx(0.1, abs=0.02)
+    assert found != [split_of(prompt, data, 1) for prompt in prompts]
+
+
+def sampled():
+    words = ["wonderful", "awful", "day", "I love", "tea", "and hate", "extraordinarily", "rain", "happy"]
+    dice = random.Random(0)
+    prompts = [{"id": f"p{n}", "prompt": f"prompt {n}", "split": SPLITS[n % 3]} for n in range(30)]
+    return prompts, {
+        row["id"]: [" ".join(dice.choices(words, k=dice.randint(1, 30))) for _ in "1234"] for row in prompts
+    }
+
+
+def test_a_third_objective_leaves_the_pairs_of_the_other_two_alone():
+    prompts, responses = sampled()
+    two = list(label_samples(prompts, responses, SCORED))
+    three = list(label_samples(prompts, responses, {"simplicity": SIMPLER, **SCORED}))
+    for name, objective in SCORED.items():
+        assert pairs_of(two, name, objective, 0.2, 0) == pairs_of(three, name, objective, 0.2, 0) != []
+    assert pairs_of(three, "simplicity", SIMPLER, 0.0, 0)
+    assert len(two) == len(prompts) * 6
+
+
+def test_oracles_prefer_the_higher_score_and_shrug_within_a_tie():
+    prompts = [{"id": "p", "prompt": "Why?", "split": "train"}]
+    texts = ["one two three four", "one two three four five", " ".join(["word"] * 20), "", "one two three four"]
+    short = {"short": Objective(label="c", scorer="conciseness", tie=0.1)}
+    rows = list(label_samples(prompts, {"p": texts}, short))
+    assert [(row["id"], row["c"]) for row in rows] == [("p-01", None), ("p-02", 0), ("p-12", 0)]
+    exact = list(label_samples(prompts, {"p": texts}, {"short": Objective(label="c", scorer="conciseness")}))
+    assert [row["c"] for row in exact] == [0, 0, 0]
+    backwards = list(label_samples(prompts, {"p": texts[2::-1]}, short))
+    assert [row["c"] for row in backwards] == [1, 1, None]
+
+
+def test_equal_scores_are_a_tie_even_without_a_margin():
+    prompts = [{"id": "p", "prompt": "Why?", "split": "train"}]
+    rows = label_samples(prompts, {"p": ["a b", "c d"]}, {"short": Objective(label="c", scorer="conciseness")})
+    assert [row["c"] for row in rows] == [None]
+
+
+def noisy_rows(count=6000):
+    return [
+        {"id": str(n), "prompt": str(n), "split": SPLITS[n % 3], "response_0": "a", "response_1": "b", "warmer": n % 2}
+        for n in range(count)
+    ]
+
+
+def flipped(noise, seed=0, name="warm"):
+    rows = noisy_rows()
+    pairs = pairs_of(rows, name, WARM, noise, seed)
+    assert [pair["id"] for pair in pairs] == [row["id"] for row in rows]
+    return {
+        (row["split"], row["id"])
+        for row, pair in zip(rows, pairs, strict=True)
+        if pair["chosen"] != row[f"response_{row['warmer']}"]
+    }
+
+
+def test_without_noise_every_label_stands():
+    assert flipped(0.0) == set()
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.3])
+def test_noise_flips_its_share_of_train_and_validation_and_never_a_test_label(noise):
+    splits = [split for split, _ in flipped(noise)]
+    assert splits.count("train") / 2000 == pytest.approx(noise, abs=0.04)
+    assert splits.count("validation") / 2000 == pytest.approx(noise, abs=0.04)
+    assert splits.count("test") == 0
+
+
+def test_noise_grows_by_flipping_more_and_every_objective_and_seed_has_its_own_coins():
+    assert flipped(0.1) < flipped(0.3)
+    assert flipped(0.3, seed=1) != flipped(0.3) != flipped(0.3, name="short")
+
+
+def test_pairs_leave_ties_out_and_put_the_preferred_first():
+    rows = [labelled(id=str(n), split="train", warmer=label) for n, label in enumerate((1, None, 0))]
+    pairs = pairs_of(rows, "warm", WARM, 0.0, 0)
+    assert pairs == [
+        {"id": "0", "prompt": "Why?", "split": "train", "chosen": "no", "rejected": "yes"},
+        {"id": "2", "prompt": "Why?", "split": "train", "chosen": "yes", "rejected": "no"},
+    ]
+
+
+def test_limited_keeps_all_rows_of_the_first_prompts_of_each_split():
+    rows = [
+        {"prompt": prompt, "split": SPLITS["abc".index(prompt[0])]} for prompt in "a1 a2 b1 a3 a1 c1 b1 a2 a3".split()
+    ]
+    assert [row["prompt"] for row in limited(rows, 2)] == "a1 a2 b1 a1 c1 b1 a2".split()
+    assert [row["prompt"] for row in limited(rows, 1)] == "a1 b1 a1 c1 b1".split()
+    assert limited(rows, None) == rows
+
+
+def test_the_data_card_counts_rows_prompts_pairs_and_ties():
+    rows = [labelled(id=str(n), split="train", warmer=label) for n, label in enumerate((1, None, 0))]
+    card = preferences.data_card(rows, {"warm": pairs_of(rows, "warm", WARM, 0.0, 0)})
+    assert (card["rows"], card["prompts"]) == ({"train": 3}, {"train": 1})
+    assert card["objectives"]["warm"] == {"pairs": {"train": 2}, "ties": 1, "longer_preferred": 0.5}
+
+
+def test_the_embedded_prompts_are_many_and_their_splits_share_nothing():
+    rows = [json.loads(line) for line in EVERYDAY.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) >= 160
+    assert len({row["subject"] for row in rows}) == len(rows)
+    subjects = {split: {row["subject"].lower() for row in rows if row["split"] == split} for split in SPLITS}
+    assert all(subjects.values())
+    assert all(a.isdisjoint(b) for a, b in combinations(subjects.values(), 2))
+    words = [(row["split"], set(re.findall(r"\w+", row["prompt"].lower()))) for row in rows]
+    near = [(a, b) for (one, a), (two, b) in combinations(words, 2) if one != two and len(a & b) / len(a | b) > 0.6]
+    assert near == []
+    assert all(row["subject"].lower() in row["prompt"].lower() for row in rows)
+
+
+def test_the_embedded_prompts_are_read_with_their_own_splits():
+    rows = [json.loads(line) for line in EVERYDAY.read_text(encoding="utf-8").splitlines()]
+    read = read_prompts(Data(path=str(EVERYDAY)), 0)
+    assert [(row["prompt"], row["split"]) for row in read] == [(row["prompt"], row["split"]) for row in rows]
+
+
+def pair(prompt, good, bad):
+    return {"id": f"{prompt}/{good}", "prompt": prompt, "chosen": good, "rejected": bad}
+
+
+@pytest.fixture
+def groups(prompter):
+    pairs = [
+        pair("Describe a rainy Monday in detail.", "good great love", "bad"),
+        pair("Why?", "happy", "sad and terrible"),
+        pair("Describe a rainy Monday in detail.", "nice", "good great love"),
+        pair("Why?", "happy", "awful"),
+    ]
+    return tokenise(pairs, prompter, 256, "pairs.jsonl")
+
+
+def test_a_prompt_and_each_of_its_responses_are_tokenised_once(groups, prompter):
+    assert [len(group.responses) for group in groups] == [3, 3]
+    assert [group.pairs for group in groups] == [[(0, 1), (2, 0)], [(0, 1), (0, 2)]]
+    assert groups[0].prompt == prompter.prompt_ids("Describe a rainy Monday in detail.")
+    assert groups[1].responses == [prompter.response_ids(text) for text in ("happy", "sad and terrible", "awful")]
+    assert all(response[-1] == prompter.eos for group in groups for response in group.responses)
+
+
+def test_collate_predicts_every_response_token_once_from_the_column_before_it(groups, prompter):
+    batch, responses = collate(groups, pad=0), [response for group in groups for response in group.responses]
+    first_kept, width = batch["ids"].shape[1] - int(batch["keep"]), max(len(group.prompt) for group in groups)
+    found = [[] for _ in responses]
+    last = {}
+    for row, kept, label, response in zip(*(batch[key].tolist() for key in ("row", "column", "label", "response"))):
+        found[response].append(label)
+        column = first_kept + kept
+        place = response - sum(len(group.responses) for group in groups[:row]) + 1
+        if response not in last:
+            assert column == width - 1
+            assert int(batch["ids"][row, column]) == groups[row].prompt[-1]
+            assert int(batch["segments"][row, column]) == 0
+        else:
+            assert int(batch["ids"][row, column]) == last[response]
+            assert int(batch["segments"][row, column]) == place
+        if label != prompter.eos:
+            after = [at for at in range(width, batch["ids"].shape[1]) if batch["segments"][row, at] == place]
+            at = after[len(found[response]) - 1]
+            assert int(batch["ids"][row, at]) == label
+            assert int(batch["positions"][row, at]) == int(batch["positions"][row, column]) + 1
+            assert at == column + 1 or response not in last
+        last[response] = label
+    assert found == responses
+    assert [(int(a), int(b)) for a, b in zip(batch["chosen"], batch["rejected"], strict=True)] == [
+        (0, 1), (2, 0), (3, 4), (3, 5),
+    ]  # fmt: skip
+
+
+def test_collate_pads_left_of_the_prompt_and_right_of_the_responses(groups):
+    batch = collate(groups, pad=0)
+    for row, group in enumerate(groups):
+        segments = batch["segments"][row].tolist()
+        content = [at for at, segment in enumerate(segments) if segment >= 0]
+        assert content == list(range(content[0], content[-1] + 1))
+        assert batch["ids"][row, content].tolist() == group.prompt + sum(group.responses, [])
+        outside = [at for at, segment in enumerate(segments) if segment < 0]
+        assert set(batch["ids"][row, outside].tolist()) <= {0}
+        for number, response in enumerate(group.responses, 1):
+            positions = batch["positions"][row, batch["segments"][row] == number].tolist()
+            assert positions == list(range(len(group.prompt), len(group.prompt) + len(response)))
+
+
+TOKENS = st.lists(st.integers(1, 99), min_size=1, max_size=5)
+GROUPS = st.builds(PromptGroup, TOKENS, st.lists(TOKENS, min_size=2, max_size=4), st.just([(0, 1), (1, 0)]))
+
+
+@given(groups=st.lists(GROUPS, min_size=1, max_size=4))
+def test_collate_holds_every_token_of_any_groups(groups):
+    batch = collate(groups, pad=0)
+    responses = [response for group in groups for response in group.responses]
+    assert batch["label"].tolist() == sum(responses, [])
+    assert torch.bincount(batch["response"]).tolist() == [len(response) for response in responses]
+    assert int((batch["segments"] >= 0).sum()) == sum(len(group.prompt) for group in groups) + len(batch["label"])
+    assert 0 <= int(batch["column"].min()) <= int(batch["column"].max()) < int(batch["keep"]) <= batch["ids"].shape[1]
+
+
+def test_a_prompt_with_many_responses_is_split_into_groups_of_at_most_eight(prompter):
+    pairs = [pair("Why?", f"good {n}", f"bad {n}") for n in range(11)] + [pair("How?", "x", "y")]
+    groups = tokenise(pairs, prompter, 256, "pairs.jsonl")
+    assert [len(group.responses) for group in groups] == [8, 8, 6, 2]
+    assert [len(group.pairs) for group in groups] == [4, 4, 3, 1]
+    told = [(group.responses[good], group.responses[bad]) for group in groups for good, bad in group.pairs]
+    assert told == [(prompter.response_ids(row["chosen"]), prompter.response_ids(row["rejected"])) for row in pairs]
+
+
+def test_a_pair_beyond_the_context_is_refused_by_id(prompter):
+    row = pair("Why?", "good", "bad " * 20)
+    length = len(prompter.prompt_ids("Why?")) + len(prompter.response_ids(row["rejected"]))
+    assert tokenise([row], prompter, length, "pairs.jsonl")
+    with pytest.raises(UserError, match=rf"pairs\.jsonl, id Why\?/good: .* {length} tokens.* context is {length - 1}"):
+        tokenise([row], prompter, length - 1, "pairs.jsonl")
+
+
+def epoch(batches, number):
+    batches.set_epoch(number)
+    return list(batches)
+
+
+@given(count=st.integers(1, 40), size=st.integers(1, 9), seed=st.integers(0, 2**31))
+def test_every_epoch_is_a_permutation_in_batches(count, size, seed):
+    batches = epoch(EpochBatches(count, size, seed), 3)
+    assert sorted(sum(batches, [])) == list(range(count))
+    assert len(batches) == len(EpochBatches(count, size, seed)) == -(-count // size)
+    assert all(len(batch) == size for batch in batches[:-1])
+
+
+def test_epochs_differ_and_a_seed_fixes_them():
+    batches = EpochBatches(50, 4, 0)
+    first, second = epoch(batches, 0), epoch(batches, 1)
+    assert first != second
+    assert epoch(batches, 0) == first == epoch(EpochBatches(50, 4, 0), 0)
+    assert epoch(EpochBatches(50, 4, 1), 0) != first
+
+
+def loader(seed=0):
+    return ResumableLoader(list(range(23)), batch_sampler=EpochBatches(23, 4, seed), collate_fn=list)
+
+
+@pytest.mark.parametrize("seen", range(7))
+def test_a_loader_resumes_in_the_middle_of_an_epoch_and_goes_on_into_the_next(seen):
+    whole = loader()
+    whole.batch_sampler.set_epoch(2)
+    expected = list(whole)
+    killed = loader()
+    killed.batch_sampler.set_epoch(2)
+    iterator = iter(killed)
+    before = [next(iterator) for _ in range(min(seen, 6))]
+    state = json.loads(json.dumps(killed.state_dict()))
+    resumed = loader()
+    resumed.load_state_dict(state)
+    resumed.batch_sampler.set_epoch(2 if seen < 6 else 3)
+    if seen < 6:
+        assert before + list(resumed) == expected
+        resumed.batch_sampler.set_epoch(3)
+    whole.batch_sampler.set_epoch(3)
+    assert list(resumed) == list(whole) != expected
