@@ -36,7 +36,7 @@ lint: install  ## ruff and mypy
 	ruff check . && ruff format --check . && mypy
 
 smoke: install  ## the whole DAG on a tiny random model, in a throw-away copy
-	python -m pytest -q tests/test_dag.py
+	python -m pytest tests/test_dag.py
 
 bench: install  ## speed of guided decoding against the unguided base
 	python -m tests.bench_decoding

@@ -8,12 +8,14 @@ import json
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -71,7 +73,7 @@ class Objective(_Strict):
 
     label: str
     scorer: str | None = None
-    tie: Annotated[float, Field(ge=0)] = 0.0  # sampled responses whose scores are closer make no pair
+    tie: NotNegative = 0.0  # sampled responses whose scores are closer make no pair
     beta: Positive = 0.1
     reference: float = 0.0  # the objective's coordinate of the hypervolume reference point
 
@@ -93,7 +95,7 @@ class Trainer(_Strict):
     lr: Positive = 5.0e-4
     scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 5
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    weight_decay: NotNegative = 0.05
     epochs: Count = 1
     batch_size: Count = 8
     accumulate: Count = 1
@@ -118,7 +120,7 @@ class Decoding(_Strict):
 class Point(_Strict):
     """One weight vector α; no weights is the unguided base."""
 
-    weights: dict[str, Annotated[float, Field(ge=0)]] = field(default_factory=dict)
+    weights: dict[str, NotNegative] = field(default_factory=dict)
     temperature: Positive | None = None  # null: decoding.temperature
 
     @property
@@ -205,9 +207,12 @@ def to_params(config: Any, origin: str = "the configuration") -> Params:
     """
     if not isinstance(config, DictConfig):
         raise UserError(f"{origin} is not a mapping of sections: write it anew with `make params`.")
-    if missing := sorted(OmegaConf.missing_keys(config)):
+    if missing := _missing(OmegaConf.to_container(config, resolve=False)):
         raise UserError(f"{origin}: {missing[0]} has no value: give it one, as in {missing[0]}=value.")
-    plain = json.dumps(OmegaConf.to_container(config, resolve=True))
+    try:
+        plain = json.dumps(OmegaConf.to_container(config, resolve=True))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{origin}: {str(error).splitlines()[0]}: correct the reference.") from error
     try:
         params = TypeAdapter(Params).validate_json(plain, strict=True)
     except ValidationError as error:
@@ -216,6 +221,13 @@ def to_params(config: Any, origin: str = "the configuration") -> Params:
         raise UserError(f"{origin}: {_sentence(faults[0])}") from None
     _check(params, origin)
     return params
+
+
+def _missing(node: Any, path: str = "") -> list[str]:
+    """Paths of the values that are still `???`."""
+    if isinstance(node, dict):
+        return [found for key, value in node.items() for found in _missing(value, f"{path}.{key}".lstrip("."))]
+    return [path] if node == "???" else []
 
 
 def _sentence(fault: Any) -> str:
@@ -233,9 +245,13 @@ def _known_keys(path: list[str]) -> list[str]:
     """The fields of the dataclass at a path such as `sweep.points.base`."""
     kind: Any = Params
     for part in path:
-        if part in (hints := get_type_hints(kind)):  # else the name of an entry, such as a point's
-            kind = hints[part]
-            kind = next((option for option in get_args(kind) if is_dataclass(option)), kind)
+        if get_origin(kind) is dict:  # the part is the name of an entry, such as a point's
+            kind = get_args(kind)[1]
+            continue
+        kind = get_type_hints(kind)[part]
+        kind = next(
+            (option for option in get_args(kind) if is_dataclass(option) and get_origin(kind) is not dict), kind
+        )
     return [known.name for known in fields(kind)]
 
 

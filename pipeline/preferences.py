@@ -110,7 +110,7 @@ def _labelled(raw: Row, objectives: Mapping[str, Objective], where: str) -> Row:
                 f"objectives.{name}.label to one of {', '.join(map(str, raw))}."
             )
         label = raw[objective.label]
-        if label not in (0, 1, None) or isinstance(label, bool):
+        if label not in (0, 1, None) or isinstance(label, bool | float):
             raise UserError(f"{where}: {objective.label} is {label!r}: use 0, 1, or null for a tie.")
         row[objective.label] = label
     return row
@@ -118,7 +118,7 @@ def _labelled(raw: Row, objectives: Mapping[str, Objective], where: str) -> Row:
 
 def _chosen_rejected(raw: Row, objectives: Mapping[str, Objective], where: str) -> Row:
     name = raw.get("objective", next(iter(objectives)) if len(objectives) == 1 else None)
-    if name not in objectives:
+    if not isinstance(name, str) or name not in objectives:
         raise UserError(f"{where}: objective is {name!r}: use one of {', '.join(objectives)}.")
     labels = {objective.label: 0 if other == name else None for other, objective in objectives.items()}
     return {"response_0": _text(raw, "chosen", where), "response_1": _text(raw, "rejected", where), **labels}

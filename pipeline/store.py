@@ -112,7 +112,7 @@ class RowStore:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 entry = json.loads(line)
-                self._rows[entry["digest"]] = entry["row"]
+                self._rows.setdefault(entry["digest"], entry["row"])
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
                     f"{self._path}, line {number}: not a row of this store: remove the line to regenerate its row."
@@ -132,7 +132,10 @@ class RowStore:
         Raises:
             OSError: the disk is full; the file is as it was before.
         """
-        fresh = {key: row for key, row in rows if key not in self._rows}
+        fresh: dict[str, Row] = {}
+        for key, row in rows:
+            if key not in self._rows:
+                fresh.setdefault(key, row)
         lines = [json.dumps({"digest": key, "row": row}, ensure_ascii=False) + "\n" for key, row in fresh.items()]
         block, start = "".join(lines).encode(), os.fstat(self._file).st_size
         if os.write(self._file, block) < len(block):

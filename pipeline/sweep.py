@@ -22,11 +22,11 @@ def main(config: DictConfig) -> None:
     """Generate and judge one composed configuration in its own folder."""
     from pipeline.stages import generate, guard, judge, pareto  # torch only when there is work to do
 
-    params = to_params(config)
     job = Path(HydraConfig.get().runtime.output_dir)
     prepared = Workspace()
     workspace = Workspace(models=prepared.models, results=job, scratch=prepared.scratch)
     with guard():
+        params = to_params(config)
         generate.run(params, workspace, prompts=prepared.results / "prepare" / "prompts.jsonl")
         judge.run(params, workspace)
         pareto.run(params, workspace, trained=prepared.results)

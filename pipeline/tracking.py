@@ -20,10 +20,10 @@ def _settings(params: Params, workspace: Workspace) -> dict[str, Any]:
     """Arguments of `wandb.init` that every run shares.
 
     Raises:
-        UserError: online mode without a key in the environment (or in netrc).
+        UserError: online mode without a key in the environment.
     """
     tracking = params.tracking
-    if tracking.mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+    if tracking.mode == "online" and not os.environ.get("WANDB_API_KEY"):
         raise UserError("tracking.mode is online, but WANDB_API_KEY is not set: export it, or use tracking=offline.")
     folder = workspace.scratch.absolute()
     folder.mkdir(parents=True, exist_ok=True)

@@ -276,5 +276,8 @@ def test_dvc_stages_list_only_known_sections_and_never_tracking():
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_dvc_stage_lists_every_section_that_its_script_reads(stage):
     script = (ROOT / f"pipeline/stages/{stage}.py").read_text(encoding="utf-8")
-    read = set(re.findall(r"\bparams\.(\w+)", script)) - {"yaml", "tracking"}
+    read = set(re.findall(r"\bparams\.([a-z]+)", script)) - {"yaml", "tracking"}
+    if stage == "generate":
+        read -= {"objectives"}  # only their names, and those that have a say are in the sweep
+    assert read
     assert read <= sections_of(stage)

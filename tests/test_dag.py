@@ -172,3 +172,10 @@ def test_a_broken_params_file_is_one_sentence(copy):
     printed = run(copy, sys.executable, "-m", "pipeline.stages.judge", check=False)
     (copy / "params.yaml").write_text(text)
     assert "error: params.yaml: unknown key" in printed and "Traceback" not in printed
+
+
+def test_the_library_example_of_the_readme_runs(copy):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    example = text.split("```python\n")[1].split("```")[0]
+    (copy / "example.py").write_text(example, encoding="utf-8")
+    assert run(copy, sys.executable, "example.py").strip()

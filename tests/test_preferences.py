@@ -1,11 +1,11 @@
 import json
 import random
 import re
-from itertools import combinations
+from itertools import chain, combinations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import preferences
@@ -26,6 +26,7 @@ from pipeline.preferences import (
 )
 from tests.tiny import ROOT
 
+QUICK = settings(max_examples=50, deadline=None, derandomize=True)
 WARM, SHORT = Objective(label="warmer", tie=0.5), Objective(label="shorter", tie=0.1)
 BOTH = {"warm": WARM, "short": SHORT}
 SCORED = {
@@ -143,6 +144,7 @@ def test_faulty_prompts_are_named_by_line(read, row, reason):
         read({"prompt": "Why?"}, {"prompt": "How?"}, row, reader=read_prompts)
 
 
+@QUICK
 @given(prompts=st.lists(TEXTS.filter(str.strip), min_size=2, max_size=8, unique=True), data=st.data())
 def test_splits_are_stable_and_shared_by_all_rows_of_a_prompt(tmp_path_factory, prompts, data):
     def splits(rows):
@@ -170,7 +172,7 @@ def sampled():
     dice = random.Random(0)
     prompts = [{"id": f"p{n}", "prompt": f"prompt {n}", "split": SPLITS[n % 3]} for n in range(30)]
     return prompts, {
-        row["id"]: [" ".join(dice.choices(words, k=dice.randint(1, 30))) for _ in "1234"] for row in prompts
+        row["id"]: [(" ".join(dice.choices(words, k=dice.randint(1, 30))), n < 3) for n in range(4)] for row in prompts
     }
 
 
@@ -187,18 +189,21 @@ def test_a_third_objective_leaves_the_pairs_of_the_other_two_alone():
 def test_oracles_prefer_the_higher_score_and_shrug_within_a_tie():
     prompts = [{"id": "p", "prompt": "Why?", "split": "train"}]
     texts = ["one two three four", "one two three four five", " ".join(["word"] * 20), "", "one two three four"]
+    samples = [(text, True) for text in texts]
     short = {"short": Objective(label="c", scorer="conciseness", tie=0.1)}
-    rows = list(label_samples(prompts, {"p": texts}, short))
+    rows = list(label_samples(prompts, {"p": samples}, short))
     assert [(row["id"], row["c"]) for row in rows] == [("p-01", None), ("p-02", 0), ("p-12", 0)]
-    exact = list(label_samples(prompts, {"p": texts}, {"short": Objective(label="c", scorer="conciseness")}))
+    exact = list(label_samples(prompts, {"p": samples}, {"short": Objective(label="c", scorer="conciseness")}))
     assert [row["c"] for row in exact] == [0, 0, 0]
-    backwards = list(label_samples(prompts, {"p": texts[2::-1]}, short))
+    backwards = list(label_samples(prompts, {"p": samples[2::-1]}, short))
     assert [row["c"] for row in backwards] == [1, 1, None]
 
 
 def test_equal_scores_are_a_tie_even_without_a_margin():
     prompts = [{"id": "p", "prompt": "Why?", "split": "train"}]
-    rows = label_samples(prompts, {"p": ["a b", "c d"]}, {"short": Objective(label="c", scorer="conciseness")})
+    rows = label_samples(
+        prompts, {"p": [("a b", True), ("c d", True)]}, {"short": Objective(label="c", scorer="conciseness")}
+    )
     assert [row["c"] for row in rows] == [None]
 
 
@@ -239,19 +244,35 @@ def test_noise_grows_by_flipping_more_and_every_objective_and_seed_has_its_own_c
 
 def test_pairs_leave_ties_out_and_put_the_preferred_first():
     rows = [labelled(id=str(n), split="train", warmer=label) for n, label in enumerate((1, None, 0))]
-    pairs = pairs_of(rows, "warm", WARM, 0.0, 0)
-    assert pairs == [
-        {"id": "0", "prompt": "Why?", "split": "train", "chosen": "no", "rejected": "yes"},
-        {"id": "2", "prompt": "Why?", "split": "train", "chosen": "yes", "rejected": "no"},
+    both = {"prompt": "Why?", "split": "train", "chosen_ended": True, "rejected_ended": True}
+    assert pairs_of(rows, "warm", WARM, 0.0, 0) == [
+        {"id": "0", "chosen": "no", "rejected": "yes", **both},
+        {"id": "2", "chosen": "yes", "rejected": "no", **both},
     ]
+
+
+@pytest.mark.parametrize(
+    ("texts", "noise"), [(["love", "hate"], 0.0), (["hate", "love"], 0.0), (["love", "hate"], 1.0)]
+)
+def test_whether_a_response_ended_goes_with_its_text_into_the_tokens(prompter, texts, noise):
+    prompts = [{"id": "p", "prompt": "Why?", "split": "train"}]
+    samples = {"p": [(text, text == "love") for text in texts]}
+    rows = list(label_samples(prompts, samples, {"warm": Objective(label="p", scorer="positivity")}))
+    found = pairs_of(rows, "warm", Objective(label="p"), noise, 0)
+    assert [found[0][f"{side}_ended"] for side in ("chosen", "rejected")] == ([False, True] if noise else [True, False])
+    responses = tokenise(found, prompter, 256, "pairs.jsonl")[0].responses
+    ended, cut = responses[::-1] if noise else responses
+    assert ended == [*prompter.tokenizer("love", add_special_tokens=False).input_ids, prompter.eos]
+    assert cut == prompter.tokenizer("hate", add_special_tokens=False).input_ids
 
 
 def test_limited_keeps_all_rows_of_the_first_prompts_of_each_split():
     rows = [
-        {"prompt": prompt, "split": SPLITS["abc".index(prompt[0])]} for prompt in "a1 a2 b1 a3 a1 c1 b1 a2 a3".split()
+        {"prompt": prompt, "split": SPLITS["abc".index(prompt[0])]}
+        for prompt in ("a1", "a2", "b1", "a3", "a1", "c1", "b1", "a2", "a3")
     ]
-    assert [row["prompt"] for row in limited(rows, 2)] == "a1 a2 b1 a1 c1 b1 a2".split()
-    assert [row["prompt"] for row in limited(rows, 1)] == "a1 b1 a1 c1 b1".split()
+    assert [row["prompt"] for row in limited(rows, 2)] == ["a1", "a2", "b1", "a1", "c1", "b1", "a2"]
+    assert [row["prompt"] for row in limited(rows, 1)] == ["a1", "b1", "a1", "c1", "b1"]
     assert limited(rows, None) == rows
 
 
@@ -289,7 +310,7 @@ def pair(prompt, good, bad):
 def groups(prompter):
     pairs = [
         pair("Describe a rainy Monday in detail.", "good great love", "bad"),
-        pair("Why?", "happy", "sad and terrible"),
+        pair("Why?", "happy", "sad and terrible") | {"rejected_ended": False},
         pair("Describe a rainy Monday in detail.", "nice", "good great love"),
         pair("Why?", "happy", "awful"),
     ]
@@ -300,16 +321,18 @@ def test_a_prompt_and_each_of_its_responses_are_tokenised_once(groups, prompter)
     assert [len(group.responses) for group in groups] == [3, 3]
     assert [group.pairs for group in groups] == [[(0, 1), (2, 0)], [(0, 1), (0, 2)]]
     assert groups[0].prompt == prompter.prompt_ids("Describe a rainy Monday in detail.")
-    assert groups[1].responses == [prompter.response_ids(text) for text in ("happy", "sad and terrible", "awful")]
-    assert all(response[-1] == prompter.eos for group in groups for response in group.responses)
+    texts = (("happy", True), ("sad and terrible", False), ("awful", True))
+    assert groups[1].responses == [prompter.response_ids(*text) for text in texts]
+    assert [response[-1] == prompter.eos for response in groups[1].responses] == [True, False, True]
 
 
-def test_collate_predicts_every_response_token_once_from_the_column_before_it(groups, prompter):
+def test_collate_predicts_every_response_token_once_from_the_column_before_it(groups):
     batch, responses = collate(groups, pad=0), [response for group in groups for response in group.responses]
     first_kept, width = batch["ids"].shape[1] - int(batch["keep"]), max(len(group.prompt) for group in groups)
     found = [[] for _ in responses]
     last = {}
-    for row, kept, label, response in zip(*(batch[key].tolist() for key in ("row", "column", "label", "response"))):
+    targets = torch.stack([batch[key] for key in ("row", "column", "label", "response")], 1).tolist()
+    for row, kept, label, response in targets:
         found[response].append(label)
         column = first_kept + kept
         place = response - sum(len(group.responses) for group in groups[:row]) + 1
@@ -320,12 +343,11 @@ def test_collate_predicts_every_response_token_once_from_the_column_before_it(gr
         else:
             assert int(batch["ids"][row, column]) == last[response]
             assert int(batch["segments"][row, column]) == place
-        if label != prompter.eos:
-            after = [at for at in range(width, batch["ids"].shape[1]) if batch["segments"][row, at] == place]
-            at = after[len(found[response]) - 1]
-            assert int(batch["ids"][row, at]) == label
-            assert int(batch["positions"][row, at]) == int(batch["positions"][row, column]) + 1
-            assert at == column + 1 or response not in last
+        own = [at for at in range(width, batch["ids"].shape[1]) if batch["segments"][row, at] == place]
+        at = own[len(found[response]) - 1]
+        assert int(batch["ids"][row, at]) == label
+        assert int(batch["positions"][row, at]) == int(batch["positions"][row, column]) + 1
+        assert at == column + 1 or response not in last
         last[response] = label
     assert found == responses
     assert [(int(a), int(b)) for a, b in zip(batch["chosen"], batch["rejected"], strict=True)] == [
@@ -339,7 +361,7 @@ def test_collate_pads_left_of_the_prompt_and_right_of_the_responses(groups):
         segments = batch["segments"][row].tolist()
         content = [at for at, segment in enumerate(segments) if segment >= 0]
         assert content == list(range(content[0], content[-1] + 1))
-        assert batch["ids"][row, content].tolist() == group.prompt + sum(group.responses, [])
+        assert batch["ids"][row, content].tolist() == [*group.prompt, *chain(*group.responses)]
         outside = [at for at, segment in enumerate(segments) if segment < 0]
         assert set(batch["ids"][row, outside].tolist()) <= {0}
         for number, response in enumerate(group.responses, 1):
@@ -351,11 +373,12 @@ TOKENS = st.lists(st.integers(1, 99), min_size=1, max_size=5)
 GROUPS = st.builds(PromptGroup, TOKENS, st.lists(TOKENS, min_size=2, max_size=4), st.just([(0, 1), (1, 0)]))
 
 
+@QUICK
 @given(groups=st.lists(GROUPS, min_size=1, max_size=4))
 def test_collate_holds_every_token_of_any_groups(groups):
     batch = collate(groups, pad=0)
     responses = [response for group in groups for response in group.responses]
-    assert batch["label"].tolist() == sum(responses, [])
+    assert batch["label"].tolist() == [*chain(*responses)]
     assert torch.bincount(batch["response"]).tolist() == [len(response) for response in responses]
     assert int((batch["segments"] >= 0).sum()) == sum(len(group.prompt) for group in groups) + len(batch["label"])
     assert 0 <= int(batch["column"].min()) <= int(batch["column"].max()) < int(batch["keep"]) <= batch["ids"].shape[1]
@@ -368,6 +391,11 @@ def test_a_prompt_with_many_responses_is_split_into_groups_of_at_most_eight(prom
     assert [len(group.pairs) for group in groups] == [4, 4, 3, 1]
     told = [(group.responses[good], group.responses[bad]) for group in groups for good, bad in group.pairs]
     assert told == [(prompter.response_ids(row["chosen"]), prompter.response_ids(row["rejected"])) for row in pairs]
+
+
+def test_a_group_of_seven_responses_takes_no_further_pair(prompter):
+    pairs = [pair("Why?", "a", "b"), pair("Why?", "a", "c")] + [pair("Why?", f"x{n}", f"y{n}") for n in range(3)]
+    assert [len(group.responses) for group in tokenise(pairs, prompter, 256, "pairs.jsonl")] == [7, 2]
 
 
 def test_a_pair_beyond_the_context_is_refused_by_id(prompter):
@@ -383,10 +411,11 @@ def epoch(batches, number):
     return list(batches)
 
 
+@QUICK
 @given(count=st.integers(1, 40), size=st.integers(1, 9), seed=st.integers(0, 2**31))
 def test_every_epoch_is_a_permutation_in_batches(count, size, seed):
     batches = epoch(EpochBatches(count, size, seed), 3)
-    assert sorted(sum(batches, [])) == list(range(count))
+    assert sorted(chain(*batches)) == list(range(count))
     assert len(batches) == len(EpochBatches(count, size, seed)) == -(-count // size)
     assert all(len(batch) == size for batch in batches[:-1])
 

