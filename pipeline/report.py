@@ -50,7 +50,7 @@ def draw_front(front: pd.DataFrame, objectives: Sequence[str], control: str, pat
         guided = front[front.method != "base"].sort_values(f"alpha_{x}")
         if len(objectives) == 2:
             axes.plot(guided[columns[0]], guided[columns[1]], color=_GUIDED, lw=1.2, alpha=0.6, zorder=1)
-        for _, line in front.iterrows():
+        for place, (_, line) in enumerate(front.iterrows()):
             colour = _CONTROL if line["method"] == "base" else _GUIDED
             errors = {
                 side: [[line[f"score_{n}"] - line[f"ci_low_{n}"]], [line[f"ci_high_{n}"] - line[f"score_{n}"]]]
@@ -62,13 +62,13 @@ def draw_front(front: pd.DataFrame, objectives: Sequence[str], control: str, pat
                 color=colour, ms=7, capsize=3, lw=1, mfc=colour if line["on_front"] else "white",
             )  # fmt: skip
             axes.annotate(
-                _label(line, objectives), (line[columns[0]], line[columns[1]]), xytext=(7, 7),
+                _label(line, objectives), (line[columns[0]], line[columns[1]]), xytext=(7, 7 if place % 2 else -13),
                 textcoords="offset points", fontsize=8, color=_INK,
             )  # fmt: skip
         _axes(axes, x, y if y in objectives else "KL to the base, nats per response")
     panels[0][0].set_title(
-        f"Guided {front.base[0]}: circles are weight vectors, squares the base ({control} = control); filled = on the "
-        "front", fontsize=9, loc="left", color=_INK,
+        f"{front.base[0]}: circles are weight vectors, squares the base ({control} = control);\nfilled: on the front",
+        fontsize=9, loc="left", color=_INK,
     )  # fmt: skip
     _save(figure, path)
 

@@ -179,3 +179,13 @@ def test_the_library_example_of_the_readme_runs(copy):
     example = text.split("```python\n")[1].split("```")[0]
     (copy / "example.py").write_text(example, encoding="utf-8")
     assert run(copy, sys.executable, "example.py").strip()
+
+
+def test_an_experiment_composes_runs_and_shows(copy):
+    run(copy, "git", "add", "-A")
+    run(copy, "git", "-c", "user.name=tests", "-c", "user.email=tests@localhost", "commit", "-qm", "start")
+    run(copy, "dvc", "exp", "run", "-S", "experiment=smoke", "-S", "decoding.temperature=0.9")
+    assert yaml.safe_load((copy / "params.yaml").read_text())["decoding"]["temperature"] == 0.9
+    shown = run(copy, "dvc", "exp", "show", "--csv", "--only-changed")
+    assert "hypervolume" in shown and "decoding.temperature" in shown
+    assert "decoding.temperature" in run(copy, "dvc", "params", "diff")
