@@ -62,7 +62,7 @@ def draw_front(front: pd.DataFrame, objectives: Sequence[str], control: str, pat
                 color=colour, ms=7, capsize=3, lw=1, mfc=colour if line["on_front"] else "white",
             )  # fmt: skip
             axes.annotate(
-                _label(line, objectives), (line[columns[0]], line[columns[1]]), xytext=(7, 7 if place % 2 else -13),
+                _label(line, objectives), (line[columns[0]], line[columns[1]]), xytext=(7, -13 if place % 2 else 7),
                 textcoords="offset points", fontsize=8, color=_INK,
             )  # fmt: skip
         _axes(axes, x, y if y in objectives else "KL to the base, nats per response")
