@@ -110,7 +110,11 @@ class Decoding(_Strict):
     """Guided generation; `batch_size` counts rows (a prompt at a point)."""
 
     max_new_tokens: Count = 48
-    temperature: Positive = 1.0
+    temperature: NotNegative = 1.0  # of the guided sum; 0 is greedy
+    top_k: Annotated[int, Field(ge=0)] = 0  # 0: all tokens
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    stop: tuple[str, ...] = ()  # texts that end a response
     samples_per_prompt: Count = 1
     batch_size: Count = 64
     device: str = "auto"
@@ -121,7 +125,7 @@ class Point(_Strict):
     """One weight vector α; no weights is the unguided base."""
 
     weights: dict[str, NotNegative] = field(default_factory=dict)
-    temperature: Positive | None = None  # null: decoding.temperature
+    temperature: NotNegative | None = None  # null: decoding.temperature
 
     @property
     def guided(self) -> bool:

@@ -1,37 +1,24 @@
-"""The batched guided decoder: requests in, generations out as rows finish.
+"""The batched guided decoder: requests in, generations out as rows finish."""
 
-Shapes: P prompts, B rows, V vocabulary.
-"""
-
+import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from tqdm import tqdm
 
+from pipeline.batch import Batch, Request, Row
 from pipeline.config import UserError
-from pipeline.guidance import draw, guided_logps, kl_divergence, random_stream, token_logps
-from pipeline.lanes import BASE, Lanes
-from pipeline.models import Prompter, check_vocabulary
+from pipeline.lanes import BASE, Backbone, common_vocabulary
+from pipeline.models import Prompter, load_model, resolve_device, resolve_dtype
 
+__all__ = ["Generation", "GuidedDecoder", "Request"]
 
-@dataclass(frozen=True)
-class Request:
-    """One row to generate."""
-
-    prompt: str
-    stream: str  # 32 hex digits: the key of the row's random stream
-    max_new_tokens: int
-    weights: Mapping[str, float] = field(default_factory=dict)  # α per ARM; ARMs left out have no say
-    temperature: float = 1.0
-
-    @property
-    def arms(self) -> dict[str, float]:
-        """The ARMs that have a say: an ARM at α = 0 is never run."""
-        return {name: alpha for name, alpha in self.weights.items() if alpha != 0.0}
+_ROUNDS = 4  # batches' worth of rows that are planned together: see `GuidedDecoder.plan`
+_SLACK = 8  # finished rows are let go once they are one in so many
 
 
 @dataclass(frozen=True)
@@ -41,172 +28,176 @@ class Generation:
     text: str
     prompt_tokens: int
     tokens: list[int]  # the end-of-sequence token included, where there is one
-    finish: str  # eos | length
+    finish: str  # eos | stop | length
     logp: float  # under the law the tokens were drawn from
     logp_base: float  # under the base at temperature 1
     kl: float  # Σ_t KL(π ‖ π_base), the base at temperature 1
 
 
 class GuidedDecoder:
-    """A frozen base steered by LoRA ARMs, many prompts and many weight vectors at once.
+    """A frozen base steered by ARMs, many prompts and many weight vectors at once.
 
-        decoder = GuidedDecoder(model, prompter, {"positivity": Path("models/arms/positivity")}, batch_size=64)
-        for index, generation in decoder.generate(requests):
+        base = Backbone(model, prompter, {"positivity": Path("models/arms/positivity")})
+        for index, generation in GuidedDecoder(base).generate(requests):
             print(requests[index].prompt, generation.text)
 
+    ARMs that are LoRA adapters of the base run with it in one forward; each of `others`, an ARM that is a model of its
+    own or several on a backbone of theirs, is a further forward. Requests may name any of them, in any mix.
+
+    Args:
+        base: the backbone whose lane `base` is steered.
+        others: backbones of further ARMs, of the base's vocabulary.
+        batch_size: rows generated at once; halved once if memory does not suffice.
+
     Raises:
-        UserError: an adapter is missing, damaged, not made for this base, or has another tokenizer.
+        UserError: an ARM has another tokenizer, or two have one name.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, prompter: Prompter, arms: Mapping[str, Path], batch_size: int = 64
-    ) -> None:
-        for name, folder in arms.items():
-            if (folder / "tokenizer_config.json").is_file():
-                check_vocabulary(prompter.tokenizer, Prompter.load(folder, prompter.template).tokenizer, name)
-        self._lanes = Lanes(model, arms)
-        self._arms = list(arms)
-        self._prompter = prompter
+    def __init__(self, base: Backbone, *others: Backbone, batch_size: int = 64) -> None:
+        self._backbones = [base, *others]
+        self._arms = [lane for backbone in self._backbones for lane in backbone.lanes if lane != BASE]
+        if len(set(self._arms)) < len(self._arms) or any(BASE in backbone.lanes for backbone in others):
+            raise UserError(
+                f"two models have one name among {BASE}, {', '.join(self._arms)}: name each ARM differently."
+            )
+        self._vocab_size = common_vocabulary(base.prompter, *self._backbones)
+        self._prompter = base.prompter
+        self._device = base.device
         self._batch_size = batch_size
-        self._device = model.device
-        self._context = int(model.config.max_position_embeddings)
+        self._halved = False
 
-    @torch.inference_mode()
-    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Generation]]:
-        """Yield (index into `requests`, generation) as rows finish.
+    @classmethod
+    def load(
+        cls,
+        base: Path,
+        arms: Mapping[str, Path],
+        template: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        batch_size: int = 64,
+    ) -> "GuidedDecoder":
+        """A decoder from local folders: PEFT adapters share the base, full models run beside it.
+
+        Args:
+            base: folder of the base.
+            arms: folder of each ARM; one with a config.json is a model of its own and brings its chat template.
+            template: the base's prompt template; None is its chat template.
+            dtype, device: as `base.dtype` and `decoding.device` in the configuration.
+            batch_size: rows generated at once.
 
         Raises:
-            UserError: a request names an unknown ARM, or a prompt leaves no room in the context; nothing is
-                generated then.
+            UserError: a folder is missing or unreadable, or an ARM does not fit the base.
         """
-        ids = [self._prompt_ids(request) for request in requests]
-        for batch in self._planned(ids):
-            yield from self._batch(batch, [requests[index] for index in batch], [ids[index] for index in batch])
+        place = resolve_device(device)
+        kind = resolve_dtype(dtype, place)
+        whole = {name: folder for name, folder in arms.items() if (folder / "config.json").is_file()}
+        adapters = {name: folder for name, folder in arms.items() if name not in whole}
+        return cls(
+            Backbone(load_model(base, kind, place), Prompter.load(base, template), adapters),
+            *(
+                Backbone(load_model(folder, kind, place), Prompter.load(folder, None), name=name)
+                for name, folder in whole.items()
+            ),
+            batch_size=batch_size,
+        )
+
+    @torch.inference_mode()
+    def generate(self, requests: Sequence[Request], progress: str | None = None) -> Iterator[tuple[int, Generation]]:
+        """Yield (index into `requests`, generation) as rows finish, under a progress bar called `progress`.
+
+        Raises:
+            UserError: a request names an unknown ARM or a prompt leaves no room in a context (nothing is generated
+                then); a model gave logits that are not finite; memory does not suffice for half the batch either.
+        """
+        rows = [self._row(index, request) for index, request in enumerate(requests)]
+        with tqdm(total=len(rows), desc=progress, unit="row", smoothing=0.05, disable=progress is None) as bar:
+            for chunk in self._planned(rows):
+                for index, generation in self._chunk(chunk):
+                    bar.update()
+                    yield index, generation
 
     def plan(self, requests: Sequence[Request]) -> list[list[int]]:
-        """The batches that `generate` would form, as indices into `requests`.
+        """The chunks that `generate` works off one after the other, as indices into `requests`.
 
-        What rows share a batch can decide a floating-point tie. Generating batch by batch of one plan, and keeping
-        whole batches only, makes an interrupted run equal to an uninterrupted one.
+        Inside a chunk rows take the places of rows that ended. What rows stand together can decide a floating-point
+        tie; so whoever keeps whole chunks only finds an interrupted run equal to an uninterrupted one.
 
         Raises:
             UserError: as `generate`.
         """
-        return self._planned([self._prompt_ids(request) for request in requests])
+        rows = [self._row(index, request) for index, request in enumerate(requests)]
+        return [[row.index for row in chunk] for chunk in self._planned(rows)]
 
-    def _planned(self, ids: list[list[int]]) -> list[list[int]]:
-        # Rows of one prompt stay together (its prefill is shared) and neighbours are of like length (little padding).
-        order = sorted(range(len(ids)), key=lambda index: (len(ids[index]), ids[index], index))
-        return [order[start : start + self._batch_size] for start in range(0, len(order), self._batch_size)]
+    def _planned(self, rows: list[Row]) -> list[list[Row]]:
+        # Rows of one prompt stay together (it is read once) and neighbours are of like length (little padding).
+        order, size = sorted(rows, key=lambda row: (len(row.ids), row.ids, row.index)), self._batch_size * _ROUNDS
+        return [order[start : start + size] for start in range(0, len(order), size)]
 
-    def _prompt_ids(self, request: Request) -> list[int]:
+    def _row(self, index: int, request: Request) -> Row:
         for name in request.arms:
             if name not in self._arms:
                 raise UserError(f"weights name {name}, but the ARMs are {', '.join(self._arms) or 'none'}.")
-        ids = self._prompter.prompt_ids(request.prompt)
-        if len(ids) + request.max_new_tokens > self._context:
-            raise UserError(
-                f"the prompt {request.prompt[:60]!r}… has {len(ids)} tokens and with {request.max_new_tokens} new ones "
-                f"exceeds the base's context of {self._context}: shorten it or lower decoding.max_new_tokens."
-            )
-        return ids
+        prompts = []
+        for backbone in self._backbones:
+            ids = backbone.prompter.prompt_ids(request.prompt)
+            if len(ids) + request.max_new_tokens > backbone.context:
+                raise UserError(
+                    f"the prompt {request.prompt[:60]!r}… has {len(ids)} tokens and with {request.max_new_tokens} new "
+                    f"ones exceeds the context of {backbone.context} of {', '.join(backbone.lanes)}: shorten it or "
+                    "lower decoding.max_new_tokens."
+                )
+            prompts.append(tuple(ids))
+        return Row(index, request, tuple(prompts))
 
-    def _batch(
-        self, indices: list[int], requests: list[Request], ids: list[list[int]]
-    ) -> Iterator[tuple[int, Generation]]:
-        unique = sorted({tuple(row) for row in ids})
-        prompt_B = torch.tensor([unique.index(tuple(row)) for row in ids], device=self._device)
-        ids_PT, mask_PT = left_pad([list(row) for row in unique], self._prompter.eos, self._device)
-        alpha = {
-            name: torch.tensor([request.arms.get(name, 0.0) for request in requests], device=self._device)
-            for name in self._arms
-        }
-        rows = {BASE: torch.arange(len(requests), device=self._device)}
-        rows |= {name: alpha_B.nonzero()[:, 0] for name, alpha_B in alpha.items()}
-        self._lanes.prefill(ids_PT, mask_PT, prompt_B, rows)
-        lengths = dict(zip(indices, map(len, ids), strict=True))
-        batch = _Batch(indices, requests, alpha, self._device)
-        while True:
-            finished = batch.advance(self._lanes, self._prompter)
-            for index, tokens, finish, sums in finished:
-                yield index, Generation(self._prompter.text(tokens), lengths[index], tokens, finish, *sums)
-            if not batch.indices:
-                return
-            self._lanes.step(batch.last_B)
+    def _chunk(self, rows: list[Row]) -> Iterator[tuple[int, Generation]]:
+        """Generate rows; where memory does not suffice, begin those not yet finished again in half the batch."""
+        left = {row.index: row for row in rows}
+        while left:
+            try:
+                for row, generation in self._run(list(left.values())):
+                    del left[row.index]
+                    yield row.index, generation
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+                    raise
+                if self._halved or self._batch_size == 1:
+                    raise UserError(
+                        f"memory does not suffice for a batch of {self._batch_size} rows: lower decoding.batch_size."
+                    ) from error
+                self._halved, self._batch_size = True, self._batch_size // 2
+                warnings.warn(
+                    f"out of memory: going on with half the batch, {self._batch_size} rows; "
+                    "set decoding.batch_size to that.",
+                    stacklevel=2,
+                )
+                left = {index: Row(index, row.request, row.prompts) for index, row in left.items()}
+            finally:
+                for backbone in self._backbones:
+                    backbone.clear()
 
-
-def left_pad(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token rows padded on the left to one length, and the mask that is 1 on tokens: ids_PT, mask_PT."""
-    length = max(map(len, rows))
-    ids = [[pad] * (length - len(row)) + row for row in rows]
-    mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-class _Batch:
-    """The rows still being generated, and what has been summed over their tokens."""
-
-    def __init__(
-        self, indices: list[int], requests: list[Request], alpha: dict[str, Tensor], device: torch.device
-    ) -> None:
-        self.indices = list(indices)
-        self._alpha = alpha
-        self._limit_B = torch.tensor([request.max_new_tokens for request in requests], device=device)
-        self._temperature_B = torch.tensor([request.temperature for request in requests], device=device)
-        longest = int(self._limit_B.max())
-        streams = np.stack([random_stream(request.stream, longest) for request in requests])
-        self._uniforms_BT = torch.from_numpy(streams).to(device)
-        self._tokens_BT = torch.empty(len(requests), 0, dtype=torch.long, device=device)
-        self._sums_B3 = torch.zeros(len(requests), 3, dtype=torch.float64, device=device)
-
-    @property
-    def last_B(self) -> Tensor:
-        """The newest token of each row."""
-        return self._tokens_BT[:, -1]
-
-    def advance(self, lanes: Lanes, prompter: Prompter) -> list[tuple[int, list[int], str, tuple[float, float, float]]]:
-        """Draw one token per row; drop the rows that end and return them."""
-        base_logps_BV = token_logps(lanes.logits(BASE), prompter.vocab_size)
-        arms = [
-            (rows_b, self._alpha[name][rows_b], token_logps(lanes.logits(name), prompter.vocab_size))
-            for name, rows_b in lanes.rows.items()
-            if name != BASE
-        ]
-        logps_BV = guided_logps(base_logps_BV, arms, self._temperature_B)
-        step = self._tokens_BT.shape[1]
-        tokens_B = draw(logps_BV, self._uniforms_BT[:, step])
-        drawn = tokens_B[:, None]
-        self._sums_B3 += torch.stack(
-            [
-                logps_BV.gather(1, drawn)[:, 0],
-                base_logps_BV.gather(1, drawn)[:, 0],
-                kl_divergence(logps_BV, base_logps_BV),
-            ],
-            dim=1,
+    def _run(self, rows: list[Row]) -> Iterator[tuple[Row, Generation]]:
+        """Generate rows, as many at once as the batch holds: waiting ones take the places of those that ended."""
+        waiting = deque(
+            group[start : start + self._batch_size]
+            for _, of_prompt in groupby(rows, key=lambda row: row.prompts)
+            for group in [list(of_prompt)]
+            for start in range(0, len(group), self._batch_size)
         )
-        self._tokens_BT = torch.cat([self._tokens_BT, drawn], dim=1)
-        ended_B = tokens_B == prompter.eos
-        done_B = ended_B | (step + 1 >= self._limit_B)
-        if not bool(done_B.any()):
-            return []
-        finished = [
-            (
-                self.indices[row],
-                self._tokens_BT[row].tolist(),
-                "eos" if ended_B[row] else "length",
-                tuple(self._sums_B3[row].tolist()),
-            )
-            for row in done_B.nonzero()[:, 0].tolist()
-        ]
-        kept = (~done_B).nonzero()[:, 0]
-        if len(kept):
-            lanes.keep(kept, len(self.indices))
-        self._keep(kept)
-        return finished
+        batch = Batch(self._backbones, self._arms, self._prompter, self._vocab_size, self._device)
+        while True:
+            gone = len(batch.rows) - batch.alive
+            if not batch.alive or gone >= max(1, len(batch.rows) // _SLACK):
+                newcomers: list[Row] = []
+                while waiting and batch.alive + len(newcomers) + len(waiting[0]) <= self._batch_size:
+                    newcomers += waiting.popleft()
+                if not batch.alive and not newcomers:
+                    return
+                batch.seat(newcomers)
+            for row, finish, sums in batch.step():
+                text = _until_stop(self._prompter.spell(row.tokens), row.request.stop).strip()
+                yield row, Generation(text, len(row.ids), row.tokens, finish, *sums)
 
-    def _keep(self, kept: Tensor) -> None:
-        self.indices = [self.indices[row] for row in kept.tolist()]
-        self._alpha = {name: alpha_B[kept] for name, alpha_B in self._alpha.items()}
-        self._limit_B, self._temperature_B = self._limit_B[kept], self._temperature_B[kept]
-        self._uniforms_BT, self._tokens_BT = self._uniforms_BT[kept], self._tokens_BT[kept]
-        self._sums_B3 = self._sums_B3[kept]
+
+def _until_stop(text: str, stops: Sequence[str]) -> str:
+    places = [place for place in map(text.find, stops) if place >= 0]
+    return text[: min(places)] if places else text

@@ -12,32 +12,56 @@ from torch import Tensor
 
 _CHUNK = 256  # tokens summed together by `draw`
 _ALMOST_ONE = 1 - 2.0**-53  # keeps a uniform below 1 after rounding
+_LOWEST = -1e30  # stands for log 0 where a probability of 0 multiplies it
 
 
-def token_logps(logits_BV: Tensor, vocab_size: int) -> Tensor:
-    """Cut logits to the tokenizer's vocabulary, then normalise: logps_BV in float32 (float64 stays).
+def cut(logits_BV: Tensor, vocab_size: int) -> Tensor:
+    """Logits over the tokenizer's vocabulary, in float32 (float64 stays).
 
-    Cutting first matters: an embedding may be padded, or have grown by a pad token, and such entries take no mass.
+    Cutting comes before any normalising: an embedding may be padded, or have grown by a pad token, and such entries
+    take no mass.
     """
     logits = logits_BV[..., :vocab_size]
-    return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def guided_logps(base_logps_BV: Tensor, arms: Iterable[tuple[Tensor, Tensor, Tensor]], temperature_B: Tensor) -> Tensor:
+def guided_logps(base_BV: Tensor, arms: Iterable[tuple[Tensor, Tensor, Tensor]], temperature_B: Tensor) -> Tensor:
     """log π(y_t|·) = (log π_base + Σ_i α_i log π_r,i) / T − log Z (GenARM, guided decoding): logps_BV, normalised.
 
-    `arms` holds, per ARM, the rows it guides, its α at those rows, and its logps there. The temperature divides the
-    whole sum, once; nothing is normalised by 1 + Σα.
+    `arms` holds, per ARM, the rows it guides, its α at those rows, and its values there. Cut logits serve as well as
+    log-probabilities, for base and ARMs: what normalises each is one constant per row, and log Z takes it up. The
+    temperature divides the whole sum, once; nothing is normalised by 1 + Σα.
     """
-    total_BV = base_logps_BV.clone()
-    for rows_b, alpha_b, arm_logps_bV in arms:
-        total_BV.index_add_(0, rows_b, alpha_b[:, None] * arm_logps_bV)
+    total_BV = base_BV.clone()
+    for rows_b, alpha_b, arm_bV in arms:
+        total_BV.index_add_(0, rows_b, arm_bV * alpha_b[:, None])
     return torch.log_softmax(total_BV.div_(temperature_B[:, None]), dim=-1)
 
 
+def truncate(logps_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor) -> Tensor:
+    """Keep each row's likeliest tokens and normalise again: logps_BV, −inf at the others.
+
+    In Hugging Face's order, each on what the one before left: the `top_k` likeliest tokens (0: all), the fewest whose
+    mass reaches `top_p` (1: all), those at least `min_p` times as likely as the likeliest (0: all). One token always
+    stays; of equally likely ones exactly `top_k` are kept.
+    """
+    vocab_size = logps_BV.shape[-1]
+    widest = int(top_k_B.max()) if bool((top_k_B > 0).all()) else vocab_size
+    sorted_BK, order_BK = logps_BV.topk(min(widest, vocab_size), dim=-1)
+    rank_K = torch.arange(sorted_BK.shape[-1], device=logps_BV.device)
+    kept_BK = rank_K < torch.where(top_k_B > 0, top_k_B, vocab_size)[:, None]
+    probs_BK = sorted_BK.double().exp() * kept_BK
+    likelier_BK = (probs_BK.cumsum(-1) - probs_BK) / probs_BK.sum(-1, keepdim=True)  # mass of the tokens before
+    kept_BK &= (likelier_BK < top_p_B[:, None]) | (top_p_B >= 1)[:, None]
+    kept_BK &= sorted_BK >= sorted_BK[:, :1] + min_p_B.log().to(sorted_BK)[:, None]
+    kept_BK[:, 0] = True
+    kept_BV = torch.zeros_like(logps_BV, dtype=torch.bool).scatter_(1, order_BK, kept_BK)
+    return torch.log_softmax(logps_BV.masked_fill(~kept_BV, -torch.inf), dim=-1)
+
+
 def kl_divergence(logps_BV: Tensor, reference_logps_BV: Tensor) -> Tensor:
-    """KL(π ‖ π_ref) of each row's next-token law, in nats: kl_B."""
-    return (logps_BV.exp() * (logps_BV - reference_logps_BV)).sum(-1)
+    """KL(π ‖ π_ref) of each row's next-token law, in nats: kl_B. A token that π never draws adds nothing."""
+    return (logps_BV.exp() * (logps_BV - reference_logps_BV).clamp_min_(_LOWEST)).sum(-1)
 
 
 def random_stream(key: str, length: int) -> np.ndarray:
@@ -65,4 +89,5 @@ def draw(logps_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     inside_B1 = (target_B1 - (upper_BN.gather(1, chunk_B1) - mass_B1)) / mass_B1  # where in the chunk, in [0, 1)
     inner_BC = chunks_BNC[torch.arange(len(padded), device=padded.device), chunk_B1[:, 0]].double().cumsum(-1)
     token_B1 = torch.searchsorted(inner_BC, inside_B1.clamp(0, _ALMOST_ONE) * inner_BC[:, -1:], right=True)
-    return (chunk_B1 * _CHUNK + token_B1)[:, 0]
+    # Only a law that is not a number points beyond the vocabulary; whoever asked finds that out by other means.
+    return (chunk_B1 * _CHUNK + token_B1)[:, 0].clamp_max(logps_BV.shape[-1] - 1)

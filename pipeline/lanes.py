@@ -1,179 +1,249 @@
-"""One causal LM and the LoRA adapters that share it: base and ARMs as contiguous row blocks of one forward.
+"""One causal LM as the decoder sees it: its lanes, their key-value cache, and their next-token logits.
 
-A lane is one model seen by the decoder: the base itself or the base with one adapter. The rows of all lanes go
-through the backbone together, so its weights are read once per step; each adapter's low-rank update is added on its
-own block of rows. Shapes: P prompts, B rows, L block rows over all lanes, T time, V vocabulary.
+A lane is one model: the backbone itself, or the backbone with one LoRA adapter. The rows of all lanes go through the
+backbone together, so its weights are read once per step. Shapes: B rows, L block rows over all lanes, T time (padded
+on the left), V vocabulary.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import LoraConfig
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from torch import Tensor
+from transformers import Cache, DynamicLayer, PreTrainedModel
 
-from pipeline.config import UserError
+from pipeline.adapters import AdaptedModel, Block, read_adapter
+from pipeline.models import Prompter, check_vocabulary
 
-BASE = "base"  # the lane without an adapter
-
-
-@dataclass
-class _LowRank:
-    """One adapter's update of one linear layer, scaling folded in: x ↦ (x A) B."""
-
-    a_DR: Tensor
-    b_RO: Tensor
+BASE = "base"  # the name of the base's own lane
+_ROOM = 64  # columns a cache grows by, so that appending a token copies nothing
 
 
-def read_adapter(folder: Path, model: PreTrainedModel) -> dict[str, _LowRank]:
-    """The low-rank updates of a PEFT LoRA folder by the name of the linear layer they belong to.
+class _RoomyLayer(DynamicLayer):
+    """Keys and values as views of buffers with room to the right: a new token is written, not concatenated."""
+
+    rooms: tuple[Tensor, Tensor]  # the buffers
+    filled = 0  # columns of them in use
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append states and return all (the interface of transformers)."""
+        states = (key_states, value_states)
+        if not self.is_initialized:
+            return self._hold(states, key_states.shape[2])
+        total = self.filled + key_states.shape[2]
+        if total > self.rooms[0].shape[2]:
+            more = (*self.rooms[0].shape[:2], total - self.filled + _ROOM, self.rooms[0].shape[3])
+            keys, values = (torch.cat([room[:, :, : self.filled], room.new_zeros(more)], dim=2) for room in self.rooms)
+            self.rooms = keys, values
+        for room, new in zip(self.rooms, states, strict=True):
+            room[:, :, self.filled : total] = new
+        return self._hold(self.rooms, total)
+
+    def _hold(self, rooms: tuple[Tensor, Tensor], filled: int) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(*rooms)
+        self.rooms, self.filled = rooms, filled
+        self.keys, self.values = keys, values = rooms[0][:, :, :filled], rooms[1][:, :, :filled]
+        return keys, values
+
+    @classmethod
+    def merged(cls, parts: Sequence[tuple["_RoomyLayer", Tensor, Tensor]], rows: int, length: int) -> "_RoomyLayer":
+        """A layer of `rows` rows and `length` columns out of rows of others: (layer, its rows, their new places).
+
+        Columns are aligned to the right; what is padding holds zeros, since attention multiplies it by 0.
+        """
+        rooms = []
+        for kind in (0, 1):
+            like = parts[0][0].rooms[kind]
+            room = like.new_zeros(rows, like.shape[1], length + _ROOM, like.shape[3])
+            for source, taken, places in parts:
+                held = source.rooms[kind][:, :, max(source.filled - length, 0) : source.filled]
+                room[places, :, length - held.shape[2] : length] = held[taken]
+            rooms.append(room)
+        layer = cls()
+        layer._hold((rooms[0], rooms[1]), length)
+        return layer
+
+
+class Backbone:
+    """A causal LM, how it is asked, and the LoRA adapters that share it.
+
+        Backbone(model, prompter, {"positivity": Path("models/arms/positivity")})   # the base and an ARM on it
+        Backbone(small, small_prompter, name="helpfulness")                          # an ARM that is its own model
+
+    Rows come and go with `seat`; `step` advances all of them by one token; `logits` are then the next token's.
+
+    Args:
+        model: any causal LM of transformers with a key-value cache; it keeps its behaviour, and shares its weights.
+        prompter: the model's tokenizer and prompt template.
+        adapters: folders of PEFT LoRA adapters trained on `model`, by lane.
+        name: the lane of the model without an adapter; None if it has no say of its own.
 
     Raises:
-        UserError: the folder is missing, damaged, not plain LoRA, or made for another base.
-    """
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise UserError(f"{folder} holds no adapter: train it with `dvc repro train`.")
-    try:
-        config = LoraConfig.from_pretrained(str(folder))
-        tensors = load_file(weights)
-    except Exception as error:
-        raise UserError(f"{folder} could not be read ({error}): train it again with `dvc repro --force`.") from error
-    if config.peft_type != "LORA" or config.use_dora or config.bias != "none" or config.modules_to_save:
-        raise UserError(f"{folder} is no plain LoRA adapter: use one without DoRA, biases or saved modules.")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    updates: dict[str, _LowRank] = {}
-    for key, tensor in tensors.items():
-        if not key.endswith(".lora_A.weight"):
-            continue
-        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        other = tensors.get(key.replace(".lora_A.", ".lora_B."))
-        layer = layers.get(name)
-        if (
-            layer is None
-            or other is None
-            or (tensor.shape[1], other.shape[0])
-            != (
-                layer.in_features,
-                layer.out_features,
-            )
-        ):
-            raise UserError(f"{folder}: its update of {name} does not fit the base: use an adapter trained on it.")
-        rank = tensor.shape[0]
-        scaling = config.lora_alpha / (rank**0.5 if config.use_rslora else rank)
-        place: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-        updates[name] = _LowRank(tensor.T.to(**place), (other.T * scaling).to(**place).contiguous())
-    if not updates:
-        raise UserError(f"{folder} holds no LoRA weights: train it again with `dvc repro --force`.")
-    return updates
-
-
-class Lanes:
-    """The lanes of one backbone, with their shared key-value cache.
-
-    `prefill` starts a batch, `step` advances every row by one token, `keep` drops finished rows. One batch at a time.
+        UserError: an adapter is missing, damaged, not made for this model, or has another tokenizer.
     """
 
-    def __init__(self, model: PreTrainedModel, adapters: Mapping[str, Path]) -> None:
-        self.model = model
-        self._blocks: list[tuple[str, int, int]] = []  # lane, its first and last + 1 block row
-        self._running: list[tuple[str, int, int]] = []  # the blocks while our own forward runs: the model may be shared
-        updates = {name: read_adapter(folder, model) for name, folder in adapters.items()}
-        for layer_name, layer in model.named_modules():
-            here = {name: update[layer_name] for name, update in updates.items() if layer_name in update}
-            if here:
-                layer.register_forward_hook(self._adding(here))
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompter: Prompter,
+        adapters: Mapping[str, Path] | None = None,
+        name: str | None = BASE,
+    ) -> None:
+        adapters = adapters or {}
+        for lane, folder in adapters.items():
+            if (folder / "tokenizer_config.json").is_file():
+                check_vocabulary(prompter.tokenizer, Prompter.load(folder, prompter.template).tokenizer, lane)
+        self.prompter = prompter
+        self.lanes = (*([] if name is None else [name]), *adapters)
+        self.device = model.device
+        self.context = int(model.config.max_position_embeddings)
+        self.vocab_size = min(prompter.vocab_size, int(model.config.vocab_size))
+        self._adapted = AdaptedModel(model, {lane: read_adapter(folder, model) for lane, folder in adapters.items()})
+        self.clear()
 
-    def _adding(self, updates: dict[str, _LowRank]) -> Any:
-        def hook(_layer: nn.Module, inputs: tuple[Tensor, ...], output_LTO: Tensor) -> None:
-            for name, first, last in self._running:
-                update = updates.get(name)
-                if update is not None:
-                    output_LTO[first:last] += (inputs[0][first:last] @ update.a_DR) @ update.b_RO
+    def clear(self) -> None:
+        """Let all rows go, and the memory of their caches."""
+        self.rows: dict[str, Tensor] = {}  # per lane, the rows it serves, ascending
+        self._places: dict[str, list[int]] = {}  # the same, on the host
+        self._cache = Cache(layer_class_to_replicate=_RoomyLayer)
+        self._length_L = torch.zeros(0, dtype=torch.long, device=self.device)  # tokens read so far
+        self._blocks: list[Block] = []
+        self._waiting_L: Tensor | None = None  # the last prompt token of new rows, −1 at the others
+        self._logits_LV: Tensor | None = None
 
-        return hook
+    def seat(
+        self, kept: Sequence[int], prompts: Sequence[Sequence[int]], newcomers: Sequence[tuple[int, Collection[str]]]
+    ) -> None:
+        """Let rows go, move the others together, and seat new ones behind them.
 
-    def prefill(self, ids_PT: Tensor, mask_PT: Tensor, prompt_B: Tensor, rows: Mapping[str, Tensor]) -> None:
-        """Read left-padded prompts once per lane, then spread them over rows.
+        A prompt is read once per lane, whatever the number of its rows; its last token is left to the next `step`.
 
         Args:
-            ids_PT: prompt tokens, padded on the left.
-            mask_PT: 1 where `ids_PT` is a token.
-            prompt_B: the prompt of each row.
-            rows: per lane, the rows it serves (ascending); lanes without rows are left out.
+            kept: the rows that stay, ascending; they are numbered anew from 0.
+            prompts: token ids, at least one each.
+            newcomers: per new row, its place in `prompts` and the lanes that serve it (others' lanes are ignored).
         """
-        self._rows = {lane: rows_b for lane, rows_b in rows.items() if len(rows_b)}
-        wanted, spread, start, self._blocks = [], [], 0, []
-        for lane, rows_b in self._rows.items():
-            prompts, place = torch.unique(prompt_B[rows_b], return_inverse=True)
-            wanted.append(prompts)
-            spread.append(start + place)
-            self._blocks.append((lane, start, start + len(prompts)))
-            start += len(prompts)
-        chosen, spread_L = torch.cat(wanted), torch.cat(spread)
-        self._cache = DynamicCache(config=self.model.config)
-        logits_LV = self._forward(ids_PT[chosen], mask_PT[chosen])
-        self._cache.batch_select_indices(spread_L)
-        self._mask_LT = mask_PT[chosen][spread_L]
-        self._logits_LV = logits_LV[spread_L]
-        self._set_blocks()
+        number = {row: new for new, row in enumerate(kept)}
+        pairs = [  # what to read: a prompt by a lane
+            (lane, prompt)
+            for lane in self.lanes
+            for prompt in sorted({prompt for prompt, lanes in newcomers if lane in lanes})
+        ]
+        read = {pair: place for place, pair in enumerate(pairs)}
+        old_taken: list[int] = []
+        new_taken: list[int] = []
+        old_places: list[int] = []
+        new_places: list[int] = []
+        waiting: list[int] = []
+        places: dict[str, list[int]] = {}
+        blocks: list[Block] = []
+        start = 0
+        for lane in self.lanes:
+            staying = [(place, row) for place, row in enumerate(self._places.get(lane, [])) if row in number]
+            coming = [(row, prompt) for row, (prompt, lanes) in enumerate(newcomers) if lane in lanes]
+            first_old = sum(len(self._places.get(other, [])) for other in self.lanes[: self.lanes.index(lane)])
+            old_taken += [first_old + place for place, _ in staying]
+            new_taken += [read[lane, prompt] for _, prompt in coming]
+            old_places += range(start, start + len(staying))
+            new_places += range(start + len(staying), start + len(staying) + len(coming))
+            waiting += [-1] * len(staying) + [prompts[prompt][-1] for _, prompt in coming]
+            places[lane] = [number[row] for _, row in staying] + [len(kept) + row for row, _ in coming]
+            blocks.append((lane, start, start + len(places[lane])))
+            start += len(places[lane])
+        fresh, fresh_length = self._read([lane for lane, _ in pairs], [prompts[prompt][:-1] for _, prompt in pairs])
+        taken = [self._index(old_taken), self._index(new_taken)]
+        spots = [self._index(old_places), self._index(new_places)]
+        lengths = [self._length_L[taken[0]], fresh_length[taken[1]]]
+        self._length_L = torch.zeros(start, dtype=torch.long, device=self.device)
+        for spot, length in zip(spots, lengths, strict=True):
+            self._length_L[spot] = length
+        self._merge([self._cache, fresh], taken, spots, start)
+        first_L = self._index(waiting)
+        self._waiting_L = first_L if new_places else None
+        self._places = places
+        self.rows = {lane: self._index(found) for lane, found in places.items() if found}
+        self._blocks = blocks
+        self._adapted.serve(blocks)
 
     def step(self, tokens_B: Tensor) -> None:
-        """Append each row's token in every lane that serves the row."""
-        tokens_L1 = torch.cat([tokens_B[rows_b] for rows_b in self._rows.values()])[:, None]
-        self._mask_LT = torch.cat([self._mask_LT, self._mask_LT.new_ones(len(tokens_L1), 1)], dim=1)
-        self._logits_LV = self._forward(tokens_L1, self._mask_LT)
+        """Append each row's token in every lane that serves the row; a new row's last prompt token goes instead."""
+        tokens_L = torch.cat([tokens_B[rows_b] for rows_b in self.rows.values()])
+        if self._waiting_L is not None:
+            tokens_L, self._waiting_L = torch.where(self._waiting_L < 0, tokens_L, self._waiting_L), None
+        position_L1 = self._length_L[:, None].clamp_max(self.context - 1)
+        self._length_L += 1
+        self._columns += 1
+        # Read from the left: rows that began later are padded up to there.
+        column_T = torch.arange(self._columns, device=self.device)
+        self._logits_LV = self._adapted.model(
+            input_ids=tokens_L[:, None],
+            attention_mask=column_T >= (self._columns - self._length_L)[:, None],
+            position_ids=position_L1,
+            past_key_values=self._cache,
+            use_cache=True,
+        ).logits[:, -1]
 
     def logits(self, lane: str) -> Tensor:
-        """The lane's next-token logits for the rows it serves, in their order: logits_bV."""
+        """The lane's next-token logits at the rows it serves, in the order of `rows[lane]`: logits_bV."""
+        assert self._logits_LV is not None
         first, last = next((first, last) for name, first, last in self._blocks if name == lane)
         return self._logits_LV[first:last]
 
-    @property
-    def rows(self) -> dict[str, Tensor]:
-        """Per lane, the rows it serves."""
-        return self._rows
+    def _read(self, lanes: Sequence[str], prompts: Sequence[Sequence[int]]) -> tuple[Cache, Tensor]:
+        """The cache of prompts read by lanes (grouped, in order), and how many tokens each has."""
+        cache = Cache(layer_class_to_replicate=_RoomyLayer)
+        length_L = self._index([len(prompt) for prompt in prompts])
+        if not any(map(len, prompts)):
+            return cache, length_L
+        self._adapted.serve(
+            [(lane, lanes.index(lane), lanes.index(lane) + lanes.count(lane)) for lane in dict.fromkeys(lanes)]
+        )
+        ids_LT, mask_LT = left_pad(prompts, self.prompter.eos, self.device)
+        self._adapted.model.base_model(
+            input_ids=ids_LT,
+            attention_mask=mask_LT,
+            position_ids=(mask_LT.cumsum(-1) - 1).clamp_min(0),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return cache, length_L
 
-    def keep(self, kept_k: Tensor, count: int) -> None:
-        """Keep only the given rows of `count` (ascending) and number them anew from 0."""
-        new_place = torch.full((count,), -1, device=kept_k.device)
-        new_place[kept_k] = torch.arange(len(kept_k), device=kept_k.device)
-        selected, rows = [], {}
-        for lane, first, _last in self._blocks:
-            place_b = new_place[self._rows[lane]]
-            alive = (place_b >= 0).nonzero()[:, 0]
-            selected.append(first + alive)
-            if len(alive):
-                rows[lane] = place_b[alive]
-        selected_L = torch.cat(selected)
-        self._rows = rows
-        self._cache.batch_select_indices(selected_L)
-        self._mask_LT = self._mask_LT[selected_L]
-        self._logits_LV = self._logits_LV[selected_L]
-        self._set_blocks()
-
-    def _set_blocks(self) -> None:
-        start, self._blocks = 0, []
-        for lane, rows_b in self._rows.items():
-            self._blocks.append((lane, start, start + len(rows_b)))
-            start += len(rows_b)
-
-    def _forward(self, ids_LT: Tensor, mask_LT: Tensor) -> Tensor:
-        position_LT = (mask_LT.cumsum(-1) - 1).clamp_min(0)[:, -ids_LT.shape[1] :]
-        self._running = self._blocks
-        try:
-            out = self.model(
-                input_ids=ids_LT,
-                attention_mask=mask_LT,
-                position_ids=position_LT,
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=1,
+    def _merge(self, caches: Sequence[Cache], taken: Sequence[Tensor], spots: Sequence[Tensor], rows: int) -> None:
+        """One cache out of the taken rows of others, as short as its longest row allows."""
+        self._columns = int(self._length_L.max()) if rows else 0
+        parts = [
+            (cast(list[_RoomyLayer], cache.layers), from_b, to_b)
+            for cache, from_b, to_b in zip(caches, taken, spots, strict=True)
+            if len(from_b) and cache.layers
+        ]
+        self._cache = Cache(layer_class_to_replicate=_RoomyLayer)
+        while self._columns and parts[0][0]:  # layer by layer, so that old and new are never held whole together
+            self._cache.layers.append(
+                _RoomyLayer.merged(
+                    [(layers.pop(0), from_b, to_b) for layers, from_b, to_b in parts], rows, self._columns
+                )
             )
-        finally:
-            self._running = []
-        return out.logits[:, -1]
+
+    def _index(self, places: Sequence[int]) -> Tensor:
+        return torch.tensor(places, dtype=torch.long, device=self.device)
+
+
+def common_vocabulary(base: Prompter, *backbones: Backbone) -> int:
+    """How many tokens all models share: their logits are cut to these.
+
+    Raises:
+        UserError: a backbone's tokens mean something else than the base's.
+    """
+    for backbone in backbones:
+        check_vocabulary(base.tokenizer, backbone.prompter.tokenizer, ", ".join(backbone.lanes))
+    return min([base.vocab_size, *(backbone.vocab_size for backbone in backbones)])
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token rows padded on the left to one length, and the mask that is 1 on tokens: ids_BT, mask_BT."""
+    length = max(map(len, rows))
+    ids = [[pad] * (length - len(row)) + list(row) for row in rows]
+    mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

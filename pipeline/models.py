@@ -145,8 +145,6 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
     except Exception as error:
         raise UserError(f"{folder} could not be loaded ({error}): run `dvc repro --force fetch`.") from error
-    # `logits_to_keep` hands the head a strided slice, for which matmul would copy the projection once per row.
-    model.get_output_embeddings().register_forward_pre_hook(lambda _head, inputs: (inputs[0].contiguous(),))
     return model.requires_grad_(False).eval().to(device)
 
 
@@ -204,25 +202,29 @@ class Prompter:
         """Token ids of a response, end-of-sequence included unless it was cut off."""
         return [*self.tokenizer(response, add_special_tokens=False).input_ids, *([self.eos] if ended else [])]
 
-    def text(self, ids: list[int]) -> str:
-        """The response that token ids spell, special tokens left out."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    def spell(self, ids: list[int]) -> str:
+        """The text that token ids spell, special tokens left out."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def check_vocabulary(base: PreTrainedTokenizerBase, arm: PreTrainedTokenizerBase, name: str) -> None:
-    """Refuse an ARM whose tokens mean something else than the base's; tokens beyond the base's are ignored.
+    """Refuse an ARM whose tokens mean something else than the base's.
+
+    Either may know more tokens than the other, behind the shared ones: the ARM any, the base special ones (a pad token
+    added to 32000 others).
 
     Raises:
         UserError: the first token that differs.
     """
-    if len(arm) < len(base):
-        raise UserError(
-            f"{name}: its tokenizer has {len(arm)} tokens, the base's {len(base)}: use an ARM of this base."
-        )
-    ours = base.convert_ids_to_tokens(list(range(len(base))))
-    theirs = arm.convert_ids_to_tokens(list(range(len(base))))
+    shared = min(len(base), len(arm))
+    ours, theirs = (known.convert_ids_to_tokens(list(range(shared))) for known in (base, arm))
     for index, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
         if mine != other:
             raise UserError(
                 f"{name}: token {index} is {other!r}, but {mine!r} in the base: use an ARM with the base's tokenizer."
             )
+    lacking = set(range(shared, len(base)))
+    if not lacking <= set(base.all_special_ids) or base.eos_token_id in lacking:
+        raise UserError(
+            f"{name}: its tokenizer has {len(arm)} tokens, the base's {len(base)}: use an ARM of this base."
+        )

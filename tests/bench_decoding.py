@@ -1,81 +1,306 @@
-"""Tokens per second of guided decoding beside the unguided base, interleaved in one run.
+"""What guided decoding costs beside the unguided base: `make bench`.
 
-    make bench        # needs models/ from `dvc repro`; writes results/bench/decoding.csv
+    python -m tests.bench_decoding            # needs models/base from `dvc repro`; some 25 minutes on two cores
+    python -m tests.bench_decoding --quick    # one repetition, batch 1, k = 2: does it still run?
 
-Rows: `model.generate` on the base alone (the floor), and `GuidedDecoder` with k ARMs at one weight vector each.
+Writes results/bench/decoding.csv (speed and memory), precision.csv (what bfloat16 does to the guided law) and
+machine.json. Every method generates the same prompts and exactly TOKENS new tokens per row; repetitions of all methods
+are interleaved, so that what else the machine does falls on all of them alike. The ARMs are random adapters of the
+default shape: speed does not depend on their values.
+
+    unguided     `model.generate` of transformers on the base alone: the floor
+    naive        `model.generate` with a plain logits processor: 1 + k models, 1 + k forwards per token
+    processor    `model.generate` with `GuidanceProcessor`: base and ARMs are two forwards
+    ours         `GuidedDecoder`: base and ARMs are one forward
+    sweep        the whole default sweep at once, `by point` one point after the other, both with `GuidedDecoder`
 """
 
+import argparse
+import json
+import os
+import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
+from tqdm import tqdm
+from transformers import DynamicCache, LogitsProcessor
 
-from pipeline.config import Workspace, load_params
-from pipeline.decoder import GuidedDecoder, Request, left_pad
+from pipeline import batch as batches
+from pipeline.config import Params, Workspace, load_params
+from pipeline.decoder import GuidedDecoder, Request
+from pipeline.generation import point_requests
+from pipeline.guidance import draw, guided_logps, kl_divergence
+from pipeline.lanes import Backbone, left_pad
 from pipeline.models import Prompter, load_model, resolve_device, resolve_dtype
-from pipeline.store import digest, read_jsonl, replacing
+from pipeline.preferences import read_prompts
+from pipeline.processor import GuidanceProcessor
+from pipeline.store import replacing, write_json
 
-TOKENS, REPETITIONS = 32, 5
+TOKENS, REPETITIONS, SWEEP_PROMPTS, PEAK_K = 24, 3, 16, 2
+METHODS = ("unguided", "naive", "processor", "ours")
+BASE, OUT = Workspace().models / "base", Path("results/bench")
+PARAMS: Params = load_params()
+DEVICE = resolve_device(PARAMS.decoding.device)
+PROMPTS = [row["prompt"] for row in read_prompts(PARAMS.data, PARAMS.seed) if row["split"] == "test"]
 
 
-def unguided(model, prompter, prompts):
-    ids, mask = left_pad([prompter.prompt_ids(prompt) for prompt in prompts], prompter.eos, model.device)
-    model.generate(
-        input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, min_new_tokens=TOKENS, max_new_tokens=TOKENS
-    )
-    return TOKENS * len(prompts)
+class Naive(LogitsProcessor):
+    """The ARMs as models of their own, one forward each; what a user would write first."""
+
+    def __init__(self, arms: list[torch.nn.Module], alpha: float, mask_BT: torch.Tensor) -> None:
+        self.arms, self.alpha, self.mask_BT = arms, alpha, mask_BT
+        self.caches = [DynamicCache(config=arm.config) for arm in arms]
+
+    def __call__(self, input_ids, scores):
+        fresh = self.caches[0].get_seq_length() == 0
+        if not fresh:
+            self.mask_BT = torch.cat([self.mask_BT, self.mask_BT.new_ones(len(input_ids), 1)], dim=1)
+        given = input_ids if fresh else input_ids[:, -1:]
+        position = (self.mask_BT.cumsum(-1) - 1).clamp_min(0)[:, -given.shape[1] :]
+        total = scores.log_softmax(-1)
+        for arm, cache in zip(self.arms, self.caches, strict=True):
+            out = arm(
+                given, attention_mask=self.mask_BT, position_ids=position, past_key_values=cache, logits_to_keep=1
+            )
+            total += self.alpha * out.logits[:, -1].float().log_softmax(-1)
+        return total
 
 
-def guided(decoder, names, prompts):
-    weights = dict.fromkeys(names, 1 / max(len(names), 1))
-    rows = [Request(prompt, digest([prompt, time.time_ns()]), TOKENS, weights) for prompt in prompts]
-    return sum(len(generation.tokens) for _, generation in decoder.generate(rows))
+class Bench:
+    """One precision: the base, k adapters of it, and each method as a function of (k, prompts)."""
+
+    def __init__(self, dtype: torch.dtype, folders: list[Path], methods: tuple[str, ...] = METHODS) -> None:
+        self.prompter = Prompter.load(BASE, PARAMS.base.template)
+        self.model = load_model(BASE, dtype, DEVICE)
+        adapters = {folder.name: folder for folder in folders}
+        if "naive" in methods:
+            self.merged = [
+                PeftModel.from_pretrained(load_model(BASE, dtype, DEVICE), str(folder)).merge_and_unload().eval()
+                for folder in folders
+            ]
+        if "processor" in methods:
+            self.arms = Backbone(self.model, self.prompter, adapters, name=None)
+        if "ours" in methods:
+            # Rows that end early would make the work of two repetitions differ.
+            self.decoder = GuidedDecoder(Backbone(self.model, self.prompter, adapters), batch_size=64)
+            self.decoder._prompter = _Endless(self.prompter)
+        self.names, self.seed = list(adapters), 0
+
+    def generate(self, prompts: list[str], processor: Callable[..., list[LogitsProcessor]]) -> int:
+        ids, mask = left_pad([self.prompter.prompt_ids(prompt) for prompt in prompts], self.prompter.eos, DEVICE)
+        out = self.model.generate(
+            input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, min_new_tokens=TOKENS, max_new_tokens=TOKENS,
+            logits_processor=processor(mask),
+        )  # fmt: skip
+        return (out.shape[1] - ids.shape[1]) * len(prompts)
+
+    def unguided(self, k: int, prompts: list[str]) -> int:
+        return self.generate(prompts, lambda _: [])
+
+    def naive(self, k: int, prompts: list[str]) -> int:
+        return self.generate(prompts, lambda mask: [Naive(self.merged[:k], 1 / k, mask)])
+
+    def processor(self, k: int, prompts: list[str]) -> int:
+        weights = dict.fromkeys(self.names[:k], 1 / k)
+        return self.generate(prompts, lambda _: [GuidanceProcessor(self.prompter, weights, self.arms)])
+
+    def ours(self, k: int, prompts: list[str]) -> int:
+        self.seed += 1
+        weights = dict.fromkeys(self.names[:k], 1 / k)
+        return self.decode([Request(prompt, weights, max_new_tokens=TOKENS, seed=self.seed) for prompt in prompts])
+
+    def decode(self, requests: list[Request]) -> int:
+        return sum(len(generation.tokens) for _, generation in self.decoder.generate(requests))
+
+
+class _Endless:
+    """A prompter whose end-of-sequence token never comes."""
+
+    def __init__(self, prompter: Prompter) -> None:
+        self.spell, self.eos = prompter.spell, -1
+
+
+def adapters(folder: Path, count: int) -> list[Path]:
+    """Random adapters of the default shape."""
+    arm, made = PARAMS.arm, []
+    for number in range(count):
+        torch.manual_seed(number)
+        targets = arm.targets if arm.targets == "all-linear" else arm.targets.split(",")
+        config = LoraConfig(r=arm.rank, lora_alpha=arm.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")
+        model = get_peft_model(load_model(BASE, torch.float32, DEVICE), config)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.01)
+        made.append(folder / f"arm{number}")
+        model.save_pretrained(str(made[-1]))
+    return made
+
+
+def interleaved(runs: dict[tuple, Callable[[], int]], repetitions: int, title: str) -> dict[tuple, list[float]]:
+    """Seconds per token of every run, repetition by repetition; the first, a warm-up, is not counted."""
+    seconds: dict[tuple, list[float]] = {key: [] for key in runs}
+    for repetition in tqdm(range(repetitions + 1), desc=title, leave=False):
+        for key, run in runs.items():
+            started = time.perf_counter()
+            tokens = run()
+            if repetition:
+                seconds[key].append((time.perf_counter() - started) / tokens)
+    return seconds
+
+
+def line(method: str, k: int, batch: int, dtype: str, own: list[float], floor: list[float], peak: float | None) -> dict:
+    """One row of the table: medians; `ratio_to_unguided` is time per token over the floor's, pair by pair."""
+    ratios = [mine / base for mine, base in zip(own, floor, strict=True)]
+    return {
+        "method": method, "k": k, "batch": batch, "dtype": dtype,
+        "tokens_per_s": round(1 / statistics.median(own), 1),
+        "ratio_to_unguided": round(statistics.median(ratios), 3),
+        "peak_mb": peak, "low": round(min(ratios), 3), "high": round(max(ratios), 3),
+    }  # fmt: skip
+
+
+def peak_mb(method: str, k: int, batch: int, dtype: str, folder: Path) -> float:
+    """Peak memory of a process that does this and nothing else (resident set; on CUDA what torch allocated)."""
+    command = [sys.executable, "-m", "tests.bench_decoding", "--peak", method, str(k), str(batch), dtype, str(folder)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def measure_peak(method: str, k: int, batch: int, dtype: str, folder: str) -> None:
+    names = [Path(folder) / f"arm{number}" for number in range(int(k))]
+    bench = Bench(getattr(torch, dtype), names, (method,))
+    getattr(bench, method)(int(k), PROMPTS[: int(batch)])
+    if DEVICE.type == "cuda":
+        print(torch.cuda.max_memory_allocated() / 1e6)
+        return
+    status = Path("/proc/self/status").read_text()
+    print(next(int(text.split()[1]) for text in status.splitlines() if text.startswith("VmHWM")) * 1024 / 1e6)
+
+
+def sweep(bench: Bench, dtype: str, repetitions: int) -> list[dict]:
+    """The default sweep at once and point by point."""
+    renamed = dict(zip(PARAMS.objectives, bench.names, strict=False))
+    wanted = [
+        (point, Request(
+            request.prompt, {renamed[arm]: alpha for arm, alpha in request.weights.items()}, request.temperature,
+            max_new_tokens=TOKENS,
+        ))
+        for point, request in point_requests(PARAMS, PROMPTS[:SWEEP_PROMPTS])
+    ]  # fmt: skip
+    points = [[request for name, request in wanted if name == point] for point in PARAMS.sweep.points]
+    runs = {
+        ("unguided",): lambda: bench.unguided(0, PROMPTS[:SWEEP_PROMPTS]),
+        ("sweep",): lambda: bench.decode([request for _, request in wanted]),
+        ("by point",): lambda: sum(map(bench.decode, points)),
+    }
+    seconds = interleaved(runs, repetitions, f"sweep {dtype}")
+    return [
+        line(method, len(renamed), SWEEP_PROMPTS, dtype, own, seconds["unguided",], None)
+        for (method,), own in seconds.items()
+        if method != "unguided"
+    ]
+
+
+def precision(folders: dict[str, Path]) -> list[dict]:
+    """What bfloat16 does to the guided law: KL of float32's law from bfloat16's, per step, on the same real texts.
+
+    Also how many of the same rows change when the batch around them does.
+    """
+    made, laws = {}, {}
+    points = {f"{point}": value for point, value in PARAMS.sweep.points.items()}
+    for name in ("float32", "bfloat16"):
+        decoder = GuidedDecoder.load(BASE, folders, PARAMS.base.template, name, PARAMS.decoding.device)
+        requests = [request for _, request in point_requests(PARAMS, PROMPTS[:8])]
+        rows = dict(decoder.generate(requests))
+        decoder._batch_size = 7
+        few = dict(decoder.generate(requests))
+        made[name] = sum(rows[index].tokens != few[index].tokens for index in rows)
+        texts = texts if laws else [rows[index].tokens for index in range(len(requests))]  # noqa: F821 (float32's)
+        laws[name] = forced(decoder, requests, texts)
+    lines, names = [], list(points) * 8
+    for point in points:
+        own = [index for index, name in enumerate(names) if name == point]
+        kl = torch.cat([kl_divergence(laws["float32"][index], laws["bfloat16"][index]) for index in own])
+        lines.append({"point": point, "steps": len(kl), "mean_kl": round(kl.mean().item(), 5),
+                      "p99_kl": round(kl.quantile(0.99).item(), 5)})  # fmt: skip
+    steps = sum(row["steps"] for row in lines)
+    mean = sum(row["mean_kl"] * row["steps"] for row in lines) / steps
+    lines.append({"point": "all", "steps": steps, "mean_kl": round(mean, 5), "p99_kl": None})
+    for row in lines:
+        row |= {"rows": len(names), "changed_float32": made["float32"], "changed_bfloat16": made["bfloat16"]}
+    return lines
+
+
+def forced(decoder: GuidedDecoder, requests: list[Request], texts: list[list[int]]) -> list[torch.Tensor]:
+    """The guided law at every token of given texts, row by row: list of logps_TV."""
+    found = []
+    for request, tokens in zip(requests, texts, strict=True):
+        laws: list[torch.Tensor] = []
+        given, law = iter(tokens), batches.guided_logps
+        batches.guided_logps = lambda *args, laws=laws, law=law: laws.append(law(*args)) or laws[-1].clone()
+        batches.draw = lambda logps, _, given=given: torch.tensor([next(given)], device=logps.device)
+        try:
+            list(decoder.generate([request]))
+        finally:
+            batches.guided_logps, batches.draw = guided_logps, draw
+        found.append(torch.cat(laws))
+    return found
+
+
+def save(name: str, lines: list[dict]) -> pd.DataFrame:
+    table = pd.DataFrame(lines)
+    with replacing(OUT / name) as stream:
+        table.to_csv(stream, index=False)
+    return table
 
 
 def main() -> None:
-    params, workspace = load_params(), Workspace()
-    device = resolve_device(params.decoding.device)
-    dtype = resolve_dtype(params.base.dtype, device)
-    model = load_model(workspace.models / "base", dtype, device)
-    prompter = Prompter.load(workspace.models / "base", params.base.template)
-    arms = {name: workspace.adapter(name) for name in params.objectives}
-    decoder = GuidedDecoder(model, prompter, arms)
-    prompts = [row["prompt"] for _, row in read_jsonl(workspace.results / "prepare" / "prompts.jsonl")]
-    lines = []
-    for batch in (1, 8, 32):
-        chosen = prompts[:batch]
-        runs = {("unguided generate", 0): lambda: unguided(model, prompter, chosen)}  # noqa: B023 (called at once)
-        for k in range(len(arms) + 1):
-            runs["guided", k] = lambda names=list(arms)[:k]: guided(decoder, names, chosen)  # noqa: B023
-        rates: dict[tuple[str, int], list[float]] = {key: [] for key in runs}
-        for repetition in range(REPETITIONS + 1):
-            for key, run in runs.items():
-                started = time.perf_counter()
-                tokens = run()
-                if repetition:  # the first is a warm-up
-                    rates[key].append(tokens / (time.perf_counter() - started))
-        floor = rates["unguided generate", 0]
-        for (method, k), found in rates.items():
-            ratio = statistics.median(rate / base for rate, base in zip(found, floor, strict=True))
-            lines.append(
-                {
-                    "method": method,
-                    "k": k,
-                    "batch": batch,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "tokens_per_s": round(statistics.median(found), 1),
-                    "ratio_to_unguided": round(ratio, 3),
-                    "low": round(min(found), 1),
-                    "high": round(max(found), 1),
-                }
-            )
-    table = pd.DataFrame(lines)
-    with replacing(Path("results/bench/decoding.csv")) as stream:
-        table.to_csv(stream, index=False)
-    Console().print(table.to_string(index=False))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--peak", nargs=5)
+    options = parser.parse_args()
+    if options.peak:
+        measure_peak(*options.peak)
+        return
+    repetitions, batches, counts = (1, (1,), (2,)) if options.quick else (REPETITIONS, (1, 8, 32), (1, 2, 3))
+    fast = resolve_dtype("auto", DEVICE)
+    dtypes = [torch.float32] if fast == torch.float32 else [torch.float32, fast]
+    lines: list[dict] = []
+    with tempfile.TemporaryDirectory() as folder:
+        folders = adapters(Path(folder), max(counts))
+        for dtype in dtypes:
+            name, bench = str(dtype).removeprefix("torch."), Bench(dtype, folders)
+            for batch in batches:
+                runs: dict[tuple, Callable[[], int]] = {}
+                for method, k in [("unguided", 0), *((method, k) for k in counts for method in METHODS[1:])]:
+                    runs[method, k] = lambda method=method, k=k: getattr(bench, method)(k, PROMPTS[:batch])  # noqa: B023
+                seconds = interleaved(runs, repetitions, f"{name}, batch {batch}")
+                for (method, k), own in seconds.items():
+                    peak = round(peak_mb(method, k, batch, name, Path(folder))) if k in (0, PEAK_K) else None
+                    lines.append(line(method, k, batch, name, own, seconds["unguided", 0], peak))
+                    save("decoding.csv", lines)
+            if dtype == fast:
+                lines += sweep(bench, name, repetitions)
+            table = save("decoding.csv", lines)
+    console = Console(width=120)
+    console.print(table.to_string(index=False))
+    arms = {name: Workspace().adapter(name) for name in PARAMS.objectives}
+    if not options.quick and len(dtypes) > 1 and all(arm.exists() for arm in arms.values()):
+        console.print(save("precision.csv", precision(arms)).to_string(index=False))
+    cpu = next((text.split(":")[1].strip() for text in Path("/proc/cpuinfo").read_text().splitlines()
+                if text.startswith("model name")), platform.processor())  # fmt: skip
+    machine = {"cpu": cpu, "cores": os.cpu_count(), "device": str(DEVICE), "torch": torch.__version__,
+               "load_1min": round(os.getloadavg()[0], 2), "repetitions": repetitions, "new_tokens": TOKENS}  # fmt: skip
+    write_json(OUT / "machine.json", machine)
+    console.print_json(json.dumps(machine))
 
 
 if __name__ == "__main__":

@@ -132,7 +132,9 @@ def test_an_unknown_key_below_an_objective_called_like_a_field(name):
         ("objectives.positivity.tie=-1.0", "objectives.positivity.tie is -1.0"),
         ("data.label_noise=0.5", "data.label_noise is 0.5"),
         ("data.sampling.responses_per_prompt=1", "data.sampling.responses_per_prompt is 1"),
-        ("decoding.temperature=0.0", "decoding.temperature is 0.0"),
+        ("decoding.temperature=-0.1", "decoding.temperature is -0.1"),
+        ("decoding.top_p=0.0", "decoding.top_p is 0.0"),
+        ("decoding.min_p=1.0", "decoding.min_p is 1.0"),
         ("sweep.points.base.temperature=cold", "sweep.points.base.temperature is 'cold'"),
         ("sweep.points.p100_c000.weights.positivity=-1.0", "sweep.points.p100_c000.weights.positivity is -1.0"),
         ("judge.confidence=1.0", "judge.confidence is 1.0"),
@@ -277,7 +279,8 @@ def test_dvc_stages_list_only_known_sections_and_never_tracking():
 def test_a_dvc_stage_lists_every_section_that_its_script_reads(stage):
     script = (ROOT / f"pipeline/stages/{stage}.py").read_text(encoding="utf-8")
     read = set(re.findall(r"\bparams\.([a-z]+)", script)) - {"yaml", "tracking"}
-    if stage == "generate":
-        read -= {"objectives"}  # only their names, and those that have a say are in the sweep
+    if stage == "generate":  # its sampling is in the library; of objectives, those that have a say are in the sweep
+        library = (ROOT / "pipeline/generation.py").read_text(encoding="utf-8")
+        read = (read | set(re.findall(r"\bparams\.([a-z]+)", library))) - {"objectives"}
     assert read
     assert read <= sections_of(stage)

@@ -3,10 +3,9 @@ import json
 
 import pytest
 
-from pipeline import generation
+from pipeline import decoder, generation
 from pipeline.config import Point
-from pipeline.decoder import GuidedDecoder
-from pipeline.store import digest
+from pipeline.decoder import GuidedDecoder, Request
 
 PROMPTS = ["Describe a rainy Monday.", "Why?", "Tell me about tea."]
 
@@ -21,40 +20,41 @@ def sweep(smoke_params):
 
 
 def rows_of(params, tiny, arms, store):
-    wanted = [request for _, _, request in generation.point_requests(params, PROMPTS)]
+    wanted = [request for _, request in generation.point_requests(params, PROMPTS)]
     return generation.generate_stored(wanted, params, arms, tiny, store, "test")
 
 
 def test_an_interrupted_run_goes_on_and_equals_an_uninterrupted_one(sweep, tiny, arms, tmp_path, monkeypatch):
+    monkeypatch.setattr(decoder, "_ROUNDS", 1)  # chunks of two rows
     whole = rows_of(sweep, tiny, arms, tmp_path / "whole.jsonl")
-    generate, batches = GuidedDecoder.generate, []
+    generate, asked = GuidedDecoder.generate, []
 
-    def dying(self, requests):
-        batches.append(len(requests))
-        for count, found in enumerate(generate(self, requests)):
-            if len(batches) == 3 and count == 1:
+    def dying(self, requests, progress=None):
+        for count, found in enumerate(generate(self, requests, progress)):
+            if count == 5:
                 raise KeyboardInterrupt
             yield found
 
     monkeypatch.setattr(GuidedDecoder, "generate", dying)
     with pytest.raises(KeyboardInterrupt):
         rows_of(sweep, tiny, arms, tmp_path / "store.jsonl")
+    readable = [json.loads(line)["row"] for line in (tmp_path / "store.jsonl").read_text().splitlines()]
+    assert len(readable) == 4 and all(row in whole for row in readable)
     with (tmp_path / "store.jsonl").open("a") as stream:
         stream.write('{"digest": "torn')
-    counted = []
 
-    def counting(self, requests):
-        counted.extend(requests)
-        return generate(self, requests)
+    def counting(self, requests, progress=None):
+        asked.extend(requests)
+        return generate(self, requests, progress)
 
     monkeypatch.setattr(GuidedDecoder, "generate", counting)
     assert rows_of(sweep, tiny, arms, tmp_path / "store.jsonl") == whole
-    assert len(counted) == len(whole) - batches[0] - batches[1]
+    assert len(asked) == len(whole) - 4
 
 
 def test_finished_rows_load_no_model(sweep, tiny, arms, tmp_path, monkeypatch):
     whole = rows_of(sweep, tiny, arms, tmp_path / "store.jsonl")
-    monkeypatch.setattr(generation, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(decoder, "load_model", lambda *_: pytest.fail("the model was loaded"))
     assert rows_of(sweep, tiny, arms, tmp_path / "store.jsonl") == whole
 
 
@@ -91,10 +91,20 @@ def test_rows_carry_what_an_evaluation_needs(sweep, tiny, arms, tmp_path):
 
 
 def test_the_stream_is_of_seed_prompt_and_point():
-    keys = [
-        generation.stream_key(0, "a", {}, 1.0, 0), generation.stream_key(1, "a", {}, 1.0, 0),
-        generation.stream_key(0, "b", {}, 1.0, 0), generation.stream_key(0, "a", {"x": 1.0}, 1.0, 0),
-        generation.stream_key(0, "a", {}, 0.5, 0), generation.stream_key(0, "a", {}, 1.0, 1),
+    plain = Request("a")
+    others = [
+        Request("a", seed=1), Request("b"), Request("a", {"x": 1.0}), Request("a", temperature=0.5),
+        Request("a", sample=1),
     ]  # fmt: skip
-    assert len(set(keys)) == len(keys)
-    assert generation.stream_key(0, "a", {"x": 0.0}, 1.0, 0) == keys[0] != digest("a")
+    assert len({request.stream for request in (plain, *others)}) == 6
+    assert Request("a", {"x": 0.0}, max_new_tokens=7, top_k=3).stream == plain.stream
+
+
+@pytest.mark.parametrize(
+    "change", [{"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.5}, {"stop": ("e",)}, {"temperature": 0.0}]
+)
+def test_rows_sampled_otherwise_are_other_rows(sweep, tiny, arms, tmp_path, capsys, change):
+    before = rows_of(sweep, tiny, arms, tmp_path / "store.jsonl")
+    changed = dataclasses.replace(sweep, decoding=dataclasses.replace(sweep.decoding, **change))
+    assert rows_of(changed, tiny, arms, tmp_path / "store.jsonl") != before
+    assert capsys.readouterr().out.count(": 0 of 9 rows") == 2

@@ -13,17 +13,14 @@ def run(params: Params, workspace: Workspace, prompts: Path | None = None) -> No
     prompts = prompts or workspace.results / "prepare" / "prompts.jsonl"
     wanted = list(generation.point_requests(params, [row["prompt"] for _, row in read_jsonl(prompts)]))
     rows = generation.generate_stored(
-        [request for _, _, request in wanted],
+        [request for _, request in wanted],
         params,
         {name: workspace.adapter(name) for name in params.objectives},
         workspace.models / "base",
         workspace.scratch / "store" / "generate.jsonl",
         "generate",
     )
-    labelled = (
-        {"point": point, "sample": sample, "seed": params.seed, **row}
-        for (point, sample, _), row in zip(wanted, rows, strict=True)
-    )
+    labelled = ({"point": point, **row} for (point, _), row in zip(wanted, rows, strict=True))
     write_jsonl(workspace.results / "generate" / "rows.jsonl", labelled)
 
 

@@ -42,9 +42,10 @@ def sample(
     wanted = {
         (prompt["id"], number): Request(
             prompt["prompt"],
-            stream=generation.stream_key(params.seed, prompt["prompt"], {}, sampling.temperature, number),
-            max_new_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
+            max_new_tokens=sampling.max_new_tokens,
+            seed=params.seed,
+            sample=number,
         )
         for prompt in prompts
         for number in range(sampling.responses_per_prompt)

@@ -1,0 +1,191 @@
+"""The rows being generated: a step of the guided law for all of them, and what is summed over their tokens.
+
+Shapes: B rows, V vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pipeline.config import UserError
+from pipeline.guidance import cut, draw, guided_logps, kl_divergence, random_stream, truncate
+from pipeline.lanes import BASE, Backbone
+from pipeline.models import Prompter
+from pipeline.store import digest
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row to generate: a prompt at a point, and how to sample."""
+
+    prompt: str
+    weights: Mapping[str, float] = field(default_factory=dict)  # α per ARM; ARMs left out have no say
+    temperature: float = 1.0  # divides the guided sum; 0 is greedy
+    top_k: int = 0  # 0: all tokens
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_new_tokens: int = 128
+    stop: tuple[str, ...] = ()  # texts that end a response; they and what follows are left out of it
+    seed: int = 0
+    sample: int = 0  # which of the prompt's responses at this point
+
+    @property
+    def arms(self) -> dict[str, float]:
+        """The ARMs that have a say: an ARM at α = 0 is never run."""
+        return {name: alpha for name, alpha in self.weights.items() if alpha != 0.0}
+
+    @property
+    def stream(self) -> str:
+        """The key of the row's own random stream: seed, prompt and point, 32 hex digits."""
+        return digest([self.seed, self.prompt, self.arms, self.temperature, self.sample])
+
+
+@dataclass
+class Row:
+    """A request on its way."""
+
+    index: int
+    request: Request
+    prompts: tuple[tuple[int, ...], ...]  # token ids per backbone: each has its own template
+    tokens: list[int] = field(default_factory=list)
+    ended: bool = False
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The prompt as the base reads it."""
+        return self.prompts[0]
+
+    @cached_property
+    def uniforms(self) -> list[float]:
+        """The numbers that draw its tokens."""
+        return random_stream(self.request.stream, self.request.max_new_tokens).tolist()
+
+    @cached_property
+    def window(self) -> int:
+        """How many of the last tokens hold any stop text that has just been completed: a token is a byte at least."""
+        return 2 * max(len(text.encode()) for text in self.request.stop) + 8
+
+
+class Batch:
+    """The rows being generated, with what has been summed over their tokens."""
+
+    def __init__(
+        self,
+        backbones: Sequence[Backbone],
+        arms: Sequence[str],
+        prompter: Prompter,
+        vocab_size: int,
+        device: torch.device,
+    ) -> None:
+        self.rows: list[Row] = []
+        self._backbones, self._arms, self._prompter = backbones, arms, prompter
+        self._vocab_size, self._device = vocab_size, device
+        self._last_B = torch.zeros(0, dtype=torch.long, device=device)
+        self._sums_B3 = torch.zeros(0, 3, dtype=torch.float64, device=device)
+
+    @property
+    def alive(self) -> int:
+        """Rows that go on."""
+        return sum(not row.ended for row in self.rows)
+
+    def seat(self, newcomers: Sequence[Row]) -> None:
+        """Let ended rows go and add new ones behind those that stay."""
+        kept = [place for place, row in enumerate(self.rows) if not row.ended]
+        for number, backbone in enumerate(self._backbones):
+            prompts = sorted({row.prompts[number] for row in newcomers})
+            served = [(prompts.index(row.prompts[number]), {BASE, *row.request.arms}) for row in newcomers]
+            backbone.seat(kept, prompts, served)
+        kept_b = torch.tensor(kept, dtype=torch.long, device=self._device)
+        self._last_B = torch.cat([self._last_B[kept_b], self._last_B.new_zeros(len(newcomers))])
+        self._sums_B3 = torch.cat([self._sums_B3[kept_b], self._sums_B3.new_zeros(len(newcomers), 3)])
+        self.rows = [*(self.rows[place] for place in kept), *newcomers]
+        asked = [row.request for row in self.rows]
+        self._alpha = {arm: self._tensor([request.arms.get(arm, 0.0) for request in asked]) for arm in self._arms}
+        # A greedy row takes the likeliest token of the law at temperature 1, which is the likeliest at any.
+        self._temperature_B = self._tensor([request.temperature or 1.0 for request in asked])
+        self._top_k_B = torch.tensor(
+            [request.top_k if request.temperature else 1 for request in asked], device=self._device
+        )
+        self._top_p_B = self._tensor([request.top_p for request in asked])
+        self._min_p_B = self._tensor([request.min_p for request in asked])
+        cutting_B = (self._top_k_B > 0) | (self._top_p_B < 1) | (self._min_p_B > 0)
+        self._cutting = cutting_B.nonzero()[:, 0] if bool(cutting_B.any()) else None
+
+    def _tensor(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self._device)
+
+    def step(self) -> list[tuple[Row, str, tuple[float, float, float]]]:
+        """Draw one token per row; return the rows that ended, why, and their sums."""
+        for backbone in self._backbones:
+            if backbone.rows:
+                backbone.step(self._last_B)
+        base_BV, arms = self._logits()
+        logps_BV = guided_logps(base_BV, arms, self._temperature_B)
+        if self._cutting is not None:
+            at = self._cutting
+            logps_BV[at] = truncate(logps_BV[at], self._top_k_B[at], self._top_p_B[at], self._min_p_B[at])
+        places = [min(len(row.tokens), row.request.max_new_tokens - 1) for row in self.rows]
+        uniforms = [row.uniforms[place] for row, place in zip(self.rows, places, strict=True)]
+        tokens_B = draw(logps_BV, torch.tensor(uniforms, dtype=torch.float64, device=self._device))
+        base_logps_BV = torch.log_softmax(base_BV, dim=-1)
+        drawn_B1 = tokens_B[:, None]
+        new_B3 = torch.stack(
+            [
+                logps_BV.gather(1, drawn_B1)[:, 0],
+                base_logps_BV.gather(1, drawn_B1)[:, 0],
+                kl_divergence(logps_BV, base_logps_BV),
+            ],
+            dim=1,
+        )
+        if not bool(new_B3.isfinite().all()):
+            self._blame(base_BV, arms)
+        self._sums_B3 += new_B3
+        self._last_B = tokens_B
+        return self._ended(tokens_B.tolist())
+
+    def _logits(self) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+        arms = []
+        for backbone in self._backbones:
+            for lane, rows_b in backbone.rows.items():
+                if lane != BASE:
+                    arms.append((rows_b, self._alpha[lane][rows_b], cut(backbone.logits(lane), self._vocab_size)))
+        return cut(self._backbones[0].logits(BASE), self._vocab_size), arms
+
+    def _ended(self, tokens: list[int]) -> list[tuple[Row, str, tuple[float, float, float]]]:
+        ended = []
+        for place, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
+            if row.ended:
+                continue
+            row.tokens.append(token)
+            if finish := self._finish(row):
+                row.ended = True
+                ended.append((row, finish, tuple(self._sums_B3[place].tolist())))
+        return ended
+
+    def _finish(self, row: Row) -> str | None:
+        if row.tokens[-1] == self._prompter.eos:
+            return "eos"
+        if row.request.stop:
+            tail = self._prompter.spell(row.tokens[-row.window :])
+            if any(text in tail for text in row.request.stop):
+                return "stop"
+        return "length" if len(row.tokens) >= row.request.max_new_tokens else None
+
+    def _blame(self, base_BV: Tensor, arms: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Say which model gave logits that are not finite, and at which row."""
+        everywhere = torch.arange(len(self.rows), device=self._device)
+        names = [lane for backbone in self._backbones for lane in backbone.rows if lane != BASE]
+        for name, rows_b, logits_bV in [
+            (BASE, everywhere, base_BV),
+            *((name, rows_b, logits_bV) for name, (rows_b, _, logits_bV) in zip(names, arms, strict=True)),
+        ]:
+            for row in rows_b[~logits_bV.isfinite().all(-1)].tolist():
+                at = self.rows[row]
+                raise UserError(
+                    f"{name} gave logits that are not finite at token {len(at.tokens) + 1} of the response to "
+                    f"{at.request.prompt[:60]!r}: set base.dtype=float32, or check that model's weights."
+                )
+        raise UserError("the guided sum is not finite although every model's logits are: lower the weights.")

@@ -1,0 +1,89 @@
+"""Guided decoding inside `model.generate` of transformers.
+
+Shapes: B rows, T tokens so far, V entries of the base's head.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from pipeline.config import UserError
+from pipeline.guidance import cut, guided_logps
+from pipeline.lanes import BASE, Backbone, common_vocabulary
+from pipeline.models import Prompter
+
+
+class GuidanceProcessor(LogitsProcessor):
+    """Adds the ARMs' say to the base's scores: log π_base + Σ_i α_i log π_r,i − log Z (GenARM, guided decoding).
+
+        arms = Backbone(model, prompter, {"positivity": Path("models/arms/positivity")}, name=None)
+        guidance = GuidanceProcessor(prompter, {"positivity": 1.0}, arms)
+        model.generate(**inputs, do_sample=True, logits_processor=[guidance])
+
+    Temperature, top-k, top-p and min-p of `generate` come after it and act on the guided law. It keeps the ARMs' caches
+    from token to token, and starts anew when another prompt comes. Rows may be padded on the left and repeated
+    (`num_return_sequences`). ARMs read the prompt as the base does; one with a template of its own needs
+    `GuidedDecoder`, which is also the faster of the two: here base and ARMs are two forwards.
+
+    Args:
+        prompter: the base's.
+        weights: α of each ARM.
+        backbones: what the ARMs run on; the base itself with `name=None` for adapters of the base.
+
+    Raises:
+        UserError: an ARM is on no backbone or has another tokenizer; in `generate`, beam search.
+    """
+
+    def __init__(self, prompter: Prompter, weights: Mapping[str, float], *backbones: Backbone) -> None:
+        lanes = [lane for backbone in backbones for lane in backbone.lanes]
+        for name in weights:
+            if name not in lanes or name == BASE:
+                raise UserError(f"weights name {name}, but the ARMs are {', '.join(lanes) or 'none'}.")
+        self._weights = {name: alpha for name, alpha in weights.items() if alpha != 0.0}
+        self._backbones = [backbone for backbone in backbones if self._weights.keys() & set(backbone.lanes)]
+        self._vocab_size = common_vocabulary(prompter, *self._backbones)
+        self._pad, self._bos = prompter.tokenizer.pad_token_id, prompter.tokenizer.bos_token_id
+        self._seen_BT: Tensor | None = None
+
+    @torch.inference_mode()
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The guided log-probabilities at temperature 1, −inf beyond the vocabulary: scores_BV."""
+        if not self._continues(input_ids):
+            self._begin(input_ids)
+        self._seen_BT = input_ids.clone()
+        arms = []
+        for backbone in self._backbones:
+            backbone.step(input_ids[:, -1].to(backbone.device))
+            for lane, rows_b in backbone.rows.items():
+                logits_bV = cut(backbone.logits(lane), self._vocab_size).to(scores.device)
+                alpha_b = torch.full((len(rows_b),), self._weights[lane], device=scores.device)
+                arms.append((rows_b.to(scores.device), alpha_b, logits_bV))
+        logps = guided_logps(cut(scores, self._vocab_size), arms, torch.ones(len(scores), device=scores.device))
+        return F.pad(logps, (0, scores.shape[-1] - self._vocab_size), value=-torch.inf)
+
+    def _continues(self, ids_BT: Tensor) -> bool:
+        """Whether these rows are those of the last call, one token longer."""
+        seen = self._seen_BT
+        if seen is None or ids_BT.shape != (len(seen), seen.shape[1] + 1) or ids_BT.device != seen.device:
+            return False
+        before = ids_BT[:, :-1]
+        if torch.equal(before, seen):
+            return True
+        if {tuple(row) for row in before.tolist()} <= {tuple(row) for row in seen.tolist()}:
+            raise UserError("beam search moves rows, which guidance cannot follow: generate with num_beams=1.")
+        return False
+
+    def _begin(self, ids_BT: Tensor) -> None:
+        rows = []
+        for row in ids_BT.tolist():
+            start = next((place for place, token in enumerate(row) if token != self._pad), len(row) - 1)
+            if start and self._pad == self._bos:  # the last of them begins the prompt
+                start -= 1
+            rows.append(row[start:])
+        prompts = [list(prompt) for prompt in sorted(set(map(tuple, rows)))]
+        for backbone in self._backbones:
+            backbone.clear()
+            backbone.seat([], prompts, [(prompts.index(row), self._weights.keys()) for row in rows])
