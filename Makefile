@@ -27,7 +27,7 @@ repro: install  ## the main job: data, two ARMs, the sweep, the front, the repor
 	dvc repro
 
 test: install  ## all tests, offline
-	python -m pytest
+	python -m pytest -n auto --dist loadfile
 
 params: install  ## compose conf/ into params.yaml (ARGS="data=jsonl data.path=mine.jsonl" to override)
 	python -m pipeline.sweep --cfg job --resolve $(ARGS) > .params.partial && mv .params.partial params.yaml

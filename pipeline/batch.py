@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import UserError
-from pipeline.guidance import cut, draw, guided_logps, kl_divergence, random_stream, truncate
+from pipeline.guidance import cut, draw, guided_logps, kl_divergence, normalised, random_stream, truncate
 from pipeline.lanes import BASE, Backbone
 from pipeline.models import Prompter
 from pipeline.store import digest
@@ -130,7 +130,7 @@ class Batch:
         places = [min(len(row.tokens), row.request.max_new_tokens - 1) for row in self.rows]
         uniforms = [row.uniforms[place] for row, place in zip(self.rows, places, strict=True)]
         tokens_B = draw(logps_BV, torch.tensor(uniforms, dtype=torch.float64, device=self._device))
-        base_logps_BV = torch.log_softmax(base_BV, dim=-1)
+        base_logps_BV = normalised(base_BV)
         drawn_B1 = tokens_B[:, None]
         new_B3 = torch.stack(
             [

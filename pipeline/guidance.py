@@ -16,13 +16,17 @@ _LOWEST = -1e30  # stands for log 0 where a probability of 0 multiplies it
 
 
 def cut(logits_BV: Tensor, vocab_size: int) -> Tensor:
-    """Logits over the tokenizer's vocabulary, in float32 (float64 stays).
+    """Logits over the tokenizer's vocabulary.
 
     Cutting comes before any normalising: an embedding may be padded, or have grown by a pad token, and such entries
     take no mass.
     """
-    logits = logits_BV[..., :vocab_size]
-    return logits if logits.dtype == torch.float64 else logits.float()
+    return logits_BV[..., :vocab_size]
+
+
+def normalised(logits_BV: Tensor) -> Tensor:
+    """Log-probabilities in float32, or float64 if the logits are: logps_BV."""
+    return torch.log_softmax(logits_BV, dim=-1, dtype=torch.promote_types(logits_BV.dtype, torch.float32))
 
 
 def guided_logps(base_BV: Tensor, arms: Iterable[tuple[Tensor, Tensor, Tensor]], temperature_B: Tensor) -> Tensor:
@@ -30,12 +34,13 @@ def guided_logps(base_BV: Tensor, arms: Iterable[tuple[Tensor, Tensor, Tensor]],
 
     `arms` holds, per ARM, the rows it guides, its α at those rows, and its values there. Cut logits serve as well as
     log-probabilities, for base and ARMs: what normalises each is one constant per row, and log Z takes it up. The
-    temperature divides the whole sum, once; nothing is normalised by 1 + Σα.
+    temperature divides the whole sum, once; nothing is normalised by 1 + Σα. Sums are formed in the precision of
+    `temperature_B` at least.
     """
-    total_BV = base_BV.clone()
+    total_BV = base_BV / temperature_B[:, None]
     for rows_b, alpha_b, arm_bV in arms:
-        total_BV.index_add_(0, rows_b, arm_bV * alpha_b[:, None])
-    return torch.log_softmax(total_BV.div_(temperature_B[:, None]), dim=-1)
+        total_BV.index_add_(0, rows_b, arm_bV * (alpha_b / temperature_B[rows_b])[:, None])
+    return torch.log_softmax(total_BV, dim=-1)
 
 
 def truncate(logps_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor) -> Tensor:
@@ -61,7 +66,7 @@ def truncate(logps_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor
 
 def kl_divergence(logps_BV: Tensor, reference_logps_BV: Tensor) -> Tensor:
     """KL(π ‖ π_ref) of each row's next-token law, in nats: kl_B. A token that π never draws adds nothing."""
-    return (logps_BV.exp() * (logps_BV - reference_logps_BV).clamp_min_(_LOWEST)).sum(-1)
+    return torch.linalg.vecdot(logps_BV.exp(), (logps_BV - reference_logps_BV).clamp_min_(_LOWEST))
 
 
 def random_stream(key: str, length: int) -> np.ndarray:

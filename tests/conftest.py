@@ -3,6 +3,7 @@
 import os
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}
+os.environ["OMP_NUM_THREADS"] = "1"  # threads only wait for each other on models this small; tests run side by side
 
 import dataclasses
 from collections.abc import Callable

@@ -10,7 +10,7 @@ from scipy.special import log_softmax, logsumexp
 from scipy.stats import chisquare, kstest
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from pipeline.guidance import cut, draw, guided_logps, kl_divergence, random_stream, truncate
+from pipeline.guidance import cut, draw, guided_logps, kl_divergence, normalised, random_stream, truncate
 from pipeline.losses import arm_loss
 from pipeline.store import digest
 
@@ -26,15 +26,6 @@ ALL = torch.arange(3)
 ONE = torch.ones(3, dtype=torch.float64)
 LAST = 0.9999999999999999
 EXTREMES = torch.tensor([0.0, LAST], dtype=torch.float64)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only wait for each other on tensors this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def logps(values):
@@ -59,10 +50,15 @@ def test_padding_beyond_the_vocabulary_takes_no_mass(logits, padding, pads):
     ("given_dtype", "dtype"),
     [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
 )
-def test_cut_logits_are_at_least_float32(given_dtype, dtype):
+def test_laws_are_at_least_float32(given_dtype, dtype):
     logits = torch.tensor([[1.0, 2.0, 50.0]], dtype=given_dtype)
-    assert cut(logits, 2).dtype == dtype
-    assert cut(logits, 2).tolist() == [[1.0, 2.0]]
+    heat = torch.ones(1, dtype=dtype)
+    arm = (torch.tensor([0]), 0.3 * heat, logits[:, :2] / 3)
+    wanted = torch.log_softmax(logits[:, :2].double() + 0.3 * (logits[:, :2] / 3).double(), -1)
+    for found in (normalised(cut(logits, 2)), guided_logps(cut(logits, 2), [arm], heat)):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.exp().sum(-1), heat)
+    assert torch.allclose(guided_logps(cut(logits, 2), [arm], heat).double(), wanted, atol=1e-6)
     assert logits.tolist() == [[1.0, 2.0, 50.0]]
 
 
