@@ -106,7 +106,7 @@ class Backbone:
     def clear(self) -> None:
         """Let all rows go, and the memory of their caches."""
         self.rows: dict[str, Tensor] = {}  # per lane, the rows it serves, ascending
-        self._places: dict[str, list[int]] = {}  # the same, on the host
+        self._seated: list[tuple[str, int]] = []  # lane and row of every block row, lane by lane
         self._cache = Cache(layer_class_to_replicate=_RoomyLayer)
         self._length_L = torch.zeros(0, dtype=torch.long, device=self.device)  # tokens read so far
         self._blocks: list[Block] = []
@@ -125,47 +125,42 @@ class Backbone:
             prompts: token ids, at least one each.
             newcomers: per new row, its place in `prompts` and the lanes that serve it (others' lanes are ignored).
         """
-        number = {row: new for new, row in enumerate(kept)}
-        pairs = [  # what to read: a prompt by a lane
-            (lane, prompt)
-            for lane in self.lanes
-            for prompt in sorted({prompt for prompt, lanes in newcomers if lane in lanes})
+        number, rank = {row: new for new, row in enumerate(kept)}, {lane: at for at, lane in enumerate(self.lanes)}
+        read = sorted({(rank[lane], prompt) for prompt, lanes in newcomers for lane in self.lanes if lane in lanes})
+        # The block rows to be, lane by lane: lane, row, and either the place it has now or the prompt it begins with.
+        seated = sorted(
+            [(rank[lane], number[row], place, -1) for place, (lane, row) in enumerate(self._seated) if row in number]
+            + [
+                (rank[lane], len(kept) + row, -1, prompt)
+                for row, (prompt, lanes) in enumerate(newcomers)
+                for lane in self.lanes
+                if lane in lanes
+            ]
+        )
+        fresh, fresh_length = self._read(
+            [self.lanes[at] for at, _ in read], [prompts[prompt][:-1] for _, prompt in read]
+        )
+        spots = [
+            self._index([spot for spot, (_, _, place, _) in enumerate(seated) if place >= 0]),
+            self._index([spot for spot, (_, _, _, prompt) in enumerate(seated) if prompt >= 0]),
         ]
-        read = {pair: place for place, pair in enumerate(pairs)}
-        old_taken: list[int] = []
-        new_taken: list[int] = []
-        old_places: list[int] = []
-        new_places: list[int] = []
-        waiting: list[int] = []
-        places: dict[str, list[int]] = {}
-        blocks: list[Block] = []
-        start = 0
-        for lane in self.lanes:
-            staying = [(place, row) for place, row in enumerate(self._places.get(lane, [])) if row in number]
-            coming = [(row, prompt) for row, (prompt, lanes) in enumerate(newcomers) if lane in lanes]
-            first_old = sum(len(self._places.get(other, [])) for other in self.lanes[: self.lanes.index(lane)])
-            old_taken += [first_old + place for place, _ in staying]
-            new_taken += [read[lane, prompt] for _, prompt in coming]
-            old_places += range(start, start + len(staying))
-            new_places += range(start + len(staying), start + len(staying) + len(coming))
-            waiting += [-1] * len(staying) + [prompts[prompt][-1] for _, prompt in coming]
-            places[lane] = [number[row] for _, row in staying] + [len(kept) + row for row, _ in coming]
-            blocks.append((lane, start, start + len(places[lane])))
-            start += len(places[lane])
-        fresh, fresh_length = self._read([lane for lane, _ in pairs], [prompts[prompt][:-1] for _, prompt in pairs])
-        taken = [self._index(old_taken), self._index(new_taken)]
-        spots = [self._index(old_places), self._index(new_places)]
+        taken = [
+            self._index([place for _, _, place, _ in seated if place >= 0]),
+            self._index([read.index((at, prompt)) for at, _, _, prompt in seated if prompt >= 0]),
+        ]
         lengths = [self._length_L[taken[0]], fresh_length[taken[1]]]
-        self._length_L = torch.zeros(start, dtype=torch.long, device=self.device)
+        self._length_L = torch.zeros(len(seated), dtype=torch.long, device=self.device)
         for spot, length in zip(spots, lengths, strict=True):
             self._length_L[spot] = length
-        self._merge([self._cache, fresh], taken, spots, start)
-        first_L = self._index(waiting)
-        self._waiting_L = first_L if new_places else None
-        self._places = places
-        self.rows = {lane: self._index(found) for lane, found in places.items() if found}
-        self._blocks = blocks
-        self._adapted.serve(blocks)
+        self._merge([self._cache, fresh], taken, spots, len(seated))
+        first_L = self._index([prompts[prompt][-1] if prompt >= 0 else -1 for _, _, _, prompt in seated])
+        self._waiting_L = first_L if newcomers else None
+        self._seated = [(self.lanes[at], row) for at, row, _, _ in seated]
+        self._blocks = _blocks([lane for lane, _ in self._seated])
+        self.rows = {
+            lane: self._index([row for _, row in self._seated[first:last]]) for lane, first, last in self._blocks
+        }
+        self._adapted.serve(self._blocks)
 
     def step(self, tokens_B: Tensor) -> None:
         """Append each row's token in every lane that serves the row; a new row's last prompt token goes instead."""
@@ -197,9 +192,7 @@ class Backbone:
         length_L = self._index([len(prompt) for prompt in prompts])
         if not any(map(len, prompts)):
             return cache, length_L
-        self._adapted.serve(
-            [(lane, lanes.index(lane), lanes.index(lane) + lanes.count(lane)) for lane in dict.fromkeys(lanes)]
-        )
+        self._adapted.serve(_blocks(lanes))
         ids_LT, mask_LT = left_pad(prompts, self.prompter.eos, self.device)
         self._adapted.model.base_model(
             input_ids=ids_LT,
@@ -228,6 +221,11 @@ class Backbone:
 
     def _index(self, places: Sequence[int]) -> Tensor:
         return torch.tensor(places, dtype=torch.long, device=self.device)
+
+
+def _blocks(lanes: Sequence[str]) -> list[Block]:
+    """Where each lane's block begins and ends, given the lane of every block row."""
+    return [(lane, lanes.index(lane), lanes.index(lane) + lanes.count(lane)) for lane in dict.fromkeys(lanes)]
 
 
 def common_vocabulary(base: Prompter, *backbones: Backbone) -> int:

@@ -214,7 +214,7 @@ def precision(folders: dict[str, Path]) -> list[dict]:
 
     Also how many of the same rows change when the batch around them does.
     """
-    made, laws = {}, {}
+    made, laws, texts = {}, {}, None
     points = {f"{point}": value for point, value in PARAMS.sweep.points.items()}
     for name in ("float32", "bfloat16"):
         decoder = GuidedDecoder.load(BASE, folders, PARAMS.base.template, name, PARAMS.decoding.device)
@@ -223,7 +223,7 @@ def precision(folders: dict[str, Path]) -> list[dict]:
         decoder._batch_size = 7
         few = dict(decoder.generate(requests))
         made[name] = sum(rows[index].tokens != few[index].tokens for index in rows)
-        texts = texts if laws else [rows[index].tokens for index in range(len(requests))]  # noqa: F821 (float32's)
+        texts = texts or [rows[index].tokens for index in range(len(requests))]  # those of float32
         laws[name] = forced(decoder, requests, texts)
     lines, names = [], list(points) * 8
     for point in points:
