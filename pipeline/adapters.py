@@ -20,6 +20,11 @@ from transformers import PreTrainedModel
 
 from pipeline.config import UserError
 
+_UNKNOWN = (  # what PEFT's LoRA can also do and `read_adapter` does not
+    "use_dora", "modules_to_save", "alpha_pattern", "lora_bias", "trainable_token_indices", "alora_invocation_tokens",
+    "layer_replication", "target_parameters", "use_bdlora", "use_qalora", "arrow_config", "kasa_config",
+    "monteclora_config",
+)  # fmt: skip
 Block = tuple[str, int, int]  # a lane, its first block row, its last + 1
 
 
@@ -32,7 +37,7 @@ class LowRank:
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:
-    """At least float32, in which PEFT keeps and applies adapters too."""
+    """At least float32, in which PEFT keeps adapters too."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -51,14 +56,16 @@ def read_adapter(folder: Path, model: PreTrainedModel) -> dict[str, LowRank]:
         tensors = load_file(weights)
     except Exception as error:
         raise UserError(f"{folder} could not be read ({error}): train it again with `dvc repro --force`.") from error
-    if config.peft_type != "LORA" or config.use_dora or config.bias != "none" or config.modules_to_save:
-        raise UserError(f"{folder} is no plain LoRA adapter: use one without DoRA, biases or saved modules.")
-    if config.alpha_pattern:
-        raise UserError(f"{folder} scales its layers differently (alpha_pattern): use an adapter with one lora_alpha.")
+    if config.peft_type != "LORA" or config.bias != "none" or any(getattr(config, name, None) for name in _UNKNOWN):
+        raise UserError(f"{folder} is no plain LoRA adapter: use one without DoRA, biases, saved modules and variants.")
+    if config.init_lora_weights not in (True, False, "gaussian", "eva", "orthogonal"):
+        raise UserError(f"{folder} changes its base ({config.init_lora_weights}): convert it to a plain LoRA adapter.")
     layers = dict(model.named_modules())
     updates: dict[str, LowRank] = {}
     for key, a_RD in tensors.items():
         if not key.endswith(".lora_A.weight"):
+            if not key.endswith(".lora_B.weight"):
+                raise UserError(f"{folder} holds {key}, which is no plain LoRA weight: use a plain LoRA adapter.")
             continue
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         b_OR = tensors.get(key.replace(".lora_A.", ".lora_B."))
@@ -81,15 +88,16 @@ class AdaptedModel:
     """A twin of a model that shares its weights and adds, row block by row block, the updates of many adapters.
 
     Linear layers that are fed the same tensor (q, k and v; gate and up) become one product: their weights are laid
-    side by side once, and the model's own parameters become views of that, so nothing is held twice. The model given
-    keeps its behaviour; its twin is `model`.
+    side by side once, and the model's own parameters become views of that. The model given keeps its behaviour; its
+    twin is `model`.
     """
 
     def __init__(self, model: PreTrainedModel, adapters: Mapping[str, Mapping[str, LowRank]]) -> None:
         shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
         self.model: PreTrainedModel = copy.deepcopy(model, shared)
         names = {layer: name for name, layer in self.model.named_modules()}
-        self._groups = []
+        self._groups: list[_Group] = []
+        self._served: tuple[tuple[Block, ...], bool] | None = None
         for layers in _fed_alike(self.model, set(chain.from_iterable(adapters.values()))):
             updates = {
                 lane: [found.get(names[layer]) for layer in layers]
@@ -99,10 +107,14 @@ class AdaptedModel:
             if updates or len(layers) > 1:
                 self._groups.append(_Group(layers, updates, model.dtype))
 
-    def serve(self, blocks: Sequence[Block]) -> None:
-        """Say which block rows of the next forwards belong to which lane; lanes without an adapter come first."""
-        for group in self._groups:
-            group.serve(blocks)
+    def serve(self, blocks: Sequence[Block], step: bool) -> None:
+        """Say which block rows of the next forward belong to which lane, and whether it is one token or a prompt.
+
+        Lanes without an adapter come first.
+        """
+        for group in self._groups if (tuple(blocks), step) != self._served else ():
+            group.serve(blocks, step)
+        self._served = tuple(blocks), step
 
 
 def _fed_alike(model: PreTrainedModel, adapted: Collection[str]) -> list[list[nn.Module]]:
@@ -159,6 +171,7 @@ class _Group:
             self._join(cast(Sequence[nn.Linear], layers))
         self._updates = {lane: self._stacked(found) for lane, found in updates.items()}
         self._served: tuple[str, ...] = ()
+        self._step = False
         self._rows = self._first = 0
         self._at_work: tuple[LowRank, LowRank] | None = None  # for a step, for a prompt
         self._foreign_LR: Tensor | None = None
@@ -192,7 +205,8 @@ class _Group:
                 rank = last
         return LowRank(a_DR, b_RO)
 
-    def serve(self, blocks: Sequence[Block]) -> None:
+    def serve(self, blocks: Sequence[Block], step: bool) -> None:
+        self._input, self._outputs, self._step = None, (), step  # a forward that failed may have left something
         served = [(lane, first, last) for lane, first, last in blocks if lane in self._updates and last > first]
         lanes = tuple(lane for lane, _, _ in served)
         if lanes != self._served:
@@ -201,7 +215,7 @@ class _Group:
                 a_DR = torch.cat([self._updates[lane].a_DR for lane in lanes], dim=1)
                 b_RO = torch.cat([self._updates[lane].b_RO for lane in lanes])
                 # Few rows are multiplied faster in float32, many in the model's own precision. Deciding by step or
-                # prompt, and not by count, keeps a row's numbers the same whatever the batch around it.
+                # prompt, and not by count, leaves a row's numbers alone when others join it.
                 self._at_work = LowRank(a_DR, b_RO), LowRank(a_DR.to(self._dtype), b_RO.to(self._dtype))
         if self._at_work is None:
             return
@@ -232,7 +246,7 @@ class _Group:
             return y_LTO
         if x_LTD.dim() != 3 or x_LTD.shape[0] != self._rows:
             raise UserError("an adapted layer does not see [row, time, feature]: merge the adapter into its base.")
-        update = self._at_work[0 if x_LTD.shape[1] == 1 else 1]
+        update = self._at_work[0 if self._step else 1]
         low_LTR = x_LTD[self._first :].to(update.a_DR.dtype) @ update.a_DR
         if self._foreign_LR is not None:
             low_LTR.masked_fill_(self._foreign_LR[:, None], 0)

@@ -1,6 +1,6 @@
 """The autoregressive reward model in training: a LoRA adapter of the base under the ARM loss.
 
-Shapes: B pairs (in a batch: its prompts), T positions, K kept positions, S responses, V vocabulary.
+Shapes: B pairs (in a batch: its prompts), T positions, N response tokens, S responses, D features.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from pipeline.config import Arm, Trainer, UserError
-from pipeline.losses import all_finite, arm_loss, response_logps, reward_metrics
+from pipeline.losses import all_finite, arm_loss, response_logps, reward_metrics, token_logps
 from pipeline.store import digest
 
 
@@ -22,12 +22,13 @@ def attach_adapter(model: PreTrainedModel, arm: Arm, seed: int) -> PeftModel:
     On a CPU attention is left to plain matrix products: torch's fused kernel for CPUs is slower backwards.
 
     Raises:
-        UserError: the target modules are not in the model.
+        UserError: the target modules are not in the model, or its logits are not simply its head's output.
     """
     targets: str | list[str] = arm.targets if arm.targets == "all-linear" else arm.targets.split(",")
     config = LoraConfig(
         r=arm.rank, lora_alpha=arm.lora_alpha, lora_dropout=arm.dropout, target_modules=targets, task_type="CAUSAL_LM"
     )
+    _check_head(model)
     if model.device.type == "cpu":
         model.set_attn_implementation("eager")
     L.seed_everything(seed, verbose=False)
@@ -35,6 +36,17 @@ def attach_adapter(model: PreTrainedModel, arm: Arm, seed: int) -> PeftModel:
         return get_peft_model(model, config, autocast_adapter_dtype=True)
     except ValueError as error:
         raise UserError(f"arm.targets {arm.targets}: {str(error).splitlines()[0]}") from error
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel) -> None:
+    """Refuse a model that scales or caps its logits behind the head, which `pair_logps` goes around."""
+    ids = torch.arange(8, device=model.device)[None]
+    wanted, found = model(ids).logits, model.get_output_embeddings()(model.base_model(ids).last_hidden_state)
+    if not torch.allclose(wanted, found, rtol=1e-3, atol=1e-3):
+        raise UserError(
+            f"{model.config.model_type} changes its logits behind the head: it cannot be trained as an ARM."
+        )
 
 
 def attention_mask(segments_BT: Tensor, dtype: torch.dtype) -> Tensor:
@@ -46,15 +58,20 @@ def attention_mask(segments_BT: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def pair_logps(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Summed response log-probabilities of a collated batch's pairs: chosen_logps_B, rejected_logps_B."""
-    logits_BKV = model(
+    """Summed response log-probabilities of a collated batch's pairs: chosen_logps_B, rejected_logps_B.
+
+    The head sees the positions that predict a response token, and nothing else.
+    """
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    hidden_BTD = causal.base_model(
         input_ids=batch["ids"],
         attention_mask=attention_mask(batch["segments"], next(model.parameters()).dtype),
         position_ids=batch["positions"],
         use_cache=False,
-        logits_to_keep=int(batch["keep"]),
-    ).logits
-    logps_S = response_logps(logits_BKV, batch["row"], batch["column"], batch["label"], batch["response"])
+    ).last_hidden_state
+    head = causal.get_output_embeddings()
+    logps_N = token_logps(hidden_BTD[batch["row"], batch["column"]], head.weight, batch["label"], head.bias)
+    logps_S = response_logps(logps_N, batch["response"])
     return logps_S[batch["chosen"]], logps_S[batch["rejected"]]
 
 

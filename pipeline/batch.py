@@ -12,8 +12,7 @@ from torch import Tensor
 
 from pipeline.config import UserError
 from pipeline.guidance import cut, draw, guided_logps, kl_divergence, normalised, random_stream, truncate
-from pipeline.lanes import BASE, Backbone
-from pipeline.models import Prompter
+from pipeline.lanes import BASE, Backbone, Lanes
 from pipeline.store import digest
 
 
@@ -32,10 +31,23 @@ class Request:
     seed: int = 0
     sample: int = 0  # which of the prompt's responses at this point
 
+    def __post_init__(self) -> None:
+        """Refuse what would generate nonsense.
+
+        Raises:
+            UserError: a value out of its range.
+        """
+        for name, right in (
+            ("temperature", self.temperature >= 0), ("top_k", self.top_k >= 0), ("top_p", 0 < self.top_p <= 1),
+            ("min_p", 0 <= self.min_p < 1), ("max_new_tokens", self.max_new_tokens >= 1), ("stop", all(self.stop)),
+        ):  # fmt: skip
+            if not right:
+                raise UserError(f"a request's {name} is {getattr(self, name)!r}, which is out of its range.")
+
     @property
     def arms(self) -> dict[str, float]:
         """The ARMs that have a say: an ARM at α = 0 is never run."""
-        return {name: alpha for name, alpha in self.weights.items() if alpha != 0.0}
+        return {name: float(alpha) for name, alpha in self.weights.items() if alpha != 0.0}
 
     @property
     def stream(self) -> str:
@@ -72,19 +84,14 @@ class Row:
 class Batch:
     """The rows being generated, with what has been summed over their tokens."""
 
-    def __init__(
-        self,
-        backbones: Sequence[Backbone],
-        arms: Sequence[str],
-        prompter: Prompter,
-        vocab_size: int,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, backbones: Sequence[Backbone], vocab_size: int) -> None:
         self.rows: list[Row] = []
-        self._backbones, self._arms, self._prompter = backbones, arms, prompter
-        self._vocab_size, self._device = vocab_size, device
-        self._last_B = torch.zeros(0, dtype=torch.long, device=device)
-        self._sums_B3 = torch.zeros(0, 3, dtype=torch.float64, device=device)
+        self._lanes = [Lanes(backbone) for backbone in backbones]
+        self._ends, self._spell = backbones[0].ends, backbones[0].prompter.spell
+        self._arms = [lane for backbone in backbones for lane in backbone.lanes if lane != BASE]
+        self._vocab_size, self._device = vocab_size, backbones[0].device
+        self._last_B = torch.zeros(0, dtype=torch.long, device=self._device)
+        self._sums_B3 = torch.zeros(0, 3, dtype=torch.float64, device=self._device)
 
     @property
     def alive(self) -> int:
@@ -94,10 +101,10 @@ class Batch:
     def seat(self, newcomers: Sequence[Row]) -> None:
         """Let ended rows go and add new ones behind those that stay."""
         kept = [place for place, row in enumerate(self.rows) if not row.ended]
-        for number, backbone in enumerate(self._backbones):
+        for number, lanes in enumerate(self._lanes):
             prompts = sorted({row.prompts[number] for row in newcomers})
             served = [(prompts.index(row.prompts[number]), {BASE, *row.request.arms}) for row in newcomers]
-            backbone.seat(kept, prompts, served)
+            lanes.seat(kept, prompts, served)
         kept_b = torch.tensor(kept, dtype=torch.long, device=self._device)
         self._last_B = torch.cat([self._last_B[kept_b], self._last_B.new_zeros(len(newcomers))])
         self._sums_B3 = torch.cat([self._sums_B3[kept_b], self._sums_B3.new_zeros(len(newcomers), 3)])
@@ -119,9 +126,9 @@ class Batch:
 
     def step(self) -> list[tuple[Row, str, tuple[float, float, float]]]:
         """Draw one token per row; return the rows that ended, why, and their sums."""
-        for backbone in self._backbones:
-            if backbone.rows:
-                backbone.step(self._last_B)
+        for lanes in self._lanes:
+            if lanes.rows:
+                lanes.step(self._last_B)
         base_BV, arms = self._logits()
         logps_BV = guided_logps(base_BV, arms, self._temperature_B)
         if self._cutting is not None:
@@ -148,11 +155,12 @@ class Batch:
 
     def _logits(self) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
         arms = []
-        for backbone in self._backbones:
-            for lane, rows_b in backbone.rows.items():
+        for lanes in self._lanes:
+            for lane, rows_b in lanes.rows.items():
                 if lane != BASE:
-                    arms.append((rows_b, self._alpha[lane][rows_b], cut(backbone.logits(lane), self._vocab_size)))
-        return cut(self._backbones[0].logits(BASE), self._vocab_size), arms
+                    at, logits_bV = rows_b.to(self._device), cut(lanes.logits(lane), self._vocab_size)
+                    arms.append((at, self._alpha[lane][at], logits_bV.to(self._device)))
+        return cut(self._lanes[0].logits(BASE), self._vocab_size), arms
 
     def _ended(self, tokens: list[int]) -> list[tuple[Row, str, tuple[float, float, float]]]:
         ended = []
@@ -166,10 +174,10 @@ class Batch:
         return ended
 
     def _finish(self, row: Row) -> str | None:
-        if row.tokens[-1] == self._prompter.eos:
+        if row.tokens[-1] in self._ends:
             return "eos"
         if row.request.stop:
-            tail = self._prompter.spell(row.tokens[-row.window :])
+            tail = self._spell(row.tokens[-row.window :])
             if any(text in tail for text in row.request.stop):
                 return "stop"
         return "length" if len(row.tokens) >= row.request.max_new_tokens else None
@@ -177,7 +185,7 @@ class Batch:
     def _blame(self, base_BV: Tensor, arms: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
         """Say which model gave logits that are not finite, and at which row."""
         everywhere = torch.arange(len(self.rows), device=self._device)
-        names = [lane for backbone in self._backbones for lane in backbone.rows if lane != BASE]
+        names = [lane for lanes in self._lanes for lane in lanes.rows if lane != BASE]
         for name, rows_b, logits_bV in [
             (BASE, everywhere, base_BV),
             *((name, rows_b, logits_bV) for name, (rows_b, _, logits_bV) in zip(names, arms, strict=True)),

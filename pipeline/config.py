@@ -114,7 +114,7 @@ class Decoding(_Strict):
     top_k: Annotated[int, Field(ge=0)] = 0  # 0: all tokens
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    stop: tuple[str, ...] = ()  # texts that end a response
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()  # texts that end a response
     samples_per_prompt: Count = 1
     batch_size: Count = 64
     device: str = "auto"

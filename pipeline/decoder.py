@@ -55,14 +55,10 @@ class GuidedDecoder:
 
     def __init__(self, base: Backbone, *others: Backbone, batch_size: int = 64) -> None:
         self._backbones = [base, *others]
-        self._arms = [lane for backbone in self._backbones for lane in backbone.lanes if lane != BASE]
-        if len(set(self._arms)) < len(self._arms) or any(BASE in backbone.lanes for backbone in others):
-            raise UserError(
-                f"two models have one name among {BASE}, {', '.join(self._arms)}: name each ARM differently."
-            )
+        if BASE not in base.lanes:
+            raise UserError(f"the first backbone has no lane {BASE}: leave its name as it is.")
         self._vocab_size = common_vocabulary(base.prompter, *self._backbones)
-        self._prompter = base.prompter
-        self._device = base.device
+        self._arms = [lane for backbone in self._backbones for lane in backbone.lanes if lane != BASE]
         self._batch_size = batch_size
         self._halved = False
 
@@ -72,6 +68,7 @@ class GuidedDecoder:
         base: Path,
         arms: Mapping[str, Path],
         template: str | None = None,
+        templates: Mapping[str, str] | None = None,
         dtype: str = "auto",
         device: str = "auto",
         batch_size: int = 64,
@@ -80,8 +77,9 @@ class GuidedDecoder:
 
         Args:
             base: folder of the base.
-            arms: folder of each ARM; one with a config.json is a model of its own and brings its chat template.
+            arms: folder of each ARM; one with a config.json is a model of its own.
             template: the base's prompt template; None is its chat template.
+            templates: those of ARMs that are models of their own; left out, their chat templates.
             dtype, device: as `base.dtype` and `decoding.device` in the configuration.
             batch_size: rows generated at once.
 
@@ -95,7 +93,7 @@ class GuidedDecoder:
         return cls(
             Backbone(load_model(base, kind, place), Prompter.load(base, template), adapters),
             *(
-                Backbone(load_model(folder, kind, place), Prompter.load(folder, None), name=name)
+                Backbone(load_model(folder, kind, place), Prompter.load(folder, (templates or {}).get(name)), name=name)
                 for name, folder in whole.items()
             ),
             batch_size=batch_size,
@@ -120,7 +118,8 @@ class GuidedDecoder:
         """The chunks that `generate` works off one after the other, as indices into `requests`.
 
         Inside a chunk rows take the places of rows that ended. What rows stand together can decide a floating-point
-        tie; so whoever keeps whole chunks only finds an interrupted run equal to an uninterrupted one.
+        tie; so whoever keeps whole chunks only finds an interrupted run equal to an uninterrupted one, unless memory
+        ran out and halved the batch.
 
         Raises:
             UserError: as `generate`.
@@ -171,19 +170,18 @@ class GuidedDecoder:
                     stacklevel=2,
                 )
                 left = {index: Row(index, row.request, row.prompts) for index, row in left.items()}
-            finally:
-                for backbone in self._backbones:
-                    backbone.clear()
 
     def _run(self, rows: list[Row]) -> Iterator[tuple[Row, Generation]]:
         """Generate rows, as many at once as the batch holds: waiting ones take the places of those that ended."""
+        # Pieces of prompts: small enough to find room soon, large enough to share the reading of their prompt.
+        piece = max(1, self._batch_size // _SLACK)
         waiting = deque(
-            group[start : start + self._batch_size]
+            group[start : start + piece]
             for _, of_prompt in groupby(rows, key=lambda row: row.prompts)
             for group in [list(of_prompt)]
-            for start in range(0, len(group), self._batch_size)
+            for start in range(0, len(group), piece)
         )
-        batch = Batch(self._backbones, self._arms, self._prompter, self._vocab_size, self._device)
+        batch = Batch(self._backbones, self._vocab_size)
         while True:
             gone = len(batch.rows) - batch.alive
             if not batch.alive or gone >= max(1, len(batch.rows) // _SLACK):
@@ -194,7 +192,7 @@ class GuidedDecoder:
                     return
                 batch.seat(newcomers)
             for row, finish, sums in batch.step():
-                text = _until_stop(self._prompter.spell(row.tokens), row.request.stop).strip()
+                text = _until_stop(self._backbones[0].prompter.spell(row.tokens), row.request.stop).strip()
                 yield row, Generation(text, len(row.ids), row.tokens, finish, *sums)
 
 

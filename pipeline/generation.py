@@ -54,10 +54,11 @@ def generate_stored(
     A row's key is a digest of all that determines it: base, dtype, template, the adapters that have a say, and the
     request. A killed run therefore goes on with the chunk it was in, and a new point costs only itself.
     """
-    dtype = resolve_dtype(params.base.dtype, resolve_device(params.decoding.device))
-    origin = [_VERSION, model_digest(base), str(dtype), params.base.template]
+    device = resolve_device(params.decoding.device)
+    dtype = resolve_dtype(params.base.dtype, device)
+    origin = [_VERSION, model_digest(base), str(dtype), device.type, params.base.template]
     used = sorted({name for request in requests for name in request.arms})
-    digests = {name: file_digest(*sorted(adapters[name].glob("*.safetensors"))) for name in used}
+    digests = {name: _arm_digest(adapters[name]) for name in used}
 
     def key(request: Request) -> str:
         arms = {name: [alpha, digests[name]] for name, alpha in request.arms.items()}
@@ -65,8 +66,9 @@ def generate_stored(
 
     store = RowStore(store_path)
     keys = [key(request) for request in requests]
-    todo = [index for index, wanted in enumerate(keys) if wanted not in store]
-    print(f"{title}: {len(keys) - len(todo)} of {len(keys)} rows are in the store already")
+    first = {wanted: index for index, wanted in reversed(list(enumerate(keys)))}  # equal requests are one row
+    todo = [index for index, wanted in enumerate(keys) if wanted not in store and first[wanted] == index]
+    print(f"{title}: {len(first) - len(todo)} of {len(first)} rows are in the store already")
     if todo:
         decoder = GuidedDecoder.load(
             base,
@@ -86,6 +88,11 @@ def generate_stored(
     rows = [store[wanted] for wanted in keys]
     store.close()
     return rows
+
+
+def _arm_digest(folder: Path) -> str:
+    """All of an ARM's folder that its log-probabilities depend on."""
+    return file_digest(*sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")]))
 
 
 def _row(request: Request, generation: Generation) -> Row:

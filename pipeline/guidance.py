@@ -39,7 +39,8 @@ def guided_logps(base_BV: Tensor, arms: Iterable[tuple[Tensor, Tensor, Tensor]],
     """
     total_BV = base_BV / temperature_B[:, None]
     for rows_b, alpha_b, arm_bV in arms:
-        total_BV.index_add_(0, rows_b, arm_bV * (alpha_b / temperature_B[rows_b])[:, None])
+        scaled_bV = arm_bV * (alpha_b / temperature_B[rows_b])[:, None]
+        total_BV.index_add_(0, rows_b, scaled_bV.to(total_BV.dtype))
     return torch.log_softmax(total_BV, dim=-1)
 
 

@@ -11,9 +11,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicLayer, PreTrainedModel
+from transformers import Cache, DynamicCache, DynamicLayer, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from pipeline.adapters import AdaptedModel, Block, read_adapter
+from pipeline.config import UserError
 from pipeline.models import Prompter, check_vocabulary
 
 BASE = "base"  # the name of the base's own lane
@@ -29,12 +31,15 @@ class _RoomyLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append states and return all (the interface of transformers)."""
         states = (key_states, value_states)
-        if not self.is_initialized:
-            return self._hold(states, key_states.shape[2])
+        if not self.is_initialized:  # copied: values are a view of all that q, k and v were computed to
+            return self._hold((key_states.contiguous(), value_states.contiguous()), key_states.shape[2])
         total = self.filled + key_states.shape[2]
         if total > self.rooms[0].shape[2]:
-            more = (*self.rooms[0].shape[:2], total - self.filled + _ROOM, self.rooms[0].shape[3])
-            keys, values = (torch.cat([room[:, :, : self.filled], room.new_zeros(more)], dim=2) for room in self.rooms)
+            more = total - self.filled + _ROOM
+            keys, values = (
+                torch.cat([room[:, :, : self.filled], room.new_zeros(*room.shape[:2], more, room.shape[3])], dim=2)
+                for room in self.rooms
+            )
             self.rooms = keys, values
         for room, new in zip(self.rooms, states, strict=True):
             room[:, :, self.filled : total] = new
@@ -51,7 +56,7 @@ class _RoomyLayer(DynamicLayer):
     def merged(cls, parts: Sequence[tuple["_RoomyLayer", Tensor, Tensor]], rows: int, length: int) -> "_RoomyLayer":
         """A layer of `rows` rows and `length` columns out of rows of others: (layer, its rows, their new places).
 
-        Columns are aligned to the right; what is padding holds zeros, since attention multiplies it by 0.
+        Columns are aligned to the right; new padding holds zeros, since attention multiplies it by 0.
         """
         rooms = []
         for kind in (0, 1):
@@ -72,16 +77,16 @@ class Backbone:
         Backbone(model, prompter, {"positivity": Path("models/arms/positivity")})   # the base and an ARM on it
         Backbone(small, small_prompter, name="helpfulness")                          # an ARM that is its own model
 
-    Rows come and go with `seat`; `step` advances all of them by one token; `logits` are then the next token's.
-
     Args:
-        model: any causal LM of transformers with a key-value cache; it keeps its behaviour, and shares its weights.
+        model: a causal LM of transformers whose layers keep keys and values; it keeps its behaviour, and shares its
+            weights.
         prompter: the model's tokenizer and prompt template.
         adapters: folders of PEFT LoRA adapters trained on `model`, by lane.
         name: the lane of the model without an adapter; None if it has no say of its own.
 
     Raises:
-        UserError: an adapter is missing, damaged, not made for this model, or has another tokenizer.
+        UserError: an adapter is missing, damaged, not made for this model, named like the model, or has another
+            tokenizer; the model keeps something else than keys and values, or tells no context length.
     """
 
     def __init__(
@@ -93,23 +98,39 @@ class Backbone:
     ) -> None:
         adapters = adapters or {}
         for lane, folder in adapters.items():
+            if lane in (BASE, name):
+                raise UserError(f"an ARM cannot be called {lane}, which is the model it adapts: name it otherwise.")
             if (folder / "tokenizer_config.json").is_file():
                 check_vocabulary(prompter.tokenizer, Prompter.load(folder, prompter.template).tokenizer, lane)
+        kind, kept = model.config.model_type, DynamicCache(config=model.config).layers
+        if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in kept):
+            raise UserError(f"{kind} keeps more than keys and values while decoding: use a plain attention model.")
+        if not hasattr(model.config, "max_position_embeddings"):
+            raise UserError(f"{kind} does not say how long its context is: set max_position_embeddings in its config.")
         self.prompter = prompter
         self.lanes = (*([] if name is None else [name]), *adapters)
         self.device = model.device
         self.context = int(model.config.max_position_embeddings)
         self.vocab_size = min(prompter.vocab_size, int(model.config.vocab_size))
-        self._adapted = AdaptedModel(model, {lane: read_adapter(folder, model) for lane, folder in adapters.items()})
-        self.clear()
+        ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+        self.ends = frozenset([prompter.eos, *(ends if isinstance(ends, list) else [] if ends is None else [ends])])
+        self.adapted = AdaptedModel(model, {lane: read_adapter(folder, model) for lane, folder in adapters.items()})
 
-    def clear(self) -> None:
-        """Let all rows go, and the memory of their caches."""
+
+class Lanes:
+    """Rows on their way through a backbone: `seat` lets them come and go, `step` advances all of them by one token.
+
+    Afterwards `logits` are those of the next token. Any number of these may share a backbone.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone, self._names, self._device = backbone, backbone.lanes, backbone.device
         self.rows: dict[str, Tensor] = {}  # per lane, the rows it serves, ascending
         self._seated: list[tuple[str, int]] = []  # lane and row of every block row, lane by lane
-        self._cache = Cache(layer_class_to_replicate=_RoomyLayer)
-        self._length_L = torch.zeros(0, dtype=torch.long, device=self.device)  # tokens read so far
         self._blocks: list[Block] = []
+        self._cache = Cache(layer_class_to_replicate=_RoomyLayer)
+        self._length_L = torch.zeros(0, dtype=torch.long, device=self._device)  # tokens read so far
+        self._columns = 0  # of the cache
         self._waiting_L: Tensor | None = None  # the last prompt token of new rows, −1 at the others
         self._logits_LV: Tensor | None = None
 
@@ -125,20 +146,20 @@ class Backbone:
             prompts: token ids, at least one each.
             newcomers: per new row, its place in `prompts` and the lanes that serve it (others' lanes are ignored).
         """
-        number, rank = {row: new for new, row in enumerate(kept)}, {lane: at for at, lane in enumerate(self.lanes)}
-        read = sorted({(rank[lane], prompt) for prompt, lanes in newcomers for lane in self.lanes if lane in lanes})
+        number, rank = {row: new for new, row in enumerate(kept)}, {lane: at for at, lane in enumerate(self._names)}
+        read = sorted({(rank[lane], prompt) for prompt, lanes in newcomers for lane in self._names if lane in lanes})
         # The block rows to be, lane by lane: lane, row, and either the place it has now or the prompt it begins with.
         seated = sorted(
             [(rank[lane], number[row], place, -1) for place, (lane, row) in enumerate(self._seated) if row in number]
             + [
                 (rank[lane], len(kept) + row, -1, prompt)
                 for row, (prompt, lanes) in enumerate(newcomers)
-                for lane in self.lanes
+                for lane in self._names
                 if lane in lanes
             ]
         )
         fresh, fresh_length = self._read(
-            [self.lanes[at] for at, _ in read], [prompts[prompt][:-1] for _, prompt in read]
+            [self._names[at] for at, _ in read], [prompts[prompt][:-1] for _, prompt in read]
         )
         spots = [
             self._index([spot for spot, (_, _, place, _) in enumerate(seated) if place >= 0]),
@@ -149,30 +170,30 @@ class Backbone:
             self._index([read.index((at, prompt)) for at, _, _, prompt in seated if prompt >= 0]),
         ]
         lengths = [self._length_L[taken[0]], fresh_length[taken[1]]]
-        self._length_L = torch.zeros(len(seated), dtype=torch.long, device=self.device)
+        self._length_L = torch.zeros(len(seated), dtype=torch.long, device=self._device)
         for spot, length in zip(spots, lengths, strict=True):
             self._length_L[spot] = length
         self._merge([self._cache, fresh], taken, spots, len(seated))
         first_L = self._index([prompts[prompt][-1] if prompt >= 0 else -1 for _, _, _, prompt in seated])
         self._waiting_L = first_L if newcomers else None
-        self._seated = [(self.lanes[at], row) for at, row, _, _ in seated]
+        self._seated = [(self._names[at], row) for at, row, _, _ in seated]
         self._blocks = _blocks([lane for lane, _ in self._seated])
         self.rows = {
             lane: self._index([row for _, row in self._seated[first:last]]) for lane, first, last in self._blocks
         }
-        self._adapted.serve(self._blocks)
 
     def step(self, tokens_B: Tensor) -> None:
         """Append each row's token in every lane that serves the row; a new row's last prompt token goes instead."""
-        tokens_L = torch.cat([tokens_B[rows_b] for rows_b in self.rows.values()])
+        tokens_L = torch.cat([tokens_B.to(self._device)[rows_b] for rows_b in self.rows.values()])
         if self._waiting_L is not None:
             tokens_L, self._waiting_L = torch.where(self._waiting_L < 0, tokens_L, self._waiting_L), None
-        position_L1 = self._length_L[:, None].clamp_max(self.context - 1)
+        self._backbone.adapted.serve(self._blocks, step=True)
+        position_L1 = self._length_L[:, None].clamp_max(self._backbone.context - 1)
         self._length_L += 1
         self._columns += 1
         # Read from the left: rows that began later are padded up to there.
-        column_T = torch.arange(self._columns, device=self.device)
-        self._logits_LV = self._adapted.model(
+        column_T = torch.arange(self._columns, device=self._device)
+        self._logits_LV = self._backbone.adapted.model(
             input_ids=tokens_L[:, None],
             attention_mask=column_T >= (self._columns - self._length_L)[:, None],
             position_ids=position_L1,
@@ -192,9 +213,9 @@ class Backbone:
         length_L = self._index([len(prompt) for prompt in prompts])
         if not any(map(len, prompts)):
             return cache, length_L
-        self._adapted.serve(_blocks(lanes))
-        ids_LT, mask_LT = left_pad(prompts, self.prompter.eos, self.device)
-        self._adapted.model.base_model(
+        self._backbone.adapted.serve(_blocks(lanes), step=False)
+        ids_LT, mask_LT = left_pad(prompts, self._backbone.prompter.eos, self._device)
+        self._backbone.adapted.model.base_model(
             input_ids=ids_LT,
             attention_mask=mask_LT,
             position_ids=(mask_LT.cumsum(-1) - 1).clamp_min(0),
@@ -220,7 +241,7 @@ class Backbone:
             )
 
     def _index(self, places: Sequence[int]) -> Tensor:
-        return torch.tensor(places, dtype=torch.long, device=self.device)
+        return torch.tensor(places, dtype=torch.long, device=self._device)
 
 
 def _blocks(lanes: Sequence[str]) -> list[Block]:
@@ -232,8 +253,12 @@ def common_vocabulary(base: Prompter, *backbones: Backbone) -> int:
     """How many tokens all models share: their logits are cut to these.
 
     Raises:
-        UserError: a backbone's tokens mean something else than the base's.
+        UserError: a backbone's tokens mean something else than the base's, or two lanes have one name.
     """
+    names = [lane for backbone in backbones for lane in backbone.lanes]
+    for lane in names:
+        if names.count(lane) > 1:
+            raise UserError(f"two models are called {lane}: name each ARM differently.")
     for backbone in backbones:
         check_vocabulary(base.tokenizer, backbone.prompter.tokenizer, ", ".join(backbone.lanes))
     return min([base.vocab_size, *(backbone.vocab_size for backbone in backbones)])

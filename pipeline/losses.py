@@ -1,22 +1,64 @@
 """Losses and rewards as pure functions of tensors.
 
-Shapes: B pairs or rows, K kept positions, N response tokens, S responses, V vocabulary.
+Shapes: B pairs, N response tokens, S responses, D features, V vocabulary.
 """
+
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+_CHUNK = 256  # tokens whose logits are held at once
 
 
-def response_logps(logits_BKV: Tensor, row_N: Tensor, column_N: Tensor, label_N: Tensor, response_N: Tensor) -> Tensor:
-    """log π(y|x) per response, summed (not averaged) over its tokens: logps_S in float32 (float64 stays).
+def token_logps(hidden_ND: Tensor, head_VD: Tensor, label_N: Tensor, bias_V: Tensor | None = None) -> Tensor:
+    """log softmax(h Wᵀ + b)[label] per token: token_logps_N in float32 (float64 stays).
 
-    Token n is `label_N[n]` of response `response_N[n]`, predicted by `logits_BKV[row_N[n], column_N[n]]`. Several
-    tokens may share a column: the last token of a prompt predicts the first token of each of its responses.
+    Logits are held for a few hundred tokens at a time, and never for the backward pass. Under a frozen head the
+    derivative of a token's log-probability with respect to its hidden state, W[label] − Σ_v p(v) W[v], is formed while
+    they are at hand; under one that learns they are computed again.
     """
-    logits_BKV = logits_BKV if logits_BKV.dtype == torch.float64 else logits_BKV.float()
-    log_z_BK = torch.logsumexp(logits_BKV, dim=-1)
-    token_logps_N = logits_BKV[row_N, column_N, label_N] - log_z_BK[row_N, column_N]
+    frozen = not (head_VD.requires_grad or (bias_V is not None and bias_V.requires_grad))
+    chunk = _frozen if frozen else partial(checkpoint, _plain, use_reentrant=False)
+    parts = [
+        chunk(hidden_ND[start : start + _CHUNK], head_VD, label_N[start : start + _CHUNK], bias_V)
+        for start in range(0, len(hidden_ND), _CHUNK)
+    ]
+    return torch.cat(parts)
+
+
+def _plain(hidden_ND: Tensor, head_VD: Tensor, label_N: Tensor, bias_V: Tensor | None) -> Tensor:
+    logits_NV = F.linear(hidden_ND, head_VD, bias_V)
+    precise = torch.promote_types(hidden_ND.dtype, torch.float32)
+    return torch.log_softmax(logits_NV, dim=-1, dtype=precise).gather(1, label_N[:, None])[:, 0]
+
+
+def _frozen(hidden_ND: Tensor, head_VD: Tensor, label_N: Tensor, bias_V: Tensor | None) -> Tensor:
+    logps_N: Tensor = _FrozenHead.apply(hidden_ND, head_VD, label_N, bias_V)  # type: ignore[no-untyped-call]
+    return logps_N
+
+
+class _FrozenHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, label_N: Tensor, bias_V: Tensor | None) -> Tensor:
+        precise = torch.promote_types(hidden_ND.dtype, torch.float32)
+        logps_NV = torch.log_softmax(F.linear(hidden_ND, head_VD, bias_V), dim=-1, dtype=precise)
+        logps_N = logps_NV.gather(1, label_N[:, None])[:, 0]
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(head_VD[label_N] - logps_NV.exp_().to(head_VD.dtype) @ head_VD)
+        return logps_N
+
+    @staticmethod
+    def backward(ctx: Any, upstream_N: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (slope_ND,) = ctx.saved_tensors
+        return (slope_ND * upstream_N[:, None]).to(slope_ND.dtype), None, None, None
+
+
+def response_logps(token_logps_N: Tensor, response_N: Tensor) -> Tensor:
+    """log π(y|x) per response, summed (not averaged) over its tokens: logps_S. Token n is of `response_N[n]`."""
     return token_logps_N.new_zeros(int(response_N.max()) + 1).index_add(0, response_N, token_logps_N)
 
 

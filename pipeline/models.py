@@ -44,7 +44,7 @@ def fetch(spec: Base, folder: Path) -> None:
             "location": Path(spec.location).name if spec.source == "path" else spec.location,
             "revision": spec.revision,
             "license": spec.license,
-            "digest": file_digest(*weights, partial / "config.json"),
+            "digest": file_digest(*weights, *sorted([*partial.glob("*.json"), *partial.glob("*.jinja")])),
         }
         write_json(partial / ORIGIN, origin)
 
@@ -137,14 +137,18 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
     """The causal LM of a local folder, frozen, in eval mode.
 
     Raises:
-        UserError: the folder is missing or unreadable.
+        UserError: the folder is missing or unreadable, or lacks weights.
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no model: run `dvc repro fetch`.")
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
     except Exception as error:
         raise UserError(f"{folder} could not be loaded ({error}): run `dvc repro --force fetch`.") from error
+    if lacking := sorted(found["missing_keys"]):  # transformers would make them up
+        raise UserError(f"{folder} lacks the weights {lacking[0]}: use a folder that holds a whole causal LM.")
     return model.requires_grad_(False).eval().to(device)
 
 

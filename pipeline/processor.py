@@ -12,7 +12,7 @@ from transformers import LogitsProcessor
 
 from pipeline.config import UserError
 from pipeline.guidance import cut, guided_logps
-from pipeline.lanes import BASE, Backbone, common_vocabulary
+from pipeline.lanes import BASE, Backbone, Lanes, common_vocabulary
 from pipeline.models import Prompter
 
 
@@ -32,20 +32,31 @@ class GuidanceProcessor(LogitsProcessor):
         prompter: the base's.
         weights: α of each ARM.
         backbones: what the ARMs run on; the base itself with `name=None` for adapters of the base.
+        attention_mask: the prompts' [B, T]. Left out, what is padding is told by the tokenizer's pad token.
 
     Raises:
-        UserError: an ARM is on no backbone or has another tokenizer; in `generate`, beam search.
+        UserError: an ARM is on no backbone or has another tokenizer; in `generate`, beam search, a token that an ARM
+            does not know, or several rows where nothing tells what is padding.
     """
 
-    def __init__(self, prompter: Prompter, weights: Mapping[str, float], *backbones: Backbone) -> None:
+    def __init__(
+        self,
+        prompter: Prompter,
+        weights: Mapping[str, float],
+        *backbones: Backbone,
+        attention_mask: Tensor | None = None,
+    ) -> None:
         lanes = [lane for backbone in backbones for lane in backbone.lanes]
         for name in weights:
             if name not in lanes or name == BASE:
                 raise UserError(f"weights name {name}, but the ARMs are {', '.join(lanes) or 'none'}.")
         self._weights = {name: alpha for name, alpha in weights.items() if alpha != 0.0}
+        self._vocab_size = common_vocabulary(prompter, *backbones)
         self._backbones = [backbone for backbone in backbones if self._weights.keys() & set(backbone.lanes)]
-        self._vocab_size = common_vocabulary(prompter, *self._backbones)
-        self._pad, self._bos = prompter.tokenizer.pad_token_id, prompter.tokenizer.bos_token_id
+        self._lanes: list[Lanes] = []
+        self._mask, self._pad = attention_mask, prompter.tokenizer.pad_token_id
+        # A prompt may begin with the very token that also pads.
+        self._begins_with_pad = self._pad is not None and prompter.prompt_ids("a")[0] == self._pad
         self._seen_BT: Tensor | None = None
 
     @torch.inference_mode()
@@ -55,10 +66,10 @@ class GuidanceProcessor(LogitsProcessor):
             self._begin(input_ids)
         self._seen_BT = input_ids.clone()
         arms = []
-        for backbone in self._backbones:
-            backbone.step(input_ids[:, -1].to(backbone.device))
-            for lane, rows_b in backbone.rows.items():
-                logits_bV = cut(backbone.logits(lane), self._vocab_size).to(scores.device)
+        for lanes in self._lanes:
+            lanes.step(input_ids[:, -1])
+            for lane, rows_b in lanes.rows.items():
+                logits_bV = cut(lanes.logits(lane), self._vocab_size).to(scores.device)
                 alpha_b = torch.full((len(rows_b),), self._weights[lane], device=scores.device)
                 arms.append((rows_b.to(scores.device), alpha_b, logits_bV))
         logps = guided_logps(cut(scores, self._vocab_size), arms, torch.ones(len(scores), device=scores.device))
@@ -77,13 +88,23 @@ class GuidanceProcessor(LogitsProcessor):
         return False
 
     def _begin(self, ids_BT: Tensor) -> None:
-        rows = []
-        for row in ids_BT.tolist():
-            start = next((place for place, token in enumerate(row) if token != self._pad), len(row) - 1)
-            if start and self._pad == self._bos:  # the last of them begins the prompt
-                start -= 1
-            rows.append(row[start:])
+        rows = [row[start:] for row, start in zip(ids_BT.tolist(), self._starts(ids_BT), strict=True)]
+        if max(map(max, rows)) >= self._vocab_size:
+            raise UserError("a prompt holds a special token that not all models know: leave it out.")
         prompts = [list(prompt) for prompt in sorted(set(map(tuple, rows)))]
-        for backbone in self._backbones:
-            backbone.clear()
-            backbone.seat([], prompts, [(prompts.index(row), self._weights.keys()) for row in rows])
+        served = [(prompts.index(row), self._weights.keys()) for row in rows]
+        self._lanes = [Lanes(backbone) for backbone in self._backbones]
+        for lanes in self._lanes:
+            lanes.seat([], prompts, served)
+
+    def _starts(self, ids_BT: Tensor) -> list[int]:
+        """Where each row's padding ends."""
+        if self._mask is not None and ids_BT.shape[1] == self._mask.shape[1]:
+            repeats = len(ids_BT) // len(self._mask)
+            return [int(row.argmax()) for row in self._mask.int().repeat_interleave(repeats, dim=0)]
+        if self._pad is None:
+            if len(ids_BT) > 1:
+                raise UserError("the tokenizer has no pad token: give the processor the prompts' attention_mask.")
+            return [0]
+        starts = [next((at for at, token in enumerate(row) if token != self._pad), len(row)) for row in ids_BT.tolist()]
+        return [max(start - 1, 0) if self._begins_with_pad or start == ids_BT.shape[1] else start for start in starts]

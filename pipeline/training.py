@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.arm import ARM, pair_logps
 from pipeline.config import Params, Trainer
 from pipeline.models import replacing_folder
-from pipeline.preferences import EpochBatches, PromptGroup, ResumableLoader, collate
+from pipeline.pairs import EpochBatches, PromptGroup, ResumableLoader, collate
 
 
 def train_loader(groups: Sequence[PromptGroup], batch_size: int, seed: int, pad: int) -> ResumableLoader:

@@ -1,18 +1,18 @@
 """What guided decoding costs beside the unguided base: `make bench`.
 
-    python -m tests.bench_decoding            # needs models/base from `dvc repro`; some 25 minutes on two cores
+    python -m tests.bench_decoding            # needs models/ from `dvc repro`; some 40 minutes on two cores
     python -m tests.bench_decoding --quick    # one repetition, batch 1, k = 2: does it still run?
 
-Writes results/bench/decoding.csv (speed and memory), precision.csv (what bfloat16 does to the guided law) and
-machine.json. Every method generates the same prompts and exactly TOKENS new tokens per row; repetitions of all methods
-are interleaved, so that what else the machine does falls on all of them alike. The ARMs are random adapters of the
-default shape: speed does not depend on their values.
+Writes below results/bench: decoding.csv (speed and memory), sweep.csv (the default sweep at once and point by point),
+precision.csv (what bfloat16 does to the guided law) and machine.json. Every method generates the same prompts and
+exactly TOKENS new tokens per row; repetitions of all methods are interleaved, so that what else the machine does falls
+on all of them alike. In decoding.csv the ARMs are random adapters of the default shape: speed does not depend on their
+values.
 
     unguided     `model.generate` of transformers on the base alone: the floor
     naive        `model.generate` with a plain logits processor: 1 + k models, 1 + k forwards per token
     processor    `model.generate` with `GuidanceProcessor`: base and ARMs are two forwards
     ours         `GuidedDecoder`: base and ARMs are one forward
-    sweep        the whole default sweep at once, `by point` one point after the other, both with `GuidedDecoder`
 """
 
 import argparse
@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -45,7 +46,7 @@ from pipeline.preferences import read_prompts
 from pipeline.processor import GuidanceProcessor
 from pipeline.store import replacing, write_json
 
-TOKENS, REPETITIONS, SWEEP_PROMPTS, PEAK_K = 24, 3, 16, 2
+TOKENS, REPETITIONS, PEAK_K = 24, 3, 2
 METHODS = ("unguided", "naive", "processor", "ours")
 BASE, OUT = Workspace().models / "base", Path("results/bench")
 PARAMS: Params = load_params()
@@ -92,7 +93,8 @@ class Bench:
         if "ours" in methods:
             # Rows that end early would make the work of two repetitions differ.
             self.decoder = GuidedDecoder(Backbone(self.model, self.prompter, adapters), batch_size=64)
-            self.decoder._prompter = _Endless(self.prompter)
+            for backbone in self.decoder._backbones:
+                backbone.ends = frozenset()
         self.names, self.seed = list(adapters), 0
 
     def generate(self, prompts: list[str], processor: Callable[..., list[LogitsProcessor]]) -> int:
@@ -116,17 +118,8 @@ class Bench:
     def ours(self, k: int, prompts: list[str]) -> int:
         self.seed += 1
         weights = dict.fromkeys(self.names[:k], 1 / k)
-        return self.decode([Request(prompt, weights, max_new_tokens=TOKENS, seed=self.seed) for prompt in prompts])
-
-    def decode(self, requests: list[Request]) -> int:
+        requests = [Request(prompt, weights, max_new_tokens=TOKENS, seed=self.seed) for prompt in prompts]
         return sum(len(generation.tokens) for _, generation in self.decoder.generate(requests))
-
-
-class _Endless:
-    """A prompter whose end-of-sequence token never comes."""
-
-    def __init__(self, prompter: Prompter) -> None:
-        self.spell, self.eos = prompter.spell, -1
 
 
 def adapters(folder: Path, count: int) -> list[Path]:
@@ -145,10 +138,12 @@ def adapters(folder: Path, count: int) -> list[Path]:
     return made
 
 
-def interleaved(runs: dict[tuple, Callable[[], int]], repetitions: int, title: str) -> dict[tuple, list[float]]:
-    """Seconds per token of every run, repetition by repetition; the first, a warm-up, is not counted."""
+def interleaved(
+    runs: dict[tuple, Callable[[], int]], repetitions: int, title: str, warm_up: bool = True
+) -> dict[tuple, list[float]]:
+    """Seconds per token of every run, repetition by repetition; a warm-up before them is not counted."""
     seconds: dict[tuple, list[float]] = {key: [] for key in runs}
-    for repetition in tqdm(range(repetitions + 1), desc=title, leave=False):
+    for repetition in tqdm(range(not warm_up, repetitions + 1), desc=title, leave=False):
         for key, run in runs.items():
             started = time.perf_counter()
             tokens = run()
@@ -185,28 +180,36 @@ def measure_peak(method: str, k: int, batch: int, dtype: str, folder: str) -> No
     print(next(int(text.split()[1]) for text in status.splitlines() if text.startswith("VmHWM")) * 1024 / 1e6)
 
 
-def sweep(bench: Bench, dtype: str, repetitions: int) -> list[dict]:
-    """The default sweep at once and point by point."""
-    renamed = dict(zip(PARAMS.objectives, bench.names, strict=False))
-    wanted = [
-        (point, Request(
-            request.prompt, {renamed[arm]: alpha for arm, alpha in request.weights.items()}, request.temperature,
-            max_new_tokens=TOKENS,
-        ))
-        for point, request in point_requests(PARAMS, PROMPTS[:SWEEP_PROMPTS])
-    ]  # fmt: skip
+def sweep(folders: dict[str, Path], repetitions: int) -> list[dict]:
+    """The default sweep, every prompt and point of it: at once, point by point, and as one process per point."""
+    load = partial(GuidedDecoder.load, BASE, folders, PARAMS.base.template, PARAMS.base.dtype, PARAMS.decoding.device,
+                   batch_size=PARAMS.decoding.batch_size)  # fmt: skip
+    decoder, wanted = load(), list(point_requests(PARAMS, PROMPTS))
     points = [[request for name, request in wanted if name == point] for point in PARAMS.sweep.points]
+
+    def decode(requests: list[Request]) -> int:
+        return sum(len(generation.tokens) for _, generation in decoder.generate(requests))
+
     runs = {
-        ("unguided",): lambda: bench.unguided(0, PROMPTS[:SWEEP_PROMPTS]),
-        ("sweep",): lambda: bench.decode([request for _, request in wanted]),
-        ("by point",): lambda: sum(map(bench.decode, points)),
+        ("at once",): lambda: decode([request for _, request in wanted]),
+        ("point by point",): lambda: sum(map(decode, points)),
     }
-    seconds = interleaved(runs, repetitions, f"sweep {dtype}")
-    return [
-        line(method, len(renamed), SWEEP_PROMPTS, dtype, own, seconds["unguided",], None)
-        for (method,), own in seconds.items()
-        if method != "unguided"
-    ]
+    decode(points[0][:4])
+    seconds = interleaved(runs, repetitions, "sweep", warm_up=False)
+    started = time.perf_counter()
+    starting = "from tests.bench_decoding import *; load_model(BASE, resolve_dtype(PARAMS.base.dtype, DEVICE), DEVICE)"
+    subprocess.run([sys.executable, "-c", starting], capture_output=True, check=True)
+    start = time.perf_counter() - started
+    lines = []
+    for (method,), own in seconds.items():
+        ratios = [mine / once for mine, once in zip(own, seconds["at once",], strict=True)]
+        lines.append({
+            "method": method, "rows": len(wanted), "tokens_per_s": round(1 / statistics.median(own), 1),
+            "ratio_to_at_once": round(statistics.median(ratios), 3), "low": round(min(ratios), 3),
+            "high": round(max(ratios), 3),
+        })  # fmt: skip
+    print(f"starting a process and loading the base takes {start:.1f} s, paid per point where each is a run of its own")
+    return lines
 
 
 def precision(folders: dict[str, Path]) -> list[dict]:
@@ -215,18 +218,18 @@ def precision(folders: dict[str, Path]) -> list[dict]:
     Also how many of the same rows change when the batch around them does.
     """
     made, laws, texts = {}, {}, None
-    points = {f"{point}": value for point, value in PARAMS.sweep.points.items()}
+    asked = list(point_requests(PARAMS, PROMPTS[:8]))
+    names, requests = [name for name, _ in asked], [request for _, request in asked]
     for name in ("float32", "bfloat16"):
         decoder = GuidedDecoder.load(BASE, folders, PARAMS.base.template, name, PARAMS.decoding.device)
-        requests = [request for _, request in point_requests(PARAMS, PROMPTS[:8])]
         rows = dict(decoder.generate(requests))
         decoder._batch_size = 7
         few = dict(decoder.generate(requests))
         made[name] = sum(rows[index].tokens != few[index].tokens for index in rows)
         texts = texts or [rows[index].tokens for index in range(len(requests))]  # those of float32
         laws[name] = forced(decoder, requests, texts)
-    lines, names = [], list(points) * 8
-    for point in points:
+    lines = []
+    for point in PARAMS.sweep.points:
         own = [index for index, name in enumerate(names) if name == point]
         kl = torch.cat([kl_divergence(laws["float32"][index], laws["bfloat16"][index]) for index in own])
         lines.append({"point": point, "steps": len(kl), "mean_kl": round(kl.mean().item(), 5),
@@ -262,43 +265,48 @@ def save(name: str, lines: list[dict]) -> pd.DataFrame:
     return table
 
 
+def speed(folder: Path, repetitions: int, batches: tuple[int, ...], counts: tuple[int, ...]) -> list[dict]:
+    """Every method at every k, batch and precision; saved as it goes."""
+    folders, fast = adapters(folder, max(counts)), resolve_dtype("auto", DEVICE)
+    lines: list[dict] = []
+    for dtype in [torch.float32] if fast == torch.float32 else [torch.float32, fast]:
+        name, bench = str(dtype).removeprefix("torch."), Bench(dtype, folders)
+        for batch in batches:
+            runs: dict[tuple, Callable[[], int]] = {}
+            for method, k in [("unguided", 0), ("ours", 0), *((method, k) for k in counts for method in METHODS[1:])]:
+                runs[method, k] = partial(getattr(bench, method), k, PROMPTS[:batch])
+            seconds = interleaved(runs, repetitions, f"{name}, batch {batch}")
+            for (method, k), own in seconds.items():
+                peak = round(peak_mb(method, k, batch, name, folder)) if k in (0, PEAK_K) else None
+                lines.append(line(method, k, batch, name, own, seconds["unguided", 0], peak))
+                save("decoding.csv", lines)
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--peak", nargs=5)
+    parser.add_argument("--quick", action="store_true", help="one repetition of the smallest setting")
+    parser.add_argument("--only", choices=["speed", "sweep", "precision"])
+    parser.add_argument("--peak", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
         measure_peak(*options.peak)
         return
+    console, arms = Console(width=120), {name: Workspace().adapter(name) for name in PARAMS.objectives}
     repetitions, batches, counts = (1, (1,), (2,)) if options.quick else (REPETITIONS, (1, 8, 32), (1, 2, 3))
-    fast = resolve_dtype("auto", DEVICE)
-    dtypes = [torch.float32] if fast == torch.float32 else [torch.float32, fast]
-    lines: list[dict] = []
-    with tempfile.TemporaryDirectory() as folder:
-        folders = adapters(Path(folder), max(counts))
-        for dtype in dtypes:
-            name, bench = str(dtype).removeprefix("torch."), Bench(dtype, folders)
-            for batch in batches:
-                runs: dict[tuple, Callable[[], int]] = {}
-                for method, k in [("unguided", 0), *((method, k) for k in counts for method in METHODS[1:])]:
-                    runs[method, k] = lambda method=method, k=k: getattr(bench, method)(k, PROMPTS[:batch])  # noqa: B023
-                seconds = interleaved(runs, repetitions, f"{name}, batch {batch}")
-                for (method, k), own in seconds.items():
-                    peak = round(peak_mb(method, k, batch, name, Path(folder))) if k in (0, PEAK_K) else None
-                    lines.append(line(method, k, batch, name, own, seconds["unguided", 0], peak))
-                    save("decoding.csv", lines)
-            if dtype == fast:
-                lines += sweep(bench, name, repetitions)
-            table = save("decoding.csv", lines)
-    console = Console(width=120)
-    console.print(table.to_string(index=False))
-    arms = {name: Workspace().adapter(name) for name in PARAMS.objectives}
-    if not options.quick and len(dtypes) > 1 and all(arm.exists() for arm in arms.values()):
+    if options.only in (None, "speed"):
+        with tempfile.TemporaryDirectory() as folder:
+            console.print(
+                save("decoding.csv", speed(Path(folder), repetitions, batches, counts)).to_string(index=False)
+            )
+    if options.only == "sweep" or not (options.only or options.quick):
+        console.print(save("sweep.csv", sweep(arms, 2)).to_string(index=False))
+    if options.only == "precision" or not (options.only or options.quick):
         console.print(save("precision.csv", precision(arms)).to_string(index=False))
     cpu = next((text.split(":")[1].strip() for text in Path("/proc/cpuinfo").read_text().splitlines()
                 if text.startswith("model name")), platform.processor())  # fmt: skip
     machine = {"cpu": cpu, "cores": os.cpu_count(), "device": str(DEVICE), "torch": torch.__version__,
-               "load_1min": round(os.getloadavg()[0], 2), "repetitions": repetitions, "new_tokens": TOKENS}  # fmt: skip
+               "repetitions": REPETITIONS, "new_tokens": TOKENS}  # fmt: skip
     write_json(OUT / "machine.json", machine)
     console.print_json(json.dumps(machine))
 

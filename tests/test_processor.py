@@ -11,6 +11,7 @@ from pipeline.decoder import GuidedDecoder, Request
 from pipeline.lanes import Backbone, left_pad
 from pipeline.models import Prompter
 from pipeline.processor import GuidanceProcessor
+from tests.test_decoder import Reference
 from tests.tiny import ROOT, tiny_model
 
 PROMPTS = ["Describe a rainy Monday.", "Tips?", "Write a review of the corner bakery near the station."]
@@ -41,24 +42,20 @@ def test_generate_and_the_decoder_choose_the_same_tokens(base, prompter, arms, g
         assert row[given["input_ids"].shape[1] :].tolist()[: len(wanted.tokens)] == wanted.tokens
 
 
-def test_scores_are_the_decoder_s_law_at_every_step(base, prompter, arms, guidance):
+def test_scores_are_the_law_at_every_step(base, prompter, arms, tiny, guidance):
     given, how = inputs(prompter), {"do_sample": True, "top_k": 0, "max_new_tokens": 8}
     torch.manual_seed(0)
     out = base.generate(
         **given, **how, num_return_sequences=2, logits_processor=[guidance()], output_scores=True,
         return_dict_in_generate=True,
     )  # fmt: skip
-    start = given["input_ids"].shape[1]
-    reference = guidance()
+    start, reference = given["input_ids"].shape[1], Reference(tiny, arms, prompter)
     for row in range(len(out.sequences)):
-        prompt = given["input_ids"][row // 2][given["attention_mask"][row // 2].bool()]
         tokens = out.sequences[row, start:].tolist()
         length = tokens.index(prompter.eos) + 1 if prompter.eos in tokens else len(tokens)
-        for step in range(length):  # unpadded, alone and without a cache
-            ids = torch.cat([prompt, out.sequences[row, start : start + step]])[None]
-            with torch.no_grad():
-                wanted = reference(ids, base(ids).logits[:, -1].float())
-            torch.testing.assert_close(out.scores[step][row], wanted[0], atol=1e-4, rtol=0)
+        for step in range(length):
+            _, law = reference.laws(Request(PROMPTS[row // 2], WEIGHTS), tokens[:step])
+            np.testing.assert_allclose(out.scores[step][row].numpy(), law, atol=1e-4, rtol=0)
 
 
 def test_generate_and_the_decoder_draw_from_the_same_law(base, prompter, arms, guidance):
@@ -96,15 +93,46 @@ def test_the_padding_of_a_base_s_head_gets_no_mass(prompter):
 
 def test_a_pad_token_that_also_begins_the_prompt_is_kept(tiny, base, arms):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    tokenizer.bos_token = tokenizer.pad_token
+    tokenizer.pad_token = "<user>"  # with which the chat template begins
     guidance = GuidanceProcessor(
         Prompter(tokenizer, None), WEIGHTS, Backbone(base, Prompter(tokenizer, None), arms, name=None)
     )
-    pad = tokenizer.pad_token_id
-    scores = torch.zeros(1, 500)
+    pad, scores = tokenizer.pad_token_id, torch.zeros(1, 500)
     torch.testing.assert_close(
         guidance(torch.tensor([[pad, pad, pad, 7, 8]]), scores), guidance(torch.tensor([[pad, 7, 8]]), scores)
     )
+
+
+def test_an_attention_mask_says_what_is_padding(base, prompter, arms):
+    ids, mask = torch.tensor([[0, 0, 7, 8], [0, 9, 7, 8]]), torch.tensor([[0, 1, 1, 1], [0, 1, 1, 1]])
+    backbone, scores = Backbone(base, prompter, arms, name=None), torch.zeros(4, 500)
+    found = GuidanceProcessor(prompter, WEIGHTS, backbone, attention_mask=mask)(ids.repeat_interleave(2, 0), scores)
+    for row, prompt in ((0, [0, 7, 8]), (2, [9, 7, 8])):
+        alone = GuidanceProcessor(prompter, WEIGHTS, backbone, attention_mask=torch.ones(1, 3))
+        torch.testing.assert_close(found[row : row + 1], alone(torch.tensor([prompt]), scores[:1]), atol=1e-5, rtol=0)
+        assert torch.equal(found[row], found[row + 1])
+
+
+def test_several_rows_without_a_pad_token_need_a_mask(tiny, base, arms):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.pad_token = None
+    prompter = Prompter(tokenizer, None)
+    guidance = GuidanceProcessor(prompter, WEIGHTS, Backbone(base, prompter, arms, name=None))
+    assert guidance(torch.tensor([[7, 8]]), torch.zeros(1, 500)).isfinite().all()
+    with pytest.raises(UserError, match="attention_mask"):
+        guidance(torch.tensor([[7, 8, 9], [7, 7, 9]]), torch.zeros(2, 500))
+
+
+def test_two_processors_may_share_a_backbone(base, prompter, arms):
+    shared = Backbone(base, prompter, arms, name=None)
+    one, two = (GuidanceProcessor(prompter, {name: 1.0}, shared) for name in ("one", "two"))
+    ids, scores, turns = [torch.tensor([[7, 8]]), torch.tensor([[7, 9]])], torch.zeros(1, 500), []
+    for _ in range(3):
+        turns.append([guidance(given, scores) for guidance, given in zip((one, two), ids, strict=True)])
+        ids = [torch.cat([given, given[:, -1:]], 1) for given in ids]
+    fresh = [GuidanceProcessor(prompter, {name: 1.0}, shared) for name in ("one", "two")]
+    for last, given, guidance in zip(turns[-1], ids, fresh, strict=True):
+        torch.testing.assert_close(last, guidance(given[:, :-1], scores), atol=1e-5, rtol=0)
 
 
 def test_another_prompt_starts_anew(base, prompter, guidance):

@@ -11,7 +11,7 @@ from pipeline import models, training
 from pipeline.arm import ARM, attach_adapter, pair_logps
 from pipeline.config import Trainer, UserError
 from pipeline.losses import arm_loss
-from pipeline.preferences import PromptGroup, collate, tokenise
+from pipeline.pairs import PromptGroup, collate, tokenise
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")

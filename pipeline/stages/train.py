@@ -10,7 +10,8 @@ import pandas as pd
 from pipeline import models, tracking, training
 from pipeline.arm import ARM, attach_adapter
 from pipeline.config import Params, UserError, Workspace
-from pipeline.preferences import SPLITS, tokenise
+from pipeline.pairs import tokenise
+from pipeline.preferences import SPLITS
 from pipeline.stages import main
 from pipeline.store import digest, file_digest, read_jsonl, replacing, write_json
 
