@@ -45,7 +45,8 @@ def _check_head(model: PreTrainedModel) -> None:
     wanted, found = model(ids).logits, model.get_output_embeddings()(model.base_model(ids).last_hidden_state)
     if not torch.allclose(wanted, found, rtol=1e-3, atol=1e-3):
         raise UserError(
-            f"{model.config.model_type} changes its logits behind the head: it cannot be trained as an ARM."
+            f"base: {model.config.model_type} changes its logits behind the head, which training does not follow: "
+            "use another."
         )
 
 
@@ -62,7 +63,7 @@ def pair_logps(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor
 
     The head sees the positions that predict a response token, and nothing else.
     """
-    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     hidden_BTD = causal.base_model(
         input_ids=batch["ids"],
         attention_mask=attention_mask(batch["segments"], next(model.parameters()).dtype),

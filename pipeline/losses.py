@@ -37,7 +37,7 @@ def _plain(hidden_ND: Tensor, head_VD: Tensor, label_N: Tensor, bias_V: Tensor |
 
 
 def _frozen(hidden_ND: Tensor, head_VD: Tensor, label_N: Tensor, bias_V: Tensor | None) -> Tensor:
-    logps_N: Tensor = _FrozenHead.apply(hidden_ND, head_VD, label_N, bias_V)  # type: ignore[no-untyped-call]
+    logps_N: Tensor = _FrozenHead.apply(hidden_ND, head_VD, label_N, bias_V)
     return logps_N
 
 

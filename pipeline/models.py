@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -38,13 +39,16 @@ def fetch(spec: Base, folder: Path) -> None:
         weights = sorted(partial.glob("*.safetensors"))
         if not weights:
             raise UserError(f"base: {spec.location} holds no *.safetensors: convert its weights to safetensors first.")
+        described = sorted(
+            path for path in partial.iterdir() if path.suffix in (".json", ".jinja") and path.name != ORIGIN
+        )
         origin = {
             "name": spec.name,
             "source": spec.source,
             "location": Path(spec.location).name if spec.source == "path" else spec.location,
             "revision": spec.revision,
             "license": spec.license,
-            "digest": file_digest(*weights, *sorted([*partial.glob("*.json"), *partial.glob("*.jinja")])),
+            "digest": file_digest(*weights, *(file for file in described if file.name != ORIGIN)),
         }
         write_json(partial / ORIGIN, origin)
 
@@ -142,14 +146,16 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no model: run `dvc repro fetch`.")
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except Exception as error:
         raise UserError(f"{folder} could not be loaded ({error}): run `dvc repro --force fetch`.") from error
+    model, found = loaded
     if lacking := sorted(found["missing_keys"]):  # transformers would make them up
         raise UserError(f"{folder} lacks the weights {lacking[0]}: use a folder that holds a whole causal LM.")
-    return model.requires_grad_(False).eval().to(device)
+    frozen: PreTrainedModel = model.requires_grad_(False).eval().to(device)
+    return frozen
 
 
 def model_digest(folder: Path) -> str:

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipeline import models
 from pipeline.config import Base, UserError
@@ -72,6 +73,16 @@ def test_a_damaged_model_folder_is_one_sentence(tiny, tmp_path):
     (broken / models.ORIGIN).unlink()
     with pytest.raises(UserError, match="is missing or damaged"):
         models.model_digest(broken)
+
+
+def test_weights_that_are_missing_are_not_made_up(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "base")
+    weights = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks the weights model\.layers\.1\.mlp\.up_proj\.weight"):
+        models.load_model(tmp_path / "base", torch.float32, torch.device("cpu"))
 
 
 def test_tokenizer_without_chat_template_needs_a_template(tiny, tmp_path):
