@@ -67,6 +67,7 @@ class GuidedDecoder:
         cls,
         base: Path,
         arms: Mapping[str, Path],
+        *,
         template: str | None = None,
         templates: Mapping[str, str] | None = None,
         dtype: str = "auto",

@@ -180,11 +180,15 @@ def measure_peak(method: str, k: int, batch: int, dtype: str, folder: str) -> No
     print(next(int(text.split()[1]) for text in status.splitlines() if text.startswith("VmHWM")) * 1024 / 1e6)
 
 
+def decoder_of(folders: dict[str, Path], dtype: str) -> GuidedDecoder:
+    """The default experiment's decoder in a given precision."""
+    how = {"device": PARAMS.decoding.device, "batch_size": PARAMS.decoding.batch_size}
+    return GuidedDecoder.load(BASE, folders, template=PARAMS.base.template, dtype=dtype, **how)
+
+
 def sweep(folders: dict[str, Path], repetitions: int) -> list[dict]:
-    """The default sweep, every prompt and point of it: at once, point by point, and as one process per point."""
-    load = partial(GuidedDecoder.load, BASE, folders, PARAMS.base.template, PARAMS.base.dtype, PARAMS.decoding.device,
-                   batch_size=PARAMS.decoding.batch_size)  # fmt: skip
-    decoder, wanted = load(), list(point_requests(PARAMS, PROMPTS))
+    """The default sweep, every prompt and point of it, at once and point by point."""
+    decoder, wanted = decoder_of(folders, PARAMS.base.dtype), list(point_requests(PARAMS, PROMPTS))
     points = [[request for name, request in wanted if name == point] for point in PARAMS.sweep.points]
 
     def decode(requests: list[Request]) -> int:
@@ -218,10 +222,10 @@ def precision(folders: dict[str, Path]) -> list[dict]:
     Also how many of the same rows change when the batch around them does.
     """
     made, laws, texts = {}, {}, None
-    asked = list(point_requests(PARAMS, PROMPTS[:8]))
+    asked = list(point_requests(PARAMS, PROMPTS[:4]))
     names, requests = [name for name, _ in asked], [request for _, request in asked]
     for name in ("float32", "bfloat16"):
-        decoder = GuidedDecoder.load(BASE, folders, PARAMS.base.template, name, PARAMS.decoding.device)
+        decoder = decoder_of(folders, name)
         rows = dict(decoder.generate(requests))
         decoder._batch_size = 7
         few = dict(decoder.generate(requests))
@@ -300,7 +304,7 @@ def main() -> None:
                 save("decoding.csv", speed(Path(folder), repetitions, batches, counts)).to_string(index=False)
             )
     if options.only == "sweep" or not (options.only or options.quick):
-        console.print(save("sweep.csv", sweep(arms, 2)).to_string(index=False))
+        console.print(save("sweep.csv", sweep(arms, 1)).to_string(index=False))
     if options.only == "precision" or not (options.only or options.quick):
         console.print(save("precision.csv", precision(arms)).to_string(index=False))
     cpu = next((text.split(":")[1].strip() for text in Path("/proc/cpuinfo").read_text().splitlines()
