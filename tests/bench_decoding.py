@@ -117,7 +117,7 @@ class Bench:
 
     def ours(self, k: int, prompts: list[str]) -> int:
         self.seed += 1
-        weights = dict.fromkeys(self.names[:k], 1 / k)
+        weights = dict.fromkeys(self.names[:k], 1 / max(k, 1))
         requests = [Request(prompt, weights, max_new_tokens=TOKENS, seed=self.seed) for prompt in prompts]
         return sum(len(generation.tokens) for _, generation in self.decoder.generate(requests))
 
