@@ -36,11 +36,6 @@ class LowRank:
     b_RO: Tensor
 
 
-def _precise(dtype: torch.dtype) -> torch.dtype:
-    """At least float32, in which PEFT keeps adapters too."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def read_adapter(folder: Path, model: PreTrainedModel) -> dict[str, LowRank]:
     """The low-rank updates of a PEFT LoRA folder by the name of the linear layer they belong to.
 
@@ -77,7 +72,8 @@ def read_adapter(folder: Path, model: PreTrainedModel) -> dict[str, LowRank]:
             raise UserError(f"{folder}: its update of {name} is not finite: train it again with `dvc repro --force`.")
         rank = a_RD.shape[0]
         scaling = config.lora_alpha / (rank**0.5 if config.use_rslora else rank)
-        place: dict[str, Any] = {"device": next(layer.parameters()).device, "dtype": _precise(model.dtype)}
+        precise = torch.promote_types(model.dtype, torch.float32)  # in which PEFT keeps adapters too
+        place: dict[str, Any] = {"device": next(layer.parameters()).device, "dtype": precise}
         updates[name] = LowRank(a_RD.T.to(**place).contiguous(), (b_OR.T * scaling).to(**place).contiguous())
     if not updates:
         raise UserError(f"{folder} holds no LoRA weights: train it again with `dvc repro --force`.")

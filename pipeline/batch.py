@@ -1,4 +1,4 @@
-"""The rows being generated: a step of the guided law for all of them, and what is summed over their tokens.
+"""What is asked, what comes out, and the rows in between: one step of the guided law for all of them.
 
 Shapes: B rows, V vocabulary.
 """
@@ -55,6 +55,19 @@ class Request:
         return digest([self.seed, self.prompt, self.arms, self.temperature, self.sample])
 
 
+@dataclass(frozen=True)
+class Generation:
+    """One finished row; log-probabilities are sums over its tokens, in nats."""
+
+    text: str
+    prompt_tokens: int
+    tokens: list[int]  # the end-of-sequence token included, where there is one
+    finish: str  # eos | stop | length
+    logp: float  # under the law the tokens were drawn from
+    logp_base: float  # under the base at temperature 1
+    kl: float  # Σ_t KL(π ‖ π_base), the base at temperature 1
+
+
 @dataclass
 class Row:
     """A request on its way."""
@@ -79,6 +92,11 @@ class Row:
     def window(self) -> int:
         """How many of the last tokens hold any stop text that has just been completed: a token is a byte at least."""
         return 2 * max(len(text.encode()) for text in self.request.stop) + 8
+
+
+def _until_stop(text: str, stops: Sequence[str]) -> str:
+    places = [place for place in map(text.find, stops) if place >= 0]
+    return text[: min(places)] if places else text
 
 
 class Batch:
@@ -124,13 +142,13 @@ class Batch:
     def _tensor(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._device)
 
-    def step(self) -> list[tuple[Row, str, tuple[float, float, float]]]:
-        """Draw one token per row; return the rows that ended, why, and their sums."""
+    def step(self) -> list[tuple[Row, Generation]]:
+        """Draw one token per row; return the rows that ended."""
         for lanes in self._lanes:
             if lanes.rows:
                 lanes.step(self._last_B)
         base_BV, arms = self._logits()
-        logps_BV = guided_logps(base_BV, arms, self._temperature_B)
+        logps_BV = guided_logps(base_BV, arms.values(), self._temperature_B)
         if self._cutting is not None:
             at = self._cutting
             logps_BV[at] = truncate(logps_BV[at], self._top_k_B[at], self._top_p_B[at], self._min_p_B[at])
@@ -153,16 +171,17 @@ class Batch:
         self._last_B = tokens_B
         return self._ended(tokens_B.tolist())
 
-    def _logits(self) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
-        arms = []
+    def _logits(self) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor, Tensor]]]:
+        """The base's logits, and per ARM the rows it guides, its α there, and its logits there."""
+        arms = {}
         for lanes in self._lanes:
             for lane, rows_b in lanes.rows.items():
                 if lane != BASE:
                     at, logits_bV = rows_b.to(self._device), cut(lanes.logits(lane), self._vocab_size)
-                    arms.append((at, self._alpha[lane][at], logits_bV.to(self._device)))
+                    arms[lane] = at, self._alpha[lane][at], logits_bV.to(self._device)
         return cut(self._lanes[0].logits(BASE), self._vocab_size), arms
 
-    def _ended(self, tokens: list[int]) -> list[tuple[Row, str, tuple[float, float, float]]]:
+    def _ended(self, tokens: list[int]) -> list[tuple[Row, Generation]]:
         ended = []
         for place, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
             if row.ended:
@@ -170,7 +189,9 @@ class Batch:
             row.tokens.append(token)
             if finish := self._finish(row):
                 row.ended = True
-                ended.append((row, finish, tuple(self._sums_B3[place].tolist())))
+                text = _until_stop(self._spell(row.tokens), row.request.stop).strip()
+                sums = self._sums_B3[place].tolist()
+                ended.append((row, Generation(text, len(row.ids), row.tokens, finish, *sums)))
         return ended
 
     def _finish(self, row: Row) -> str | None:
@@ -182,14 +203,12 @@ class Batch:
                 return "stop"
         return "length" if len(row.tokens) >= row.request.max_new_tokens else None
 
-    def _blame(self, base_BV: Tensor, arms: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+    def _blame(self, base_BV: Tensor, arms: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> None:
         """Say which model gave logits that are not finite, and at which row."""
         everywhere = torch.arange(len(self.rows), device=self._device)
-        names = [lane for lanes in self._lanes for lane in lanes.rows if lane != BASE]
-        for name, rows_b, logits_bV in [
-            (BASE, everywhere, base_BV),
-            *((name, rows_b, logits_bV) for name, (rows_b, _, logits_bV) in zip(names, arms, strict=True)),
-        ]:
+        found = {BASE: (everywhere, base_BV)}
+        found |= {name: (rows_b, logits_bV) for name, (rows_b, _, logits_bV) in arms.items()}
+        for name, (rows_b, logits_bV) in found.items():
             for row in rows_b[~logits_bV.isfinite().all(-1)].tolist():
                 at = self.rows[row]
                 raise UserError(

@@ -3,14 +3,13 @@
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from pipeline.batch import Batch, Request, Row
+from pipeline.batch import Batch, Generation, Request, Row
 from pipeline.config import UserError
 from pipeline.lanes import BASE, Backbone, common_vocabulary
 from pipeline.models import Prompter, load_model, resolve_device, resolve_dtype
@@ -19,19 +18,6 @@ __all__ = ["Generation", "GuidedDecoder", "Request"]
 
 _ROUNDS = 4  # batches' worth of rows that are planned together: see `GuidedDecoder.plan`
 _SLACK = 8  # finished rows are let go once they are one in so many
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One finished row; log-probabilities are sums over its tokens, in nats."""
-
-    text: str
-    prompt_tokens: int
-    tokens: list[int]  # the end-of-sequence token included, where there is one
-    finish: str  # eos | stop | length
-    logp: float  # under the law the tokens were drawn from
-    logp_base: float  # under the base at temperature 1
-    kl: float  # Σ_t KL(π ‖ π_base), the base at temperature 1
 
 
 class GuidedDecoder:
@@ -108,7 +94,7 @@ class GuidedDecoder:
             UserError: a request names an unknown ARM or a prompt leaves no room in a context (nothing is generated
                 then); a model gave logits that are not finite; memory does not suffice for half the batch either.
         """
-        rows = [self._row(index, request) for index, request in enumerate(requests)]
+        rows = self._rows(requests)
         with tqdm(total=len(rows), desc=progress, unit="row", smoothing=0.05, disable=progress is None) as bar:
             for chunk in self._planned(rows):
                 for index, generation in self._chunk(chunk):
@@ -125,7 +111,7 @@ class GuidedDecoder:
         Raises:
             UserError: as `generate`.
         """
-        rows = [self._row(index, request) for index, request in enumerate(requests)]
+        rows = self._rows(requests)
         return [[row.index for row in chunk] for chunk in self._planned(rows)]
 
     def _planned(self, rows: list[Row]) -> list[list[Row]]:
@@ -133,21 +119,24 @@ class GuidedDecoder:
         order, size = sorted(rows, key=lambda row: (len(row.ids), row.ids, row.index)), self._batch_size * _ROUNDS
         return [order[start : start + size] for start in range(0, len(order), size)]
 
-    def _row(self, index: int, request: Request) -> Row:
-        for name in request.arms:
-            if name not in self._arms:
-                raise UserError(f"weights name {name}, but the ARMs are {', '.join(self._arms) or 'none'}.")
-        prompts = []
-        for backbone in self._backbones:
-            ids = backbone.prompter.prompt_ids(request.prompt)
-            if len(ids) + request.max_new_tokens > backbone.context:
-                raise UserError(
-                    f"the prompt {request.prompt[:60]!r}… has {len(ids)} tokens and with {request.max_new_tokens} new "
-                    f"ones exceeds the context of {backbone.context} of {', '.join(backbone.lanes)}: shorten it or "
-                    "lower decoding.max_new_tokens."
-                )
-            prompts.append(tuple(ids))
-        return Row(index, request, tuple(prompts))
+    def _rows(self, requests: Sequence[Request]) -> list[Row]:
+        """The requests with their prompts as every backbone reads them; each distinct prompt is tokenised once."""
+        read = {
+            prompt: tuple(tuple(backbone.prompter.prompt_ids(prompt)) for backbone in self._backbones)
+            for prompt in dict.fromkeys(request.prompt for request in requests)
+        }
+        for request in requests:
+            for name in request.arms:
+                if name not in self._arms:
+                    raise UserError(f"weights name {name}, but the ARMs are {', '.join(self._arms) or 'none'}.")
+            for backbone, ids in zip(self._backbones, read[request.prompt], strict=True):
+                if len(ids) + request.max_new_tokens > backbone.context:
+                    raise UserError(
+                        f"the prompt {request.prompt[:60]!r}… has {len(ids)} tokens and with {request.max_new_tokens} "
+                        f"new ones exceeds the context of {backbone.context} of {', '.join(backbone.lanes)}: shorten "
+                        "it or lower decoding.max_new_tokens."
+                    )
+        return [Row(index, request, read[request.prompt]) for index, request in enumerate(requests)]
 
     def _chunk(self, rows: list[Row]) -> Iterator[tuple[int, Generation]]:
         """Generate rows; where memory does not suffice, begin those not yet finished again in half the batch."""
@@ -192,11 +181,4 @@ class GuidedDecoder:
                 if not batch.alive and not newcomers:
                     return
                 batch.seat(newcomers)
-            for row, finish, sums in batch.step():
-                text = _until_stop(self._backbones[0].prompter.spell(row.tokens), row.request.stop).strip()
-                yield row, Generation(text, len(row.ids), row.tokens, finish, *sums)
-
-
-def _until_stop(text: str, stops: Sequence[str]) -> str:
-    places = [place for place in map(text.find, stops) if place >= 0]
-    return text[: min(places)] if places else text
+            yield from batch.step()

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.guidance import normalised
+
 _CHUNK = 256  # tokens whose logits are held at once
 
 
@@ -22,7 +24,7 @@ def token_logps(hidden_ND: Tensor, head_VD: Tensor, label_N: Tensor, bias_V: Ten
     they are at hand; under one that learns they are computed again.
     """
     frozen = not (head_VD.requires_grad or (bias_V is not None and bias_V.requires_grad))
-    chunk = _frozen if frozen else partial(checkpoint, _plain, use_reentrant=False)
+    chunk = _FrozenHead.apply if frozen else partial(checkpoint, _plain, use_reentrant=False)
     parts = [
         chunk(hidden_ND[start : start + _CHUNK], head_VD, label_N[start : start + _CHUNK], bias_V)
         for start in range(0, len(hidden_ND), _CHUNK)
@@ -31,21 +33,13 @@ def token_logps(hidden_ND: Tensor, head_VD: Tensor, label_N: Tensor, bias_V: Ten
 
 
 def _plain(hidden_ND: Tensor, head_VD: Tensor, label_N: Tensor, bias_V: Tensor | None) -> Tensor:
-    logits_NV = F.linear(hidden_ND, head_VD, bias_V)
-    precise = torch.promote_types(hidden_ND.dtype, torch.float32)
-    return torch.log_softmax(logits_NV, dim=-1, dtype=precise).gather(1, label_N[:, None])[:, 0]
-
-
-def _frozen(hidden_ND: Tensor, head_VD: Tensor, label_N: Tensor, bias_V: Tensor | None) -> Tensor:
-    logps_N: Tensor = _FrozenHead.apply(hidden_ND, head_VD, label_N, bias_V)
-    return logps_N
+    return normalised(F.linear(hidden_ND, head_VD, bias_V)).gather(1, label_N[:, None])[:, 0]
 
 
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, label_N: Tensor, bias_V: Tensor | None) -> Tensor:
-        precise = torch.promote_types(hidden_ND.dtype, torch.float32)
-        logps_NV = torch.log_softmax(F.linear(hidden_ND, head_VD, bias_V), dim=-1, dtype=precise)
+        logps_NV = normalised(F.linear(hidden_ND, head_VD, bias_V))
         logps_N = logps_NV.gather(1, label_N[:, None])[:, 0]
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(head_VD[label_N] - logps_NV.exp_().to(head_VD.dtype) @ head_VD)

@@ -200,10 +200,6 @@ def sweep(folders: dict[str, Path], repetitions: int) -> list[dict]:
     }
     decode(points[0][:4])
     seconds = interleaved(runs, repetitions, "sweep", warm_up=False)
-    started = time.perf_counter()
-    starting = "from tests.bench_decoding import *; load_model(BASE, resolve_dtype(PARAMS.base.dtype, DEVICE), DEVICE)"
-    subprocess.run([sys.executable, "-c", starting], capture_output=True, check=True)
-    start = time.perf_counter() - started
     lines = []
     for (method,), own in seconds.items():
         ratios = [mine / once for mine, once in zip(own, seconds["at once",], strict=True)]
@@ -212,7 +208,6 @@ def sweep(folders: dict[str, Path], repetitions: int) -> list[dict]:
             "ratio_to_at_once": round(statistics.median(ratios), 3), "low": round(min(ratios), 3),
             "high": round(max(ratios), 3),
         })  # fmt: skip
-    print(f"starting a process and loading the base takes {start:.1f} s, paid per point where each is a run of its own")
     return lines
 
 
