@@ -1,4 +1,4 @@
-"""Fixtures: the real conf composed and shrunk, a fetched tiny model, ARMs of it. Offline, CPU only."""
+"""Fixtures: the real conf composed and shrunk, a fetched tiny model, ARMs of it, a decoder. Offline, CPU only."""
 
 import os
 
@@ -16,7 +16,10 @@ from peft import LoraConfig, get_peft_model
 
 from pipeline import models
 from pipeline.config import Base, Params, Workspace, to_params
+from pipeline.decoder import GuidedDecoder
+from pipeline.lanes import Backbone
 from pipeline.models import Prompter
+from tests.reference import Reference
 from tests.tiny import ROOT, write_tiny
 
 Composer = Callable[..., Params]
@@ -66,6 +69,16 @@ def arms(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
         adapted.save_pretrained(str(folder / name))
         made[name] = folder / name
     return made
+
+
+@pytest.fixture
+def decoder(base: torch.nn.Module, prompter: Prompter, arms: dict[str, Path]) -> GuidedDecoder:
+    return GuidedDecoder(Backbone(base, prompter, arms), batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny: Path, arms: dict[str, Path], prompter: Prompter) -> Reference:
+    return Reference(tiny, arms, prompter)
 
 
 @pytest.fixture

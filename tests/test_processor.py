@@ -11,7 +11,7 @@ from pipeline.decoder import GuidedDecoder, Request
 from pipeline.lanes import Backbone, left_pad
 from pipeline.models import Prompter
 from pipeline.processor import GuidanceProcessor
-from tests.test_decoder import Reference
+from tests.reference import Reference
 from tests.tiny import ROOT, tiny_model
 
 PROMPTS = ["Describe a rainy Monday.", "Tips?", "Write a review of the corner bakery near the station."]
