@@ -1,36 +1,56 @@
-"""The autoregressive reward model in training: a LoRA adapter of the base under the ARM loss.
+"""The autoregressive reward model in training: the base, or a LoRA adapter of it, under a preference loss.
 
 Shapes: B pairs (in a batch: its prompts), T positions, N response tokens, S responses, D features.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from peft.helpers import disable_input_dtype_casting
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel, get_scheduler
 
-from pipeline.config import Arm, Trainer, UserError
-from pipeline.losses import all_finite, arm_loss, response_logps, reward_metrics, token_logps
+from pipeline.attention import RECOMPUTED, attention_mask
+from pipeline.config import Arm, Loss, Trainer, UserError
+from pipeline.losses import (
+    all_finite,
+    implicit_rewards,
+    preference_loss,
+    response_logps,
+    reward_metrics,
+    token_logps,
+)
 from pipeline.store import digest
 
 
-def attach_adapter(model: PreTrainedModel, arm: Arm, seed: int) -> PeftModel:
-    """The base with a fresh trainable LoRA adapter in float32, drawn from the seed.
+def trainable(model: PreTrainedModel, arm: Arm, seed: int, checkpointing: bool = False) -> PreTrainedModel | PeftModel:
+    """The base ready for training: with a fresh LoRA adapter in float32, drawn from the seed, or whole.
 
-    On a CPU attention is left to plain matrix products: torch's fused kernel for CPUs is slower backwards.
+    Args:
+        model: the base; one that is trained whole comes in float32, for its weights are the master weights.
+        arm: what is trained.
+        seed: of the adapter's start.
+        checkpointing: keep only the input of each layer for the backward pass and compute the rest again.
 
     Raises:
-        UserError: the target modules are not in the model, or its logits are not simply its head's output.
+        UserError: the target modules are not in the model, its logits are not simply its head's output, or its
+            attention is of a kind that training does not follow.
     """
+    _check(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()  # or the embeddings, which do not learn, would cut the layers off
+    if arm.tuning == "full":
+        return model.requires_grad_(True)
     targets: str | list[str] = arm.targets if arm.targets == "all-linear" else arm.targets.split(",")
     config = LoraConfig(
         r=arm.rank, lora_alpha=arm.lora_alpha, lora_dropout=arm.dropout, target_modules=targets, task_type="CAUSAL_LM"
     )
-    _check_head(model)
-    if model.device.type == "cpu":
-        model.set_attn_implementation("eager")
     L.seed_everything(seed, verbose=False)
     try:
         return get_peft_model(model, config, autocast_adapter_dtype=True)
@@ -39,54 +59,92 @@ def attach_adapter(model: PreTrainedModel, arm: Arm, seed: int) -> PeftModel:
 
 
 @torch.no_grad()
-def _check_head(model: PreTrainedModel) -> None:
-    """Refuse a model that scales or caps its logits behind the head, which `pair_logps` goes around."""
+def _check(model: PreTrainedModel) -> None:
+    """Refuse a model that does anything behind its head, which training goes around; on CPUs choose the attention."""
     ids = torch.arange(8, device=model.device)[None]
-    wanted, found = model(ids).logits, model.get_output_embeddings()(model.base_model(ids).last_hidden_state)
+    mask = attention_mask(torch.zeros_like(ids), model.dtype)
+
+    def logits() -> Tensor:
+        hidden_BTD = model.base_model(ids, attention_mask=mask).last_hidden_state
+        found: Tensor = model.get_output_embeddings()(hidden_BTD)
+        return found
+
+    wanted, found = model(ids).logits, logits()
     if not torch.allclose(wanted, found, rtol=1e-3, atol=1e-3):
         raise UserError(
             f"base: {model.config.model_type} changes its logits behind the head, which training does not follow: "
             "use another."
         )
+    if model.device.type == "cpu":
+        model.set_attn_implementation(RECOMPUTED)
+        if (logits() - wanted).norm() > 0.05 * wanted.norm():
+            raise UserError(
+                f"base: {model.config.model_type} has an attention of its own kind, which training on a CPU does not "
+                "follow: use another."
+            )
 
 
-def attention_mask(segments_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive mask [B, 1, T, T]: a token sees the prompt and its own response up to itself."""
-    earlier_TT = torch.ones(2 * segments_BT.shape[1:], dtype=torch.bool, device=segments_BT.device).tril()
-    key_B1T, query_BT1 = segments_BT[:, None, :], segments_BT[:, :, None]
-    visible = earlier_TT & ((key_B1T == 0) | (key_B1T == query_BT1))
-    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+class ResponseModel(nn.Module):
+    """log π_r(y|x) of every response of a batch, as one forward that can be replicated or sharded.
 
-
-def pair_logps(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Summed response log-probabilities of a collated batch's pairs: chosen_logps_B, rejected_logps_B.
-
-    The head sees the positions that predict a response token, and nothing else.
+    The head sees the positions that predict a response token, and nothing else. Weights in float32 are multiplied in
+    `dtype` (autocast), and adapters take the activations as they are, so no float32 copy of them is kept.
     """
-    causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    hidden_BTD = causal.base_model(
-        input_ids=batch["ids"],
-        attention_mask=attention_mask(batch["segments"], next(model.parameters()).dtype),
-        position_ids=batch["positions"],
-        use_cache=False,
-    ).last_hidden_state
-    head = causal.get_output_embeddings()
-    logps_N = token_logps(hidden_BTD[batch["row"], batch["column"]], head.weight, batch["label"], head.bias)
-    logps_S = response_logps(logps_N, batch["response"])
-    return logps_S[batch["chosen"]], logps_S[batch["rejected"]]
+
+    def __init__(self, model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    @property
+    def causal(self) -> PreTrainedModel:
+        """The causal LM, below the adapter if there is one."""
+        model: Any = self.model
+        causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        return causal
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Summed response log-probabilities of a collated batch: logps_S, float32 or better."""
+        causal: Any = self.causal
+        mixed = torch.autocast(batch["ids"].device.type, self.dtype, enabled=self.dtype.itemsize < 4)
+        with mixed, disable_input_dtype_casting(self.model, active=self.dtype.itemsize < 4):
+            hidden_BTD = causal.base_model(
+                input_ids=batch["ids"],
+                attention_mask=attention_mask(batch["segments"], self.dtype),
+                position_ids=batch["positions"],
+                use_cache=False,
+            ).last_hidden_state
+            head = causal.get_output_embeddings()
+            logps_N = token_logps(hidden_BTD[batch["row"], batch["column"]], head.weight, batch["label"], head.bias)
+        return response_logps(logps_N, batch["response"])
+
+
+_METRICS = (
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+    "logps/rejected", "pairs",
+)  # fmt: skip
 
 
 class ARM(L.LightningModule):
-    """Trains one adapter; metrics carry TRL's names (`rewards/margins`, `rewards/accuracies`, …)."""
+    """Trains one ARM; metrics carry TRL's names (`rewards/margins`, `rewards/accuracies`, …)."""
 
-    def __init__(self, model: PeftModel, beta: float, trainer: Trainer, steps: int, seed: int) -> None:
+    def __init__(self, model: ResponseModel, beta: float, loss: Loss, trainer: Trainer, steps: int, seed: int) -> None:
         super().__init__()
         # Lightning's own estimate of the steps would set up the data before a checkpoint could say where to resume.
         self._steps = steps
         self.model = model
-        self._beta, self._config, self._seed = beta, trainer, seed
-        self.strict_loading = False  # checkpoints hold the adapter only
+        self._beta, self._loss, self._config, self._seed = beta, loss, trainer, seed
+        self.strict_loading = False  # checkpoints hold what is trained only
         self.history: list[dict[str, float]] = []
+        self._sums: dict[str, Tensor] = {}  # of the metrics of this step's pairs so far
+        self._tokens, self._positions = 0, 0  # computed by this process, without and with padding
+
+    def configure_model(self) -> None:
+        """Under FSDP shard every layer, and the rest with the whole."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and self.device_mesh is not None:
+            mesh = self.device_mesh["data_parallel"]
+            for layer in _layers(self.model.causal):
+                fully_shard(layer, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
 
     def on_train_start(self) -> None:
         """Hugging Face models load in eval mode and Lightning leaves them there: LoRA's dropout would be off."""
@@ -94,26 +152,60 @@ class ARM(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Dropout is a function of seed and step, so that a resumed run draws what an uninterrupted one would."""
-        torch.manual_seed(int(digest([self._seed, self.current_epoch, batch_idx])[:15], 16))
+        torch.manual_seed(int(digest([self._seed, self.current_epoch, batch_idx, self.global_rank])[:15], 16))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The ARM loss of a batch of pairs.
+        """The share of a micro-batch in the mean loss of the step's pairs.
 
         Raises:
             UserError: the loss is not finite; the last checkpoint is kept.
         """
-        chosen_B, rejected_B = pair_logps(self.model, batch)
-        loss = arm_loss(chosen_B, rejected_B, self._beta).mean()
-        if not all_finite([loss]):
+        loss_B, metrics = self._pairs(batch)
+        if not all_finite([loss_B]):
             raise UserError(
-                f"the training loss is {loss.item()} at step {self.global_step}: training stopped and the last good "
-                "checkpoint was kept: lower trainer.lr or check the data."
+                f"the training loss is {loss_B.mean().item()} at step {self.global_step}: training stopped and the "
+                "last good checkpoint was kept: lower trainer.lr or check the data."
             )
-        metrics = {"loss": loss.detach(), **reward_metrics(chosen_B, rejected_B, self._beta)}
-        self._record("train", metrics, len(chosen_B))
-        self.log_dict({f"train/{name}": value for name, value in metrics.items()}, batch_size=len(chosen_B))
-        self.log("loss", loss.detach(), prog_bar=True, logger=False)
-        return loss
+        self._tokens += int((batch["segments"] >= 0).sum())
+        self._positions += batch["segments"].numel()
+        if batch["weight"] > 0:
+            for name, value_B in metrics.items():
+                self._sums[name] = self._sums.get(name, 0) + value_B.sum()
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            self._end_step()
+        return loss_B.sum() * batch["weight"]
+
+    def _pairs(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each pair, and its metrics."""
+        logps_S = self.model(batch)
+        reward_S = implicit_rewards(self._loss, logps_S, batch["response"], batch.get("reference"))
+        chosen_B, rejected_B = reward_S[batch["chosen"]], reward_S[batch["rejected"]]
+        loss_B = preference_loss(self._loss, chosen_B, rejected_B, self._beta)
+        metrics = {
+            "loss": loss_B.detach(),
+            **reward_metrics(chosen_B, rejected_B, self._beta),
+            "logps/chosen": logps_S.detach()[batch["chosen"]],
+            "logps/rejected": logps_S.detach()[batch["rejected"]],
+            "pairs": torch.ones_like(loss_B),
+        }
+        return loss_B, metrics
+
+    def _end_step(self) -> None:
+        """Means over the pairs of the step, those of all its micro-batches and processes."""
+        sums = self._sums or {name: torch.zeros((), device=self.device) for name in _METRICS}
+        summed = self.trainer.strategy.reduce(torch.stack([sums[name] for name in _METRICS]), reduce_op="sum")
+        *values, pairs = summed.tolist()
+        means = {name: value / pairs for name, value in zip(_METRICS, values, strict=False)}
+        self._sums = {}
+        self._record("train", means, int(pairs))
+        logged = means | {"padding": self.padding}
+        self.log_dict({f"train/{name}": value for name, value in logged.items()}, batch_size=1)
+        self.log("loss", means["loss"], prog_bar=True, logger=False, batch_size=1)
+
+    @property
+    def padding(self) -> float:
+        """The share of computed positions that held no token."""
+        return 1 - self._tokens / max(1, self._positions)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """A step with a NaN gradient would spoil the weights that the next checkpoint saves.
@@ -129,27 +221,26 @@ class ARM(L.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Loss and reward metrics on held-out pairs."""
-        chosen_B, rejected_B = pair_logps(self.model, batch)
-        loss = arm_loss(chosen_B, rejected_B, self._beta).mean()
-        metrics = {"loss": loss, **reward_metrics(chosen_B, rejected_B, self._beta)}
-        self.log_dict({f"eval/{name}": value for name, value in metrics.items()}, batch_size=len(chosen_B))
+        _, metrics = self._pairs(batch)
+        pairs = len(metrics.pop("pairs"))
+        self.log_dict({f"eval/{name}": value.mean() for name, value in metrics.items()}, batch_size=pairs)
 
     def on_validation_epoch_end(self) -> None:
         """Keep the curve; Lightning has averaged over the pairs."""
         if not self.trainer.sanity_checking:
             averaged = {
-                name.removeprefix("eval/"): value
+                name.removeprefix("eval/"): float(value)
                 for name, value in self.trainer.callback_metrics.items()
                 if name.startswith("eval/")
             }
             self._record("eval", averaged, 0)
 
-    def _record(self, phase: str, metrics: dict[str, Tensor], pairs: int) -> None:
-        row = {name: round(float(value), 6) for name, value in metrics.items()}
+    def _record(self, phase: str, metrics: dict[str, float], pairs: int) -> None:
+        row = {name: round(value, 6) for name, value in metrics.items()}
         self.history.append({"step": self.global_step, "phase": phase, "pairs": pairs, **row})  # type: ignore[dict-item]
 
     def configure_optimizers(self) -> Any:
-        """AdamW on the adapter, warm-up then the configured schedule, per optimizer step."""
+        """AdamW on what is trained, warm-up then the configured schedule, per optimizer step."""
         config = self._config
         trainable = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay)
@@ -160,7 +251,7 @@ class ARM(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the adapter and the curve; the frozen base is on disk already."""
+        """Keep what is trained and the curve; the frozen base is on disk already."""
         trainable = {name for name, p in self.named_parameters() if p.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
         checkpoint["history"] = self.history
@@ -169,5 +260,11 @@ class ARM(L.LightningModule):
         """Take the curve up again, and make sure that no trainable weight is missing."""
         trainable = {name for name, p in self.named_parameters() if p.requires_grad}
         if trainable != checkpoint["state_dict"].keys():
-            raise UserError("the checkpoint is of another adapter: remove its folder below scratch/ to train anew.")
+            raise UserError("the checkpoint is of another ARM: remove its folder below scratch/ to train anew.")
         self.history = list(checkpoint["history"])
+
+
+def _layers(causal: PreTrainedModel) -> Iterable[nn.Module]:
+    """The decoder layers, which transformers lists as those it will not split."""
+    names = set(causal._no_split_modules or [])
+    return [module for module in causal.modules() if type(module).__name__ in names]

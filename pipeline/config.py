@@ -80,29 +80,45 @@ class Objective(_Strict):
 
 @dataclass(frozen=True)
 class Arm(_Strict):
-    """The LoRA adapter that turns the base into an ARM (names as in PEFT)."""
+    """How the base becomes an ARM: by a LoRA adapter (names as in PEFT), or by training all of it."""
 
+    tuning: Literal["lora", "full"] = "lora"
     rank: Count = 8
     lora_alpha: Count = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: str = "q_proj,k_proj,v_proj,o_proj"  # module names, or all-linear
+    quantisation: Literal["nf4"] | None = None  # of the frozen base while its adapter trains; needs bitsandbytes
+
+
+@dataclass(frozen=True)
+class Loss(_Strict):
+    """What pulls chosen and rejected apart; β is the objective's."""
+
+    kind: Literal["arm", "hinge", "simpo", "dpo"] = "arm"
+    margin: NotNegative = 0.0  # γ: by how much a chosen reward must exceed the rejected one
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0  # share of labels believed to be flipped
 
 
 @dataclass(frozen=True)
 class Trainer(_Strict):
-    """The training run; `batch_size` counts prompts, each with all its pairs."""
+    """The training run; batches count prompts, each with all its pairs."""
 
     lr: Positive = 5.0e-4
     scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 5
     weight_decay: NotNegative = 0.05
     epochs: Count = 1
-    batch_size: Count = 8
-    accumulate: Count = 1
+    batch_size: Count = 8  # per optimizer step, over all devices
+    micro_batch_size: Count | None = None  # per forward on one device; null: its share of batch_size
+    max_length: Count | None = None  # tokens of a prompt and a response; null: the model's context
     gradient_clip: Positive = 1.0
+    gradient_checkpointing: bool = False
     evaluations_per_epoch: Count = 2
-    checkpoint_every: Count = 10
+    checkpoint_every: Count = 10  # optimizer steps
     accelerator: str = "auto"
+    devices: Count | Literal["auto"] = 1
+    num_nodes: Count = 1
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -167,6 +183,7 @@ class Params(_Strict):
     data: Data
     objectives: Annotated[dict[str, Objective], Field(min_length=1)]
     arm: Arm
+    loss: Loss
     trainer: Trainer
     decoding: Decoding
     sweep: Sweep
@@ -276,5 +293,9 @@ def _check(params: Params, origin: str) -> None:
             raise UserError(
                 f"{origin}: objectives.{name} has no scorer to label samples: set objectives.{name}.scorer."
             )
+    if params.loss.kind == "hinge" and params.loss.label_smoothing:
+        raise UserError(f"{origin}: the hinge loss knows no label smoothing: set loss.label_smoothing=0.0.")
+    if params.arm.tuning == "full" and params.arm.quantisation is not None:
+        raise UserError(f"{origin}: a quantised base cannot be trained whole: set arm.quantisation=null or arm=lora.")
     if params.data.validation_fraction + params.data.test_fraction >= 1:
         raise UserError(f"{origin}: data.validation_fraction and data.test_fraction leave nothing to train on.")

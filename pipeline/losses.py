@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.config import Loss
 from pipeline.guidance import normalised
 
 _CHUNK = 256  # tokens whose logits are held at once
@@ -42,7 +43,8 @@ class _FrozenHead(torch.autograd.Function):
         logps_NV = normalised(F.linear(hidden_ND, head_VD, bias_V))
         logps_N = logps_NV.gather(1, label_N[:, None])[:, 0]
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(head_VD[label_N] - logps_NV.exp_().to(head_VD.dtype) @ head_VD)
+            slope_ND = head_VD[label_N] - logps_NV.exp_().to(head_VD.dtype) @ head_VD
+            ctx.save_for_backward(slope_ND.to(hidden_ND.dtype))
         return logps_N
 
     @staticmethod
@@ -56,21 +58,60 @@ def response_logps(token_logps_N: Tensor, response_N: Tensor) -> Tensor:
     return token_logps_N.new_zeros(int(response_N.max()) + 1).index_add(0, response_N, token_logps_N)
 
 
-def arm_loss(chosen_logps_B: Tensor, rejected_logps_B: Tensor, beta: float) -> Tensor:
-    """−log σ(β_r · [log π_r(y_w|x) − log π_r(y_l|x)]) per pair: loss_B (GenARM, ARM training objective)."""
-    return -F.logsigmoid(beta * (chosen_logps_B - rejected_logps_B))
+def length_normalised(logps_S: Tensor, response_N: Tensor) -> Tensor:
+    """log π(y|x) / |y| per response (SimPO, arXiv 2405.14734, equation 3); |y| counts its tokens in `response_N`."""
+    return logps_S / torch.bincount(response_N, minlength=len(logps_S))
 
 
-def reward_metrics(chosen_logps_B: Tensor, rejected_logps_B: Tensor, beta: float) -> dict[str, Tensor]:
-    """Scalars under TRL's names; a reward is β_r · log π_r(y|x), as in its reference-free trainers."""
-    chosen, rejected = beta * chosen_logps_B.detach(), beta * rejected_logps_B.detach()
+def arm_loss(
+    chosen_B: Tensor, rejected_B: Tensor, beta: float, margin: float = 0.0, label_smoothing: float = 0.0
+) -> Tensor:
+    """−log σ(β_r · [log π_r(y_w|x) − log π_r(y_l|x)]) per pair: loss_B (GenARM, ARM training objective).
+
+    Args:
+        chosen_B, rejected_B: summed log-probabilities. Averaged ones make this the loss of SimPO (with `margin` γ),
+            log-ratios to a reference that of DPO (arXiv 2305.18290, equation 7).
+        beta: β_r.
+        margin: γ in −log σ(β_r · Δ − γ).
+        label_smoothing: ε in (1 − ε) · loss + ε · loss of the flipped pair (conservative DPO).
+    """
+    logits_B = beta * (chosen_B - rejected_B) - margin
+    return -(1 - label_smoothing) * F.logsigmoid(logits_B) - label_smoothing * F.logsigmoid(-logits_B)
+
+
+def hinge_loss(chosen_B: Tensor, rejected_B: Tensor, beta: float, margin: float = 0.0) -> Tensor:
+    """max(0, 1 − (β · [chosen − rejected] − γ)) per pair: loss_B (SLiC, arXiv 2305.10425)."""
+    return torch.relu(1 + margin - beta * (chosen_B - rejected_B))
+
+
+def implicit_rewards(loss: Loss, logps_S: Tensor, response_N: Tensor, reference_S: Tensor | None) -> Tensor:
+    """What a loss compares, before β: reward_S.
+
+    The sum log π_r(y|x); its mean over tokens (simpo); its difference from the reference's `reference_S` (dpo).
+    """
+    if loss.kind == "simpo":
+        return length_normalised(logps_S, response_N)
+    if loss.kind == "dpo":
+        assert reference_S is not None
+        return logps_S - reference_S
+    return logps_S
+
+
+def preference_loss(loss: Loss, chosen_B: Tensor, rejected_B: Tensor, beta: float) -> Tensor:
+    """The configured loss of implicit rewards: loss_B."""
+    if loss.kind == "hinge":
+        return hinge_loss(chosen_B, rejected_B, beta, loss.margin)
+    return arm_loss(chosen_B, rejected_B, beta, loss.margin, loss.label_smoothing)
+
+
+def reward_metrics(chosen_B: Tensor, rejected_B: Tensor, beta: float) -> dict[str, Tensor]:
+    """Values per pair [B] under TRL's names; a reward is β times the implicit reward, as in its trainers."""
+    chosen, rejected = beta * chosen_B.detach(), beta * rejected_B.detach()
     return {
-        "rewards/chosen": chosen.mean(),
-        "rewards/rejected": rejected.mean(),
-        "rewards/margins": (chosen - rejected).mean(),
-        "rewards/accuracies": (chosen > rejected).float().mean(),
-        "logps/chosen": chosen_logps_B.detach().mean(),
-        "logps/rejected": rejected_logps_B.detach().mean(),
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected).to(chosen),
     }
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,14 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from pipeline.config import Base, UserError
 from pipeline.store import file_digest, write_json
@@ -114,10 +122,10 @@ def _fetch_path(spec: Base, folder: Path) -> None:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU."""
+    """`auto` is CUDA where there is one, else the CPU; of several processes on a machine, each has a GPU of its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -137,25 +145,34 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The causal LM of a local folder, frozen, in eval mode.
+def load_model(
+    folder: Path, dtype: torch.dtype, device: torch.device, quantisation: str | None = None
+) -> PreTrainedModel:
+    """The causal LM of a local folder, frozen, in eval mode; with `quantisation` nf4 its linear layers in 4 bits.
 
     Raises:
-        UserError: the folder is missing or unreadable, or lacks weights.
+        UserError: the folder is missing or unreadable, or lacks weights, or bitsandbytes is not installed.
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no model: run `dvc repro fetch`.")
+    how: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
+    if quantisation is not None:
+        if find_spec("bitsandbytes") is None:
+            raise UserError(f"{quantisation} quantisation needs bitsandbytes: pip install bitsandbytes.")
+        nf4 = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=quantisation, bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )  # fmt: skip
+        how |= {"quantization_config": nf4, "device_map": {"": device}}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **how, output_loading_info=True)
     except Exception as error:
         raise UserError(f"{folder} could not be loaded ({error}): run `dvc repro --force fetch`.") from error
     model, found = loaded
     if lacking := sorted(found["missing_keys"]):  # transformers would make them up
         raise UserError(f"{folder} lacks the weights {lacking[0]}: use a folder that holds a whole causal LM.")
-    frozen: PreTrainedModel = model.requires_grad_(False).eval().to(device)
-    return frozen
+    frozen: PreTrainedModel = model.requires_grad_(False).eval()
+    return frozen if quantisation is not None else frozen.to(device)  # type: ignore[arg-type]
 
 
 def model_digest(folder: Path) -> str:

@@ -48,6 +48,7 @@ def training_logger(params: Params, objective: str, workspace: Workspace) -> Ite
         "beta": params.objectives[objective].beta,
         "seed": params.seed,
         "arm": asdict(params.arm),
+        "loss": asdict(params.loss),
         "trainer": asdict(params.trainer),
     }
     shared = _settings(params, workspace)

@@ -1,6 +1,7 @@
-"""One training run of an ARM: loaders, checkpoints, resuming, held-out accuracy, the adapter and its card."""
+"""One training run of an ARM: loaders, reference log-probabilities, checkpoints, devices, resuming."""
 
 import math
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,34 +13,121 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import PeftModel
-from scipy.stats import binomtest
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedTokenizerBase
+from tqdm import tqdm
 
-from pipeline.arm import ARM, pair_logps
-from pipeline.config import Params, Trainer
-from pipeline.models import replacing_folder
-from pipeline.pairs import EpochBatches, PromptGroup, ResumableLoader, collate
-
-
-def train_loader(groups: Sequence[PromptGroup], batch_size: int, seed: int, pad: int) -> ResumableLoader:
-    """Shuffled batches of prompts with their pairs, resumable in the middle of an epoch."""
-    batches = EpochBatches(len(groups), batch_size, seed)
-    return ResumableLoader(
-        cast(Dataset[PromptGroup], groups), batch_sampler=batches, collate_fn=partial(collate, pad=pad)
-    )
+from pipeline import models
+from pipeline.arm import ARM, ResponseModel, trainable
+from pipeline.config import Params, Trainer, Workspace
+from pipeline.evaluation import HeldOut, evaluate
+from pipeline.pairs import PromptGroup, ResumableLoader, StepBatches, Tokenised, collate, tokenise
+from pipeline.preferences import SPLITS
+from pipeline.store import Row, RowStore, digest
 
 
-def optimizer_steps(loader: ResumableLoader, config: Trainer) -> int:
-    """Optimizer steps of the whole run."""
-    return config.epochs * math.ceil(len(loader) / config.accumulate)
+@dataclass(frozen=True)
+class Trained:
+    """A finished ARM, and what there is to say about it."""
+
+    module: ARM
+    held_out: HeldOut
+    splits: dict[str, Tokenised]
+    steps: int
+    checkpoints: Path  # of no use any more once the ARM is saved
+    first: bool  # of the processes that trained it: the one that writes
+
+
+def train(
+    params: Params, objective: str, rows: Sequence[Row], identity: str, workspace: Workspace, logger: Logger | bool
+) -> Trained:
+    """Train the ARM of one objective on its pairs, or go on where a killed run of the same identity stopped.
+
+    Args:
+        params: the experiment.
+        objective: one of its objectives.
+        rows: pairs with their split.
+        identity: digest of the base and the pairs.
+        workspace: where the base is, and the scratch folder that checkpoints and references survive in.
+        logger: Lightning's.
+
+    Raises:
+        UserError: the rows or the model cannot be trained on, or a loss or gradient is not finite.
+    """
+    arm, config, base = params.arm, params.trainer, workspace.models / "base"
+    device = models.resolve_device(config.accelerator.replace("gpu", "cuda"))
+    dtype = models.resolve_dtype(params.base.dtype, device)
+    # What is trained whole, or sharded over devices, keeps float32 master weights and computes in the base's dtype.
+    master = torch.float32 if arm.tuning == "full" or config.strategy == "fsdp" else dtype
+    loaded = models.load_model(base, master, device, arm.quantisation)
+    prompter = models.Prompter.load(base, params.base.template)
+    max_length = min(config.max_length or sys.maxsize, int(loaded.config.max_position_embeddings))
+    splits = {
+        split: tokenise([row for row in rows if row["split"] == split], prompter, max_length, f"{objective}, {split}")
+        for split in SPLITS
+    }
+    model = ResponseModel(trainable(loaded, arm, params.seed, config.gradient_checkpointing), dtype)
+    size = config.micro_batch_size or config.batch_size
+    if params.loss.kind == "dpo":
+        store = workspace.scratch / "store" / "reference.jsonl"
+        for split in splits.values():
+            attach_reference(model, split.groups, digest([identity, str(dtype)]), store, size, prompter.eos)
+    beta, groups = params.objectives[objective].beta, splits["train"].groups
+    module = ARM(model, beta, params.loss, config, optimizer_steps(groups, config), params.seed)
+    own = digest([identity, beta, str(arm), str(params.loss), str(config), params.seed])
+    validation, test = (eval_loader(splits[split].groups, size, prompter.eos) for split in ("validation", "test"))
+    checkpoints = workspace.scratch / "train" / f"{objective}-{own}"
+    trainer = fit(module, groups, validation, config, checkpoints, logger, params.seed, prompter.eos)
+    found = evaluate(model, test, device, params.judge.confidence)
+    return Trained(module, found, splits, trainer.global_step, checkpoints, trainer.is_global_zero)
+
+
+def optimizer_steps(groups: Sequence[PromptGroup], config: Trainer) -> int:
+    """Optimizer steps of a whole run."""
+    return config.epochs * math.ceil(len(groups) / config.batch_size)
 
 
 def eval_loader(groups: Sequence[PromptGroup], batch_size: int, pad: int) -> DataLoader[Any]:
     """Held-out prompts with their pairs, neighbours of like length, for little padding."""
-    ordered = sorted(groups, key=lambda group: sum(map(len, group.responses)))
+    ordered = sorted(groups, key=len)
     return DataLoader(cast(Dataset[PromptGroup], ordered), batch_size=batch_size, collate_fn=partial(collate, pad=pad))
+
+
+@torch.no_grad()
+def attach_reference(
+    model: ResponseModel, groups: Sequence[PromptGroup], identity: str, path: Path, batch_size: int, pad: int
+) -> None:
+    """Write log π_ref of every response into its group, π_ref being the base before any training.
+
+    Values are computed once and kept in a store at `path`: a run that was killed, another seed or another β finds them.
+
+    Args:
+        model: what is to be trained, not yet trained.
+        groups: those that get a reference.
+        identity: digest of what the values depend on beside the tokens: the base and the precision.
+        path: the store's file.
+        batch_size: prompts per forward.
+        pad: the padding token.
+    """
+    keys = [digest([identity, group.prompt, group.responses]) for group in groups]
+    store = RowStore(path)
+    missing = {key: group for key, group in zip(keys, groups, strict=True) if key not in store}
+    ordered = sorted(missing, key=lambda key: len(missing[key]))
+    device = next(model.parameters()).device
+    model.eval()
+    for start in tqdm(range(0, len(ordered), batch_size), desc="reference", disable=not ordered):
+        taken = ordered[start : start + batch_size]
+        batch = {name: value.to(device) for name, value in collate([missing[key] for key in taken], pad).items()}
+        if isinstance(model.model, PeftModel):
+            with model.model.disable_adapter():
+                logps = iter(model(batch).tolist())
+        else:
+            logps = iter(model(batch).tolist())
+        store.add([(key, {"logps": [next(logps) for _ in missing[key].responses]}) for key in taken])
+    for key, group in zip(keys, groups, strict=True):
+        group.reference = store[key]["logps"]
+    store.close()
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -56,19 +144,37 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def fit(
     module: ARM,
-    train: ResumableLoader,
+    groups: Sequence[PromptGroup],
     validation: DataLoader[Any],
     config: Trainer,
     checkpoints: Path,
     logger: Logger | bool,
+    seed: int,
+    pad: int,
 ) -> L.Trainer:
     """Train from the newest checkpoint in `checkpoints`, or from the start; the module ends with its best weights.
 
-    The best step is the one with the lowest loss on validation pairs.
+    The best step is the one with the lowest loss on validation pairs. The validation pairs are few: every process
+    computes all of them.
 
     Raises:
         UserError: a loss or gradient is not finite.
     """
+    trainer, best = _trainer(config, len(groups), checkpoints, logger)
+    world_size = trainer.num_devices * trainer.num_nodes
+    batches = StepBatches(groups, config.batch_size, seed, trainer.accumulate_grad_batches, world_size)
+    resume = newest_checkpoint(checkpoints)
+    if resume is not None:
+        print(f"train: going on from {resume}")
+    train = ResumableLoader(groups, batches, pad)
+    trainer.fit(module, train, validation, ckpt_path=resume, weights_only=True)
+    if best.best_model_path:
+        state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
+        module.load_state_dict(state, strict=False)
+    return trainer
+
+
+def _trainer(config: Trainer, prompts: int, checkpoints: Path, logger: Logger | bool) -> tuple[L.Trainer, Any]:
     newest = partial(ModelCheckpoint, dirpath=checkpoints, auto_insert_metric_name=False)
     rolling = newest(
         filename="step={step:06d}", monitor="step", mode="max", save_top_k=2,
@@ -79,85 +185,36 @@ def fit(
     )
     trainer = L.Trainer(
         accelerator=config.accelerator,
-        devices=1,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=_strategy(config),
         max_epochs=config.epochs,
-        accumulate_grad_batches=config.accumulate,
         gradient_clip_val=config.gradient_clip,
-        val_check_interval=1.0 / config.evaluations_per_epoch,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         callbacks=[rolling, best],
         logger=logger,
         default_root_dir=checkpoints,
         enable_model_summary=False,
+        use_distributed_sampler=False,  # `StepBatches` deals a step's prompts out over the processes itself
     )
-    resume = newest_checkpoint(checkpoints)
-    if resume is not None:
-        print(f"train: going on from {resume}")
-    trainer.fit(module, train, validation, ckpt_path=resume, weights_only=True)
-    if best.best_model_path:
-        state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
-        module.load_state_dict(state, strict=False)
-    return trainer
+    # Only the trainer knows how many devices `auto` is.
+    world_size = trainer.num_devices * trainer.num_nodes
+    own = math.ceil(config.batch_size / world_size)
+    trainer.accumulate_grad_batches = math.ceil(own / (config.micro_batch_size or own))
+    steps = math.ceil(prompts / config.batch_size)
+    trainer.val_check_interval = trainer.accumulate_grad_batches * max(1, steps // config.evaluations_per_epoch)
+    return trainer, best
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """The share of held-out pairs in which the ARM prefers the chosen response, with its Wilson score interval."""
-
-    accuracy: float
-    ci_low: float
-    ci_high: float
-    pairs: int
-
-    def __str__(self) -> str:
-        return f"{self.accuracy:.3f} (Wilson {self.ci_low:.3f} to {self.ci_high:.3f}, {self.pairs} pairs)"
+def _strategy(config: Trainer) -> Any:
+    if config.strategy == "fsdp":
+        return ModelParallelStrategy(
+            data_parallel_size=_world_size(config), tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+    return config.strategy
 
 
-@torch.no_grad()
-def held_out_accuracy(module: ARM, loader: DataLoader[Any], device: torch.device, confidence: float) -> Accuracy:
-    """How often log π_r(chosen) exceeds log π_r(rejected)."""
-    module.to(device).eval()
-    right, pairs = 0, 0
-    for batch in loader:
-        chosen_B, rejected_B = pair_logps(module.model, {key: value.to(device) for key, value in batch.items()})
-        right, pairs = right + int((chosen_B > rejected_B).sum()), pairs + len(chosen_B)
-    interval = binomtest(right, pairs).proportion_ci(confidence, method="wilson")
-    return Accuracy(right / pairs, float(interval.low), float(interval.high), pairs)
-
-
-def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, base: str, card: str) -> None:
-    """Write a plain PEFT folder (safetensors, tokenizer, model card), whole or not at all."""
-    with replacing_folder(folder) as unfinished:
-        model.peft_config["default"].base_model_name_or_path = base
-        model.save_pretrained(str(unfinished), save_embedding_layers=False)  # "auto" would ask the hub for the base
-        tokenizer.save_pretrained(str(unfinished))
-        (unfinished / "README.md").write_text(card, encoding="utf-8")
-
-
-def model_card(params: Params, objective: str, measured: dict[str, str]) -> str:
-    """The README.md of an adapter folder: Hugging Face metadata, what it was made from, what was measured."""
-    base, arm, config = params.base, params.arm, params.trainer
-    facts = {
-        "β_r": params.objectives[objective].beta,
-        "LoRA": f"rank {arm.rank}, alpha {arm.lora_alpha}, {arm.targets}",
-        "learning rate": f"{config.lr}, {config.scheduler}, {config.epochs} epochs",
-        "seed": params.seed,
-        **measured,
-    }
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    return f"""---
-library_name: peft
-base_model: {base.name}
-license: {base.license}
-tags: [genarm, reward-model, lora]
----
-# Autoregressive reward model: {objective}
-
-A LoRA adapter of `{base.name}` whose log-probabilities are token rewards for **{objective}** (GenARM, arXiv
-2410.08193). Add α · log π_r of this model to the log-probabilities of a base with the same tokenizer while decoding.
-
-| | |
-|---|---|
-{rows}
-"""
+def _world_size(config: Trainer) -> int:
+    devices = config.devices if config.devices != "auto" else max(1, torch.cuda.device_count())
+    return int(devices) * config.num_nodes

@@ -203,6 +203,25 @@ def test_own_preference_rows_need_no_scorer(compose_params):
     assert params.objectives["conciseness"].scorer is None
 
 
+@pytest.mark.parametrize("loss", ["arm", "hinge", "simpo", "dpo"])
+@pytest.mark.parametrize("arm", ["lora", "full", "qlora"])
+@pytest.mark.parametrize("trainer", ["default", "ddp", "fsdp"])
+def test_every_loss_arm_and_trainer_composes(compose_params, loss, arm, trainer):
+    params = compose_params(f"loss={loss}", f"arm={arm}", f"trainer={trainer}")
+    assert params.loss.kind == loss
+    assert (params.arm.tuning, params.arm.quantisation) == (
+        "full" if arm == "full" else "lora", "nf4" if arm == "qlora" else None,
+    )  # fmt: skip
+    assert params.trainer.strategy == ("auto" if trainer == "default" else trainer)
+
+
+def test_options_that_contradict_each_other_are_refused(compose_params):
+    with pytest.raises(UserError, match="hinge loss knows no label smoothing"):
+        compose_params("loss=hinge", "loss.label_smoothing=0.1")
+    with pytest.raises(UserError, match="a quantised base cannot be trained whole"):
+        compose_params("arm=full", "+arm.quantisation=nf4")
+
+
 def test_held_out_fractions_must_leave_something_to_train_on(compose_params):
     with pytest.raises(UserError, match="leave nothing to train on"):
         compose_params("+data.validation_fraction=0.5", "+data.test_fraction=0.5")

@@ -1,14 +1,19 @@
+import math
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from pipeline.arm import attach_adapter, pair_logps
-from pipeline.config import Arm, UserError
-from pipeline.losses import token_logps
-from pipeline.pairs import PromptGroup, collate
-from tests.tiny import tiny_model
+from pipeline.config import Loss
+from pipeline.losses import (
+    arm_loss,
+    hinge_loss,
+    implicit_rewards,
+    length_normalised,
+    preference_loss,
+    token_logps,
+)
 
 
 def tensors(count, dtype, learns, bias=True):
@@ -79,34 +84,63 @@ def test_the_logits_of_all_tokens_are_never_held():
     assert peak["chunked"] < 500
 
 
-def test_the_head_sees_only_positions_that_predict_a_response_token():
-    model, seen = tiny_model(500).eval().requires_grad_(False), []
-    groups = [PromptGroup([5, 6, 7, 8], [[9, 1], [10, 11, 1]], [(0, 1)]), PromptGroup([5], [[9, 1], [1]], [(0, 1)])]
-    linear = torch.nn.functional.linear
-    head = model.get_output_embeddings().weight
-
-    def watched(given, weight, bias=None):
-        if weight.data_ptr() == head.data_ptr():
-            seen.append(given.shape)
-        return linear(given, weight, bias)
-
-    torch.nn.functional.linear = watched
-    try:
-        pair_logps(model, collate(groups, 0))
-    finally:
-        torch.nn.functional.linear = linear
-    assert seen == [(8, 32)]
+CHOSEN, REJECTED = torch.tensor([-3.0, -9.0], dtype=torch.float64), torch.tensor([-5.0, -2.0], dtype=torch.float64)
 
 
-def test_a_model_that_caps_its_logits_is_refused():
-    model = tiny_model(500).eval()
-    forward = model.forward
+def log_sigmoid(value):
+    return -math.log1p(math.exp(-value))
 
-    def capped(*args, **kwargs):
-        out = forward(*args, **kwargs)
-        out.logits = 3 * torch.tanh(out.logits / 3)
-        return out
 
-    model.forward = capped
-    with pytest.raises(UserError, match="base: llama changes its logits behind the head"):
-        attach_adapter(model, Arm(targets="all-linear"), 0)
+def test_arm_loss_is_the_equation():
+    wanted = [-log_sigmoid(0.1 * 2.0), -log_sigmoid(0.1 * -7.0)]
+    assert arm_loss(CHOSEN, REJECTED, 0.1).tolist() == pytest.approx(wanted)
+
+
+def test_a_margin_shifts_the_logit_and_smoothing_mixes_in_the_flipped_pair():
+    shifted = [-log_sigmoid(0.1 * 2.0 - 0.3), -log_sigmoid(0.1 * -7.0 - 0.3)]
+    assert arm_loss(CHOSEN, REJECTED, 0.1, margin=0.3).tolist() == pytest.approx(shifted)
+    mixed = 0.8 * arm_loss(CHOSEN, REJECTED, 0.1) + 0.2 * arm_loss(REJECTED, CHOSEN, 0.1)
+    torch.testing.assert_close(arm_loss(CHOSEN, REJECTED, 0.1, label_smoothing=0.2), mixed)
+
+
+def test_label_smoothing_is_least_where_the_model_is_as_sure_as_the_labels():
+    logits = torch.linspace(-6, 6, 2401, dtype=torch.float64)
+    smoothed = arm_loss(logits, torch.zeros_like(logits), 1.0, label_smoothing=0.2)
+    assert float(logits[smoothed.argmin()]) == pytest.approx(math.log(0.8 / 0.2), abs=0.01)
+
+
+def test_hinge_loss_is_nothing_beyond_the_margin():
+    assert hinge_loss(CHOSEN, REJECTED, 0.1).tolist() == pytest.approx([1 - 0.2, 1 + 0.7])
+    assert hinge_loss(CHOSEN, REJECTED, 0.5).tolist() == pytest.approx([0.0, 1 + 3.5])
+    assert hinge_loss(CHOSEN, REJECTED, 0.5, margin=0.5).tolist() == pytest.approx([0.5, 1.5 + 3.5])
+
+
+RESPONSE = torch.tensor([0, 0, 0, 1, 2, 2])
+LOGPS, REFERENCE = torch.tensor([-6.0, -2.0, -5.0]), torch.tensor([-5.0, -3.0, -4.5])
+
+
+def test_simpo_compares_means_over_tokens():
+    assert length_normalised(LOGPS, RESPONSE).tolist() == [-2.0, -2.0, -2.5]
+    assert implicit_rewards(Loss("simpo"), LOGPS, RESPONSE, None).tolist() == [-2.0, -2.0, -2.5]
+
+
+def test_dpo_compares_log_ratios_to_the_reference():
+    assert implicit_rewards(Loss("dpo"), LOGPS, RESPONSE, REFERENCE).tolist() == [-1.0, 1.0, -0.5]
+
+
+@pytest.mark.parametrize("kind", ["arm", "hinge"])
+def test_the_reference_free_losses_compare_sums(kind):
+    assert implicit_rewards(Loss(kind), LOGPS, RESPONSE, REFERENCE).tolist() == LOGPS.tolist()
+
+
+@pytest.mark.parametrize(
+    ("loss", "wanted"),
+    [
+        (Loss("arm", 0.3, 0.1), arm_loss(CHOSEN, REJECTED, 0.2, 0.3, 0.1)),
+        (Loss("simpo", 0.3, 0.1), arm_loss(CHOSEN, REJECTED, 0.2, 0.3, 0.1)),
+        (Loss("dpo", 0.3, 0.1), arm_loss(CHOSEN, REJECTED, 0.2, 0.3, 0.1)),
+        (Loss("hinge", 0.3), hinge_loss(CHOSEN, REJECTED, 0.2, 0.3)),
+    ],
+)
+def test_the_configured_loss_is_computed_with_its_options(loss, wanted):
+    torch.testing.assert_close(preference_loss(loss, CHOSEN, REJECTED, 0.2), wanted)

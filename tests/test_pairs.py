@@ -1,3 +1,4 @@
+import copy
 import json
 from itertools import chain
 
@@ -7,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import UserError
-from pipeline.pairs import EpochBatches, PromptGroup, ResumableLoader, collate, tokenise
+from pipeline.models import Prompter
+from pipeline.pairs import PromptGroup, ResumableLoader, StepBatches, collate, tokenise
 
 QUICK = settings(max_examples=50, deadline=None, derandomize=True)
 
@@ -24,7 +26,7 @@ def groups(prompter):
         pair("Describe a rainy Monday in detail.", "nice", "good great love"),
         pair("Why?", "happy", "awful"),
     ]
-    return tokenise(pairs, prompter, 256, "pairs.jsonl")
+    return tokenise(pairs, prompter, 256, "pairs.jsonl").groups
 
 
 def test_a_prompt_and_each_of_its_responses_are_tokenised_once(groups, prompter):
@@ -38,7 +40,6 @@ def test_a_prompt_and_each_of_its_responses_are_tokenised_once(groups, prompter)
 
 def test_collate_predicts_every_response_token_once_from_the_column_before_it(groups):
     batch, responses = collate(groups, pad=0), [response for group in groups for response in group.responses]
-    width = max(len(group.prompt) for group in groups)
     found = [[] for _ in responses]
     last = {}
     targets = torch.stack([batch[key] for key in ("row", "column", "label", "response")], 1).tolist()
@@ -46,13 +47,13 @@ def test_collate_predicts_every_response_token_once_from_the_column_before_it(gr
         found[response].append(label)
         place = response - sum(len(group.responses) for group in groups[:row]) + 1
         if response not in last:
-            assert column == width - 1
+            assert column == len(groups[row].prompt) - 1
             assert int(batch["ids"][row, column]) == groups[row].prompt[-1]
             assert int(batch["segments"][row, column]) == 0
         else:
             assert int(batch["ids"][row, column]) == last[response]
             assert int(batch["segments"][row, column]) == place
-        own = [at for at in range(width, batch["ids"].shape[1]) if batch["segments"][row, at] == place]
+        own = [at for at in range(batch["ids"].shape[1]) if batch["segments"][row, at] == place]
         at = own[len(found[response]) - 1]
         assert int(batch["ids"][row, at]) == label
         assert int(batch["positions"][row, at]) == int(batch["positions"][row, column]) + 1
@@ -64,12 +65,12 @@ def test_collate_predicts_every_response_token_once_from_the_column_before_it(gr
     ]  # fmt: skip
 
 
-def test_collate_pads_left_of_the_prompt_and_right_of_the_responses(groups):
+def test_collate_pads_behind_the_responses(groups):
     batch = collate(groups, pad=0)
     for row, group in enumerate(groups):
         segments = batch["segments"][row].tolist()
         content = [at for at, segment in enumerate(segments) if segment >= 0]
-        assert content == list(range(content[0], content[-1] + 1))
+        assert content == list(range(len(group)))
         assert batch["ids"][row, content].tolist() == [*group.prompt, *chain(*group.responses)]
         outside = [at for at, segment in enumerate(segments) if segment < 0]
         assert set(batch["ids"][row, outside].tolist()) <= {0}
@@ -93,9 +94,16 @@ def test_collate_holds_every_token_of_any_groups(groups):
     assert 0 <= int(batch["column"].min()) <= int(batch["column"].max()) < batch["ids"].shape[1]
 
 
+def test_the_reference_goes_with_its_responses(groups):
+    assert "reference" not in collate(groups, 0)
+    for number, group in enumerate(groups):
+        group.reference = [-1.0 - number, -2.0 - number, -3.0 - number]
+    assert collate(groups, 0)["reference"].tolist() == [-1, -2, -3, -2, -3, -4]
+
+
 def test_a_prompt_with_many_responses_is_split_into_groups_of_at_most_eight(prompter):
     pairs = [pair("Why?", f"good {n}", f"bad {n}") for n in range(11)] + [pair("How?", "x", "y")]
-    groups = tokenise(pairs, prompter, 256, "pairs.jsonl")
+    groups = tokenise(pairs, prompter, 256, "pairs.jsonl").groups
     assert [len(group.responses) for group in groups] == [8, 8, 6, 2]
     assert [len(group.pairs) for group in groups] == [4, 4, 3, 1]
     told = [(group.responses[good], group.responses[bad]) for group in groups for good, bad in group.pairs]
@@ -104,15 +112,33 @@ def test_a_prompt_with_many_responses_is_split_into_groups_of_at_most_eight(prom
 
 def test_a_group_of_seven_responses_takes_no_further_pair(prompter):
     pairs = [pair("Why?", "a", "b"), pair("Why?", "a", "c")] + [pair("Why?", f"x{n}", f"y{n}") for n in range(3)]
-    assert [len(group.responses) for group in tokenise(pairs, prompter, 256, "pairs.jsonl")] == [7, 2]
+    assert [len(group.responses) for group in tokenise(pairs, prompter, 256, "pairs.jsonl").groups] == [7, 2]
 
 
-def test_a_pair_beyond_the_context_is_refused_by_id(prompter):
-    row = pair("Why?", "good", "bad " * 20)
-    length = len(prompter.prompt_ids("Why?")) + len(prompter.response_ids(row["rejected"]))
-    assert tokenise([row], prompter, length, "pairs.jsonl")
-    with pytest.raises(UserError, match=rf"pairs\.jsonl, id Why\?/good: .* {length} tokens.* context is {length - 1}"):
-        tokenise([row], prompter, length - 1, "pairs.jsonl")
+def test_a_long_prompt_keeps_its_end_and_a_pair_that_cannot_fit_is_dropped_and_counted(prompter):
+    rows = [pair("Describe a rainy Monday in detail.", "good", "bad bad"), pair("Why?", "good", "bad " * 20)]
+    prompt = prompter.prompt_ids(rows[0]["prompt"])
+    longest = max(len(prompter.response_ids(rows[0][side])) for side in ("chosen", "rejected"))
+    whole = tokenise(rows, prompter, 256, "pairs.jsonl")
+    assert (whole.pairs, whole.truncated, whole.dropped) == (2, 0, 0)
+    exact = tokenise(rows[:1], prompter, len(prompt) + longest, "pairs.jsonl")
+    assert (exact.groups[0].prompt, exact.truncated) == (prompt, 0)
+    cut = tokenise(rows, prompter, longest + 5, "pairs.jsonl")
+    assert (cut.pairs, cut.truncated, cut.dropped) == (1, 1, 1)
+    assert cut.groups[0].prompt == prompt[-5:]
+    assert cut.groups[0].responses == whole.groups[0].responses
+    with pytest.raises(UserError, match=r"pairs\.jsonl: no response fits into 3 tokens: raise trainer\.max_length\."):
+        tokenise(rows, prompter, 3, "pairs.jsonl")
+
+
+def test_a_cut_prompt_keeps_its_beginning_of_sequence_token(prompter, monkeypatch):
+    row, prompt = (
+        pair("Describe a rainy Monday in detail.", "good", "bad"),
+        prompter.prompt_ids("Describe a rainy Monday in detail."),
+    )
+    monkeypatch.setattr(prompter.tokenizer, "bos_token_id", prompt[0], raising=False)
+    longest = max(len(prompter.response_ids(row[side])) for side in ("chosen", "rejected"))
+    assert tokenise([row], prompter, longest + 5, "x").groups[0].prompt == [prompt[0], *prompt[-4:]]
 
 
 def epoch(batches, number):
@@ -120,42 +146,94 @@ def epoch(batches, number):
     return list(batches)
 
 
+def of_lengths(lengths, pairs=1):
+    return [PromptGroup([1] * length, [[2], [3]], [(0, 1)] * pairs) for length in lengths]
+
+
+def some(count, seed=0):
+    return of_lengths(torch.randint(1, 60, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
 @QUICK
 @given(count=st.integers(1, 40), size=st.integers(1, 9), seed=st.integers(0, 2**31))
-def test_every_epoch_is_a_permutation_in_batches(count, size, seed):
-    batches = epoch(EpochBatches(count, size, seed), 3)
-    assert sorted(chain(*batches)) == list(range(count))
-    assert len(batches) == len(EpochBatches(count, size, seed)) == -(-count // size)
-    assert all(len(batch) == size for batch in batches[:-1])
+def test_every_epoch_is_a_permutation_in_steps(count, size, seed):
+    batches = StepBatches(some(count), size, seed)
+    served = epoch(batches, 3)
+    assert sorted(chain(*(micro.places for micro in served))) == list(range(count))
+    assert len(served) == len(batches) == -(-count // size)
+    assert [micro.places for micro in served] == batches.steps()
+
+
+@QUICK
+@given(
+    count=st.integers(1, 40), size=st.integers(1, 9), accumulate=st.integers(1, 4), world=st.integers(1, 4),
+    pairs=st.lists(st.integers(1, 3), min_size=40, max_size=40),
+)  # fmt: skip
+def test_processes_and_micro_batches_share_the_same_steps_and_weigh_every_pair_alike(
+    count, size, accumulate, world, pairs
+):
+    groups = [PromptGroup([1] * (1 + place % 7), [[2], [3]], [(0, 1)] * pairs[place]) for place in range(count)]
+    ranks = []
+    for rank in range(world):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("pipeline.pairs.is_initialized", lambda: True)
+            patched.setattr("pipeline.pairs.get_rank", lambda rank=rank: rank)
+            ranks.append(epoch(StepBatches(groups, size, 5, accumulate, world), 2))
+    whole = StepBatches(groups, size, 5)
+    whole.set_epoch(2)
+    assert {len(rank) for rank in ranks} == {len(whole) * accumulate}
+    for number, step in enumerate(whole.steps()):
+        micros = [micro for rank in ranks for micro in rank[number * accumulate : (number + 1) * accumulate]]
+        counted = [micro for micro in micros if micro.weight > 0]
+        assert sorted(chain(*(micro.places for micro in counted))) == sorted(step)
+        total = sum(len(groups[place].pairs) for place in step)
+        # Lightning divides by `accumulate` and DDP by the number of processes: what is left is the mean over pairs.
+        assert all(micro.weight / (accumulate * world) == pytest.approx(1 / total) for micro in counted)
+
+
+def test_steps_hold_prompts_of_like_length():
+    groups = some(400)
+    steps = StepBatches(groups, 8, 0).steps()
+    tokens = sum(map(len, groups))
+    computed = sum(len(step) * max(len(groups[place]) for place in step) for step in steps)
+    in_any_order = sum(8 * max(map(len, groups[first : first + 8])) for first in range(0, 400, 8))
+    assert 1 - tokens / computed < 0.06 and 1 - tokens / in_any_order > 0.3
+    first = [len(groups[step[0]]) for step in steps]
+    assert first != sorted(first), "the steps themselves are shuffled"
 
 
 def test_epochs_differ_and_a_seed_fixes_them():
-    batches = EpochBatches(50, 4, 0)
+    batches = StepBatches(some(50), 4, 0)
     first, second = epoch(batches, 0), epoch(batches, 1)
     assert first != second
-    assert epoch(batches, 0) == first == epoch(EpochBatches(50, 4, 0), 0)
-    assert epoch(EpochBatches(50, 4, 1), 0) != first
+    assert epoch(batches, 0) == first == epoch(StepBatches(some(50), 4, 0), 0)
+    assert epoch(StepBatches(some(50), 4, 1), 0) != first
 
 
 def loader(seed=0):
-    return ResumableLoader(list(range(23)), batch_sampler=EpochBatches(23, 4, seed), collate_fn=list)
+    groups = some(23)
+    return ResumableLoader(groups, StepBatches(groups, 4, seed), 0)
+
+
+def served(loaded):
+    return [{name: value.tolist() for name, value in batch.items()} for batch in loaded]
 
 
 @pytest.mark.parametrize("seen", range(7))
 def test_a_loader_resumes_in_the_middle_of_an_epoch_and_goes_on_into_the_next(seen):
     whole = loader()
-    whole.batch_sampler.set_epoch(2)
-    expected = list(whole)
+    whole.batches.set_epoch(2)
+    expected = served(whole)
     killed = loader()
-    killed.batch_sampler.set_epoch(2)
+    killed.batches.set_epoch(2)
     iterator = iter(killed)
-    before = [next(iterator) for _ in range(min(seen, 6))]
+    before = served(next(iterator) for _ in range(min(seen, 6)))
     state = json.loads(json.dumps(killed.state_dict()))
     resumed = loader()
     resumed.load_state_dict(state)
-    resumed.batch_sampler.set_epoch(2 if seen < 6 else 3)
+    resumed.batches.set_epoch(2 if seen < 6 else 3)
     if seen < 6:
-        assert before + list(resumed) == expected
-        resumed.batch_sampler.set_epoch(3)
-    whole.batch_sampler.set_epoch(3)
-    assert list(resumed) == list(whole) != expected
+        assert before + served(resumed) == expected
+        resumed.batches.set_epoch(3)
+    whole.batches.set_epoch(3)
+    assert served(resumed) == served(whole) != expected

@@ -1,20 +1,16 @@
 import dataclasses
-import json
 
 import pytest
 import torch
-from peft import PeftModel
-from safetensors.torch import load_file
 
 from pipeline import arm as arm_module
 from pipeline import models, training
-from pipeline.arm import ARM, attach_adapter, pair_logps
-from pipeline.config import Trainer, UserError
-from pipeline.losses import arm_loss
-from pipeline.pairs import PromptGroup, collate, tokenise
-from tests.tiny import tiny_model
+from pipeline.arm import ARM, ResponseModel, trainable
+from pipeline.config import Loss, Trainer, UserError
+from pipeline.evaluation import evaluate
+from pipeline.pairs import collate, tokenise
 
-CPU = torch.device("cpu")
+CPU, ARM_LOSS = torch.device("cpu"), Loss()
 CONFIG = Trainer(batch_size=2, checkpoint_every=2, evaluations_per_epoch=1, epochs=2, lr=5e-3, warmup_steps=1)
 
 
@@ -26,65 +22,21 @@ def groups(prompter):
         for p, prompt in enumerate(prompts)
         for n, bad in enumerate(("bad awful", "sad"))
     ]
-    return tokenise(rows, prompter, 256, "rows")
+    return tokenise(rows, prompter, 256, "rows").groups
 
 
-def new_module(tiny, smoke_params, dropout=0.1, config=CONFIG, beta=0.1):
-    arm = dataclasses.replace(smoke_params.arm, dropout=dropout)
-    return ARM(attach_adapter(models.load_model(tiny, torch.float32, CPU), arm, 0), beta, config, 4 * config.epochs, 0)
+def new_module(tiny, smoke_params, dropout=0.1, config=CONFIG, beta=0.1, loss=ARM_LOSS, tuning="lora"):
+    arm = dataclasses.replace(smoke_params.arm, dropout=dropout, tuning=tuning)
+    model = trainable(models.load_model(tiny, torch.float32, CPU), arm, 0, config.gradient_checkpointing)
+    return ARM(ResponseModel(model, torch.float32), beta, loss, config, 4 * config.epochs, 0)
 
 
 def fit(module, groups, folder, config=CONFIG):
-    loaders = training.train_loader(groups, config.batch_size, 0, 0), training.eval_loader(groups[:2], 2, 0)
-    return training.fit(module, *loaders, config, folder, False)
+    return training.fit(module, groups, training.eval_loader(groups[:2], 2, 0), config, folder, False, 0, 0)
 
 
 def adapter(module):
     return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
-
-
-def two_row_logps(model, group, dtype=torch.float64):
-    """Each response in a row of its own behind its own copy of the prompt."""
-    found = []
-    for response in group.responses:
-        ids = torch.tensor([group.prompt + response])
-        logps = torch.log_softmax(model(ids).logits[0].to(dtype), -1)
-        start = len(group.prompt) - 1
-        found.append(sum(logps[start + at, token] for at, token in enumerate(response)))
-    return torch.stack([found[good] for good, _ in group.pairs]), torch.stack([found[bad] for _, bad in group.pairs])
-
-
-def test_shared_prompt_rows_equal_separate_rows_in_value_and_gradient(groups):
-    model = tiny_model(500).double().eval()
-    batch = collate(groups[:3], pad=0)
-    gradients = []
-    for chosen, rejected in (
-        pair_logps(model, batch),
-        tuple(torch.cat(parts) for parts in zip(*(two_row_logps(model, group) for group in groups[:3]), strict=True)),
-    ):
-        model.zero_grad()
-        arm_loss(chosen, rejected, 0.1).mean().backward()
-        gradients.append((chosen.detach(), rejected.detach(), [p.grad.clone() for p in model.parameters()]))
-    for shared, separate in zip(gradients[0][:2], gradients[1][:2], strict=True):
-        torch.testing.assert_close(shared, separate, atol=1e-8, rtol=1e-8)
-    for shared, separate in zip(gradients[0][2], gradients[1][2], strict=True):
-        torch.testing.assert_close(shared, separate, atol=1e-5, rtol=1e-5)
-
-
-def test_prompt_and_sibling_tokens_never_enter_the_log_probability(groups):
-    model = tiny_model(500).double().eval()
-    group = groups[0]
-    alone = PromptGroup(group.prompt, [group.responses[place] for place in group.pairs[0]], [(0, 1)])
-    torch.testing.assert_close(
-        pair_logps(model, collate([group], 0))[0][:1], pair_logps(model, collate([alone], 0))[0], atol=1e-9, rtol=1e-9
-    )
-    assert all(response[-1] == 1 for response in group.responses), "the end-of-sequence token is part of a response"
-
-
-def test_loss_is_the_equation():
-    chosen, rejected = torch.tensor([-3.0, -9.0]), torch.tensor([-5.0, -2.0])
-    wanted = [-torch.log(torch.sigmoid(torch.tensor(0.1 * 2.0))), -torch.log(torch.sigmoid(torch.tensor(0.1 * -7.0)))]
-    torch.testing.assert_close(arm_loss(chosen, rejected, 0.1), torch.stack(wanted))
 
 
 def test_training_learns_and_keeps_the_best_step(tiny, smoke_params, groups, tmp_path):
@@ -92,10 +44,10 @@ def test_training_learns_and_keeps_the_best_step(tiny, smoke_params, groups, tmp
         tiny, smoke_params, dropout=0.0, config=dataclasses.replace(CONFIG, epochs=6, lr=2e-2), beta=1.0
     )
     loader = training.eval_loader(groups, 2, 0)
-    before = training.held_out_accuracy(module, loader, CPU, 0.95)
+    before = evaluate(module.model, loader, CPU, 0.95).accuracy
     fit(module, groups, tmp_path, dataclasses.replace(CONFIG, epochs=6, lr=2e-2))
-    after = training.held_out_accuracy(module, loader, CPU, 0.95)
-    assert after.accuracy > max(before.accuracy, 0.8)
+    after = evaluate(module.model, loader, CPU, 0.95).accuracy
+    assert after.value > max(before.value, 0.8)
     losses = [row["loss"] for row in module.history if row["phase"] == "eval"]
     assert len(losses) == 6 and losses[-1] < losses[0]
 
@@ -113,15 +65,18 @@ def test_dropout_is_on_while_training(tiny, smoke_params, groups, tmp_path, monk
     assert modes and all(modes)
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4, 6])
-def test_interrupted_and_resumed_equals_uninterrupted(tiny, smoke_params, groups, tmp_path, monkeypatch, stop):
-    whole = new_module(tiny, smoke_params)
-    fit(whole, groups, tmp_path / "whole")
-    config = dataclasses.replace(CONFIG, checkpoint_every=1)
+@pytest.mark.parametrize("micro_batch_size", [None, 1])
+@pytest.mark.parametrize("stop", range(1, 8))
+def test_interrupted_and_resumed_equals_uninterrupted(
+    tiny, smoke_params, groups, tmp_path, monkeypatch, stop, micro_batch_size
+):
+    config = dataclasses.replace(CONFIG, checkpoint_every=1, micro_batch_size=micro_batch_size)
+    whole = new_module(tiny, smoke_params, config=config)
+    fit(whole, groups, tmp_path / "whole", config)
     step = ARM.training_step
 
     def dying(self, batch, index):
-        if self.global_step == stop:
+        if self.global_step == stop and (index + 1) % self.trainer.accumulate_grad_batches == 0:
             raise ConnectionError("killed")
         return step(self, batch, index)
 
@@ -131,9 +86,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(tiny, smoke_params, groups
     assert training.newest_checkpoint(tmp_path / "cut").name == f"step={stop:06d}.ckpt"
     resumed = new_module(tiny, smoke_params, config=config)
     fit(resumed, groups, tmp_path / "cut", config)
-    assert [row for row in resumed.history if row["phase"] == "train"] == [
-        row for row in whole.history if row["phase"] == "train"
-    ]
+    assert resumed.history == whole.history
+    assert [row["step"] for row in whole.history if row["phase"] == "train"] == list(range(8))
     for name, weight in adapter(whole).items():
         torch.testing.assert_close(adapter(resumed)[name], weight, atol=0, rtol=0)
 
@@ -145,6 +99,12 @@ def test_checkpoints_hold_the_adapter_only_and_a_torn_one_is_passed_over(tiny, s
     assert len(files) == 2
     state = torch.load(files[-1], weights_only=True)["state_dict"]
     assert state.keys() == adapter(module).keys()
+    learning = sum(weight.nbytes for weight in adapter(module).values())
+    frozen = sum(weight.nbytes for weight in module.parameters()) - learning
+    # The adapter and Adam's two moments of it; what is around them grows with the number of tensors, not their size.
+    around = 1500 * len(state) + 20_000
+    assert 3 * learning < files[-1].stat().st_size < 3 * learning + around
+    print(f"{learning} bytes of adapter, {frozen} frozen, {files[-1].stat().st_size} in the checkpoint")
     files[-1].write_bytes(files[-1].read_bytes()[:1000])
     with pytest.warns(UserWarning, match="going back"):
         assert training.newest_checkpoint(tmp_path) == files[0]
@@ -152,8 +112,8 @@ def test_checkpoints_hold_the_adapter_only_and_a_torn_one_is_passed_over(tiny, s
 
 def test_a_nan_loss_stops_and_keeps_the_last_good_checkpoint(tiny, smoke_params, groups, tmp_path, monkeypatch):
     losses = iter([1.0, 1.0, 1.0, float("nan")])
-    honest = arm_module.arm_loss
-    monkeypatch.setattr(arm_module, "arm_loss", lambda *args: honest(*args) * next(losses))
+    honest = arm_module.preference_loss
+    monkeypatch.setattr(arm_module, "preference_loss", lambda *args: honest(*args) * next(losses))
     with pytest.raises(UserError, match="the training loss is nan at step 3: training stopped"):
         fit(new_module(tiny, smoke_params), groups, tmp_path)
     newest = training.newest_checkpoint(tmp_path)
@@ -174,20 +134,74 @@ def test_a_nan_gradient_stops_before_the_step(tiny, smoke_params, groups, tmp_pa
     assert all(torch.equal(weight, before[name]) for name, weight in adapter(module).items())
 
 
-def test_adapter_folder_is_plain_peft_with_a_card(tiny, smoke_params, groups, prompter, tmp_path):
-    module = new_module(tiny, smoke_params)
-    fit(module, groups, tmp_path / "run")
-    card = training.model_card(smoke_params, "positivity", {"held-out pair accuracy": "0.7"})
-    training.save_adapter(module.model, prompter.tokenizer, tmp_path / "arm", "tiny", card)
-    text = (tmp_path / "arm" / "README.md").read_text(encoding="utf-8")
-    assert all(part in text for part in ("library_name: peft", "β_r", "held-out pair accuracy | 0.7", "license:"))
-    assert json.loads((tmp_path / "arm" / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
-    assert all(
-        torch.isfinite(weight).all() for weight in load_file(tmp_path / "arm/adapter_model.safetensors").values()
-    )
-    again = PeftModel.from_pretrained(models.load_model(tiny, torch.float32, CPU), str(tmp_path / "arm")).eval()
-    module.eval()
-    batch = collate(groups[:2], 0)
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 5])
+def test_micro_batches_change_nothing_but_memory(tiny, smoke_params, groups, tmp_path, micro_batch_size):
+    config = dataclasses.replace(CONFIG, batch_size=4, lr=5e-2)
+    whole = new_module(tiny, smoke_params, 0.0, config)
+    fit(whole, groups, tmp_path / "whole", config)
+    parts = new_module(tiny, smoke_params, 0.0, config)
+    fit(parts, groups, tmp_path / "parts", dataclasses.replace(config, micro_batch_size=micro_batch_size))
+    assert [row["loss"] for row in parts.history] == pytest.approx([row["loss"] for row in whole.history], abs=2e-5)
+    assert [row["pairs"] for row in parts.history] == [row["pairs"] for row in whole.history]
+    for name, weight in adapter(whole).items():
+        torch.testing.assert_close(adapter(parts)[name], weight, atol=2e-4, rtol=1e-3)
+
+
+def test_the_whole_model_can_be_trained(tiny, smoke_params, groups, tmp_path):
+    module = new_module(tiny, smoke_params, tuning="full")
+    before = {name: weight.detach().clone() for name, weight in module.named_parameters()}
+    fit(module, groups, tmp_path, dataclasses.replace(CONFIG, lr=1e-3))
+    assert all(not torch.equal(weight, before[name]) for name, weight in module.named_parameters())
+    losses = [row["loss"] for row in module.history if row["phase"] == "eval"]
+    assert losses[-1] < losses[0]
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny, smoke_params, groups):
+    gradients = []
+    for checkpointing in (False, True):
+        module = new_module(tiny, smoke_params, 0.0, dataclasses.replace(CONFIG, gradient_checkpointing=checkpointing))
+        for name, weight in module.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.2, generator=torch.Generator().manual_seed(len(name)))
+        module.model.train()
+        passes = []
+        layer = module.model.causal.model.layers[0].self_attn
+        handle = layer.register_forward_hook(lambda *_, seen=passes: seen.append(1))
+        loss, _ = module._pairs(collate(groups[:3], 0))
+        loss.mean().backward()
+        handle.remove()
+        assert len(passes) == 1 + checkpointing
+        gradients.append([p.grad for p in module.parameters() if p.requires_grad])
+    for kept, computed_again in zip(*gradients, strict=True):
+        torch.testing.assert_close(kept, computed_again)
+    assert any(gradient.abs().max() > 0 for gradient in gradients[0])
+
+
+@pytest.mark.parametrize("loss", [Loss("hinge"), Loss("simpo", margin=0.5), Loss("dpo", label_smoothing=0.1)])
+def test_every_loss_trains(tiny, smoke_params, groups, tmp_path, loss):
+    config = dataclasses.replace(CONFIG, epochs=6, lr=2e-2)
+    module = new_module(tiny, smoke_params, 0.0, config, beta=1.0, loss=loss)
+    training.attach_reference(module.model, groups, "tiny", tmp_path / "reference.jsonl", 3, 0)
+    fit(module, groups, tmp_path / "run", config)
+    losses = [row["loss"] for row in module.history if row["phase"] == "eval"]
+    assert losses[-1] < losses[0]
+    if loss.kind == "dpo":
+        assert module.history[0]["rewards/margins"] == pytest.approx(0, abs=1e-5), "the reference is the start"
+
+
+def test_the_reference_is_the_untrained_model_computed_once_and_found_again(
+    tiny, smoke_params, groups, tmp_path, monkeypatch
+):
+    module, store = new_module(tiny, smoke_params), tmp_path / "reference.jsonl"
+    for name, weight in module.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.2)
+    training.attach_reference(module.model, groups[:3], "tiny", store, 2, 0)
+    training.attach_reference(module.model, groups, "tiny", store, 2, 0)
+    bare = ResponseModel(models.load_model(tiny, torch.float32, CPU), torch.float32)
     with torch.no_grad():
-        for mine, theirs in zip(pair_logps(module.model, batch), pair_logps(again, batch), strict=True):
-            torch.testing.assert_close(mine, theirs)
+        for group in groups:
+            assert group.reference == pytest.approx(bare(collate([group], 0)).tolist(), abs=1e-4)
+    assert len(store.read_text().splitlines()) == len(groups)
+    monkeypatch.setattr(ResponseModel, "forward", lambda *_: pytest.fail("computed again"))
+    training.attach_reference(module.model, groups, "tiny", store, 2, 0)

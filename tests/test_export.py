@@ -1,0 +1,47 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from pipeline import export, models
+from pipeline.arm import ResponseModel, trainable
+from pipeline.config import Arm
+from pipeline.pairs import PromptGroup, collate
+
+CPU = torch.device("cpu")
+BATCH = collate([PromptGroup([5, 6, 7], [[8, 9, 1], [10, 1]], [(0, 1)])], 0)
+
+
+def changed(tiny, arm):
+    model = trainable(models.load_model(tiny, torch.float32, CPU), arm, 0)
+    torch.manual_seed(0)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data += 0.1 * torch.randn_like(weight)
+    return ResponseModel(model, torch.float32).eval()
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_an_arm_folder_is_what_others_load_with_a_card(tiny, smoke_params, prompter, tmp_path, tuning):
+    arm = Arm(tuning=tuning, targets="all-linear")
+    model, params = changed(tiny, arm), dataclasses.replace(smoke_params, arm=arm)
+    card = export.model_card(params, "positivity", {"held-out pair accuracy": "0.7"})
+    with torch.no_grad():
+        wanted = model(BATCH)
+    export.save_arm(model, prompter.tokenizer, tmp_path / "arm", "tiny", card)
+    text = (tmp_path / "arm" / "README.md").read_text(encoding="utf-8")
+    library = "peft" if tuning == "lora" else "transformers"
+    assert all(part in text for part in (f"library_name: {library}", "β_r", "held-out pair accuracy | 0.7", "license:"))
+    if tuning == "lora":
+        told = json.loads((tmp_path / "arm" / "adapter_config.json").read_text())
+        assert told["base_model_name_or_path"] == "tiny"
+        weights = load_file(tmp_path / "arm/adapter_model.safetensors").values()
+        assert all(torch.isfinite(weight).all() for weight in weights)
+        again = PeftModel.from_pretrained(models.load_model(tiny, torch.float32, CPU), str(tmp_path / "arm")).eval()
+    else:
+        again = models.load_model(tmp_path / "arm", torch.float32, CPU)
+    with torch.no_grad():
+        torch.testing.assert_close(ResponseModel(again, torch.float32)(BATCH), wanted)
