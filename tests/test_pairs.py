@@ -131,14 +131,14 @@ def test_a_long_prompt_keeps_its_end_and_a_pair_that_cannot_fit_is_dropped_and_c
         tokenise(rows, prompter, 3, "pairs.jsonl")
 
 
-def test_a_cut_prompt_keeps_its_beginning_of_sequence_token(prompter, monkeypatch):
-    row, prompt = (
-        pair("Describe a rainy Monday in detail.", "good", "bad"),
-        prompter.prompt_ids("Describe a rainy Monday in detail."),
-    )
-    monkeypatch.setattr(prompter.tokenizer, "bos_token_id", prompt[0], raising=False)
+def test_a_cut_prompt_keeps_its_beginning_of_sequence_token(prompter):
+    row = pair("Describe a rainy Monday in detail.", "good", "bad")
+    prompt = prompter.prompt_ids(row["prompt"])
+    tokenizer = copy.deepcopy(prompter.tokenizer)
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(prompt[0])
     longest = max(len(prompter.response_ids(row[side])) for side in ("chosen", "rejected"))
-    assert tokenise([row], prompter, longest + 5, "x").groups[0].prompt == [prompt[0], *prompt[-4:]]
+    cut = tokenise([row], Prompter(tokenizer, prompter.template), longest + 5, "x")
+    assert cut.groups[0].prompt == [prompt[0], *prompt[-4:]]
 
 
 def epoch(batches, number):
