@@ -223,7 +223,9 @@ class ARM(L.LightningModule):
         """Loss and reward metrics on held-out pairs."""
         _, metrics = self._pairs(batch)
         pairs = len(metrics.pop("pairs"))
-        self.log_dict({f"eval/{name}": value.mean() for name, value in metrics.items()}, batch_size=pairs)
+        self.log_dict(
+            {f"eval/{name}": value.mean() for name, value in metrics.items()}, batch_size=pairs, sync_dist=True
+        )
 
     def on_validation_epoch_end(self) -> None:
         """Keep the curve; Lightning has averaged over the pairs."""
@@ -242,8 +244,8 @@ class ARM(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW on what is trained, warm-up then the configured schedule, per optimizer step."""
         config = self._config
-        trainable = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay)
+        learning = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(learning, lr=config.lr, weight_decay=config.weight_decay)
         schedule = get_scheduler(
             config.scheduler, optimizer, num_warmup_steps=min(config.warmup_steps, self._steps // 2),
             num_training_steps=self._steps,
@@ -252,14 +254,15 @@ class ARM(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained and the curve; the frozen base is on disk already."""
-        trainable = {name for name, p in self.named_parameters() if p.requires_grad}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
+        learning = {name for name, p in self.named_parameters() if p.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in learning}
         checkpoint["history"] = self.history
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the curve up again, and make sure that no trainable weight is missing."""
-        trainable = {name for name, p in self.named_parameters() if p.requires_grad}
-        if trainable != checkpoint["state_dict"].keys():
+        learning = {name for name, p in self.named_parameters() if p.requires_grad}
+        # Under FSDP the strategy has taken the weights out already.
+        if learning != checkpoint.get("state_dict", dict.fromkeys(learning)).keys():
             raise UserError("the checkpoint is of another ARM: remove its folder below scratch/ to train anew.")
         self.history = list(checkpoint["history"])
 

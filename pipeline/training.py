@@ -1,6 +1,7 @@
 """One training run of an ARM: loaders, reference log-probabilities, checkpoints, devices, resuming."""
 
 import math
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -31,17 +32,18 @@ from pipeline.store import Row, RowStore, digest
 class Trained:
     """A finished ARM, and what there is to say about it."""
 
-    module: ARM
+    model: ResponseModel
+    history: list[dict[str, float]]
+    padding: float  # the share of computed positions that held no token
     held_out: HeldOut
     splits: dict[str, Tokenised]
     steps: int
     checkpoints: Path  # of no use any more once the ARM is saved
-    first: bool  # of the processes that trained it: the one that writes
 
 
 def train(
     params: Params, objective: str, rows: Sequence[Row], identity: str, workspace: Workspace, logger: Logger | bool
-) -> Trained:
+) -> Trained | None:
     """Train the ARM of one objective on its pairs, or go on where a killed run of the same identity stopped.
 
     Args:
@@ -52,6 +54,9 @@ def train(
         workspace: where the base is, and the scratch folder that checkpoints and references survive in.
         logger: Lightning's.
 
+    Returns:
+        The ARM with its best weights; None in all processes but the first.
+
     Raises:
         UserError: the rows or the model cannot be trained on, or a loss or gradient is not finite.
     """
@@ -60,17 +65,21 @@ def train(
     dtype = models.resolve_dtype(params.base.dtype, device)
     # What is trained whole, or sharded over devices, keeps float32 master weights and computes in the base's dtype.
     master = torch.float32 if arm.tuning == "full" or config.strategy == "fsdp" else dtype
-    loaded = models.load_model(base, master, device, arm.quantisation)
+
+    def untrained() -> ResponseModel:
+        loaded = models.load_model(base, master, device, arm.quantisation)
+        return ResponseModel(trainable(loaded, arm, params.seed, config.gradient_checkpointing), dtype)
+
+    model = untrained()
     prompter = models.Prompter.load(base, params.base.template)
-    max_length = min(config.max_length or sys.maxsize, int(loaded.config.max_position_embeddings))
+    max_length = min(config.max_length or sys.maxsize, int(model.causal.config.max_position_embeddings))
     splits = {
         split: tokenise([row for row in rows if row["split"] == split], prompter, max_length, f"{objective}, {split}")
         for split in SPLITS
     }
-    model = ResponseModel(trainable(loaded, arm, params.seed, config.gradient_checkpointing), dtype)
     size = config.micro_batch_size or config.batch_size
     if params.loss.kind == "dpo":
-        store = workspace.scratch / "store" / "reference.jsonl"
+        store = workspace.scratch / "store" / f"reference{_rank()}.jsonl"
         for split in splits.values():
             attach_reference(model, split.groups, digest([identity, str(dtype)]), store, size, prompter.eos)
     beta, groups = params.objectives[objective].beta, splits["train"].groups
@@ -78,9 +87,14 @@ def train(
     own = digest([identity, beta, str(arm), str(params.loss), str(config), params.seed])
     validation, test = (eval_loader(splits[split].groups, size, prompter.eos) for split in ("validation", "test"))
     checkpoints = workspace.scratch / "train" / f"{objective}-{own}"
-    trainer = fit(module, groups, validation, config, checkpoints, logger, params.seed, prompter.eos)
+    trainer, best = fit(module, groups, validation, config, checkpoints, logger, params.seed, prompter.eos)
+    if not trainer.is_global_zero:
+        return None
+    if config.strategy == "fsdp":  # the weights are spread over the processes
+        module.model = model = untrained()
+    module.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"], strict=False)
     found = evaluate(model, test, device, params.judge.confidence)
-    return Trained(module, found, splits, trainer.global_step, checkpoints, trainer.is_global_zero)
+    return Trained(model, module.history, module.padding, found, splits, trainer.global_step, checkpoints)
 
 
 def optimizer_steps(groups: Sequence[PromptGroup], config: Trainer) -> int:
@@ -151,11 +165,13 @@ def fit(
     logger: Logger | bool,
     seed: int,
     pad: int,
-) -> L.Trainer:
-    """Train from the newest checkpoint in `checkpoints`, or from the start; the module ends with its best weights.
+) -> tuple[L.Trainer, Path]:
+    """Train from the newest checkpoint in `checkpoints`, or from the start.
 
-    The best step is the one with the lowest loss on validation pairs. The validation pairs are few: every process
-    computes all of them.
+    The validation pairs are few: every process computes all of them.
+
+    Returns:
+        The trainer, and the checkpoint with the lowest loss on validation pairs.
 
     Raises:
         UserError: a loss or gradient is not finite.
@@ -168,10 +184,7 @@ def fit(
         print(f"train: going on from {resume}")
     train = ResumableLoader(groups, batches, pad)
     trainer.fit(module, train, validation, ckpt_path=resume, weights_only=True)
-    if best.best_model_path:
-        state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
-        module.load_state_dict(state, strict=False)
-    return trainer
+    return trainer, Path(best.best_model_path)
 
 
 def _trainer(config: Trainer, prompts: int, checkpoints: Path, logger: Logger | bool) -> tuple[L.Trainer, Any]:
@@ -205,6 +218,12 @@ def _trainer(config: Trainer, prompts: int, checkpoints: Path, logger: Logger | 
     steps = math.ceil(prompts / config.batch_size)
     trainer.val_check_interval = trainer.accumulate_grad_batches * max(1, steps // config.evaluations_per_epoch)
     return trainer, best
+
+
+def _rank() -> str:
+    """Of a process that did not start the others, its number: no two write to one file."""
+    found = next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), "0")
+    return "" if found == "0" else f"-{found}"
 
 
 def _strategy(config: Trainer) -> Any:

@@ -32,7 +32,8 @@ def new_module(tiny, smoke_params, dropout=0.1, config=CONFIG, beta=0.1, loss=AR
 
 
 def fit(module, groups, folder, config=CONFIG):
-    return training.fit(module, groups, training.eval_loader(groups[:2], 2, 0), config, folder, False, 0, 0)
+    _, best = training.fit(module, groups, training.eval_loader(groups[:2], 2, 0), config, folder, False, 0, 0)
+    module.load_state_dict(torch.load(best, weights_only=True)["state_dict"], strict=False)
 
 
 def adapter(module):

@@ -23,17 +23,17 @@ def run(params: Params, workspace: Workspace, objective: str) -> None:
     digests = {"base digest": models.model_digest(base), "pairs digest": file_digest(pairs_file)}
     with tracking.training_logger(params, objective, workspace) as logger:
         trained = training.train(params, objective, rows, digest(digests), workspace, logger)
-    if not trained.first:
+    if trained is None:  # another process writes
         return
-    out, module, found = workspace.results / "train" / objective, trained.module, trained.held_out
+    out, found = workspace.results / "train" / objective, trained.held_out
     with replacing(out / "curve.csv") as stream:
-        pd.DataFrame(module.history).to_csv(stream, index=False)
+        pd.DataFrame(trained.history).to_csv(stream, index=False)
     kept, steps, seconds = trained.splits["train"], trained.steps, round(time.monotonic() - started, 1)
     facts = {
         **digests,
         "training pairs": f"{kept.pairs} ({kept.dropped} dropped, {kept.truncated} prompts truncated)",
         "optimizer steps": str(steps),
-        "dtype": str(module.model.dtype).removeprefix("torch."),
+        "dtype": str(trained.model.dtype).removeprefix("torch."),
         "held-out pair accuracy": str(found.accuracy),
         "accuracy on equally long responses": str(found.length_matched),
         "chosen response longer": str(found.chosen_longer),
@@ -41,7 +41,7 @@ def run(params: Params, workspace: Workspace, objective: str) -> None:
     }
     card = export.model_card(params, objective, facts)
     tokenizer = models.Prompter.load(base, params.base.template).tokenizer
-    export.save_arm(module.model, tokenizer, workspace.adapter(objective), params.base.name, card)
+    export.save_arm(trained.model, tokenizer, workspace.adapter(objective), params.base.name, card)
     share = found.accuracy
     told = {
         "accuracy": share.value, "ci_low": share.ci_low, "ci_high": share.ci_high, "pairs": share.pairs,
@@ -49,7 +49,7 @@ def run(params: Params, workspace: Workspace, objective: str) -> None:
         "length_correlation": found.length_correlation,
         "dropped_pairs": {split: part.dropped for split, part in trained.splits.items()},
         "truncated_prompts": {split: part.truncated for split, part in trained.splits.items()},
-        "padding": round(module.padding, 4), "steps": steps, "seconds": seconds,
+        "padding": round(trained.padding, 4), "steps": steps, "seconds": seconds,
     }  # fmt: skip
     write_json(out / "metrics.json", told)
     shutil.rmtree(trained.checkpoints, ignore_errors=True)
