@@ -171,6 +171,10 @@ def load_model(
     model, found = loaded
     if lacking := sorted(found["missing_keys"]):  # transformers would make them up
         raise UserError(f"{folder} lacks the weights {lacking[0]}: use a folder that holds a whole causal LM.")
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Else bitsandbytes packs the weights on the first evaluation, and a packed layer has no gradient.
+            module.support_avx512bf16_for_cpu = False
     frozen: PreTrainedModel = model.requires_grad_(False).eval()
     return frozen if quantisation is not None else frozen.to(device)  # type: ignore[arg-type]
 

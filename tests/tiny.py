@@ -41,9 +41,9 @@ def tiny_tokenizer(extra: list[str] | None = None) -> PreTrainedTokenizerFast:
 def tiny_model(vocab_size: int, seed: int = 0, context: int = 256, width: int = 32) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=context, tie_word_embeddings=True, initializer_range=0.3,
-        bos_token_id=None, eos_token_id=1, pad_token_id=0,
+        vocab_size=vocab_size, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=context, tie_word_embeddings=True,
+        initializer_range=0.3, bos_token_id=None, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
