@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import PeftModel
@@ -156,6 +156,36 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+class RollingCheckpoint(Checkpoint):
+    """The two newest states, every so many optimizer steps.
+
+    Where an evaluation follows a step the state is kept after it: resuming from before, Lightning would leave it out.
+    """
+
+    def __init__(self, folder: Path, every: int) -> None:
+        self._folder, self._every = folder, every
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save at the end of a step."""
+        ended = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if ended and (batch_idx + 1) % trainer.val_check_batch:  # type: ignore[operator]
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save after an evaluation."""
+        self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        if trainer.global_step % self._every:
+            return
+        trainer.save_checkpoint(self._folder / f"step={trainer.global_step:06d}.ckpt")
+        if trainer.is_global_zero:
+            for old in sorted(self._folder.glob("step=*.ckpt"))[:-2]:
+                old.unlink()
+
+
 def fit(
     module: ARM,
     groups: Sequence[PromptGroup],
@@ -188,14 +218,10 @@ def fit(
 
 
 def _trainer(config: Trainer, prompts: int, checkpoints: Path, logger: Logger | bool) -> tuple[L.Trainer, Any]:
-    newest = partial(ModelCheckpoint, dirpath=checkpoints, auto_insert_metric_name=False)
-    rolling = newest(
-        filename="step={step:06d}", monitor="step", mode="max", save_top_k=2,
-        every_n_train_steps=config.checkpoint_every, save_on_train_epoch_end=False,
+    best = ModelCheckpoint(
+        dirpath=checkpoints, filename="best-step={step:06d}", auto_insert_metric_name=False, monitor="eval/loss",
+        mode="min", enable_version_counter=False,
     )  # fmt: skip
-    best = newest(
-        filename="best-step={step:06d}", monitor="eval/loss", mode="min", save_top_k=1, enable_version_counter=False
-    )
     trainer = L.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
@@ -205,7 +231,7 @@ def _trainer(config: Trainer, prompts: int, checkpoints: Path, logger: Logger | 
         gradient_clip_val=config.gradient_clip,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
-        callbacks=[rolling, best],
+        callbacks=[best, RollingCheckpoint(checkpoints, config.checkpoint_every)],  # the state knows the best
         logger=logger,
         default_root_dir=checkpoints,
         enable_model_summary=False,

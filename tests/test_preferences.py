@@ -247,7 +247,7 @@ def test_whether_a_response_ended_goes_with_its_text_into_the_tokens(prompter, t
     rows = list(label_samples(prompts, samples, {"warm": Objective(label="p", scorer="positivity")}))
     found = pairs_of(rows, "warm", Objective(label="p"), noise, 0)
     assert [found[0][f"{side}_ended"] for side in ("chosen", "rejected")] == ([False, True] if noise else [True, False])
-    responses = tokenise(found, prompter, 256, "pairs.jsonl")[0].responses
+    responses = tokenise(found, prompter, 256, "pairs.jsonl").groups[0].responses
     ended, cut = responses[::-1] if noise else responses
     assert ended == [*prompter.tokenizer("love", add_special_tokens=False).input_ids, prompter.eos]
     assert cut == prompter.tokenizer("hate", add_special_tokens=False).input_ids

@@ -66,12 +66,14 @@ def test_dropout_is_on_while_training(tiny, smoke_params, groups, tmp_path, monk
     assert modes and all(modes)
 
 
-@pytest.mark.parametrize("micro_batch_size", [None, 1])
+@pytest.mark.parametrize(("micro_batch_size", "evaluations"), [(None, 1), (1, 2)])
 @pytest.mark.parametrize("stop", range(1, 8))
 def test_interrupted_and_resumed_equals_uninterrupted(
-    tiny, smoke_params, groups, tmp_path, monkeypatch, stop, micro_batch_size
+    tiny, smoke_params, groups, tmp_path, monkeypatch, stop, micro_batch_size, evaluations
 ):
-    config = dataclasses.replace(CONFIG, checkpoint_every=1, micro_batch_size=micro_batch_size)
+    config = dataclasses.replace(
+        CONFIG, checkpoint_every=1, micro_batch_size=micro_batch_size, evaluations_per_epoch=evaluations
+    )
     whole = new_module(tiny, smoke_params, config=config)
     fit(whole, groups, tmp_path / "whole", config)
     step = ARM.training_step
@@ -91,6 +93,41 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert [row["step"] for row in whole.history if row["phase"] == "train"] == list(range(8))
     for name, weight in adapter(whole).items():
         torch.testing.assert_close(adapter(resumed)[name], weight, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(("epochs", "stop"), [(1, 2), (1, 4), (2, 4), (2, 8)])
+def test_killed_while_evaluating_and_resumed_equals_uninterrupted(
+    tiny, smoke_params, groups, tmp_path, monkeypatch, epochs, stop
+):
+    config = dataclasses.replace(CONFIG, checkpoint_every=1, evaluations_per_epoch=2, epochs=epochs)
+    whole = new_module(tiny, smoke_params, config=config)
+    fit(whole, groups, tmp_path / "whole", config)
+    step = ARM.validation_step
+
+    def dying(self, batch, index):
+        if self.global_step == stop:
+            raise ConnectionError("killed")
+        return step(self, batch, index)
+
+    with monkeypatch.context() as patched, pytest.raises(ConnectionError):
+        patched.setattr(ARM, "validation_step", dying)
+        fit(new_module(tiny, smoke_params, config=config), groups, tmp_path / "cut", config)
+    resumed = new_module(tiny, smoke_params, config=config)
+    fit(resumed, groups, tmp_path / "cut", config)
+    assert resumed.history == whole.history
+    assert [row["step"] for row in whole.history if row["phase"] == "eval"] == list(range(2, 4 * epochs + 1, 2))
+    for name, weight in adapter(whole).items():
+        torch.testing.assert_close(adapter(resumed)[name], weight, atol=0, rtol=0)
+
+
+def test_a_finished_run_started_again_is_the_same_run(tiny, smoke_params, groups, tmp_path, monkeypatch):
+    whole = new_module(tiny, smoke_params)
+    fit(whole, groups, tmp_path)
+    monkeypatch.setattr(ARM, "training_step", lambda *_: pytest.fail("trained again"))
+    again = new_module(tiny, smoke_params)
+    fit(again, groups, tmp_path)
+    assert again.history == whole.history
+    assert all(torch.equal(weight, adapter(whole)[name]) for name, weight in adapter(again).items())
 
 
 def test_checkpoints_hold_the_adapter_only_and_a_torn_one_is_passed_over(tiny, smoke_params, groups, tmp_path):
