@@ -38,8 +38,9 @@ lint: install  ## ruff and mypy
 smoke: install  ## the whole DAG on a tiny random model, in a throw-away copy
 	python -m pytest tests/test_dag.py
 
-bench: install  ## speed of guided decoding against the unguided base
+bench: install  ## speed of guided decoding against the unguided base, and of training against TRL
 	python -m tests.bench_decoding
+	python -m tests.bench_training
 
 report: install  ## where to look at the results
 	@python -m pipeline.report
