@@ -115,7 +115,7 @@ class Trainer(_Strict):
     gradient_checkpointing: bool = False
     evaluations_per_epoch: Count = 2
     checkpoint_every: Count = 10  # optimizer steps
-    accelerator: str = "auto"
+    accelerator: Literal["auto", "cpu", "cuda", "gpu"] = "auto"
     devices: Count | Literal["auto"] = 1
     num_nodes: Count = 1
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
@@ -200,7 +200,7 @@ class Workspace:
     scratch: Path = Path("scratch")  # never an output: checkpoints, row stores, W&B's files
 
     def adapter(self, objective: str) -> Path:
-        """The PEFT folder of an objective's ARM."""
+        """The folder of an objective's ARM: a PEFT adapter, or a model of its own."""
         return self.models / "arms" / objective
 
 
@@ -297,5 +297,7 @@ def _check(params: Params, origin: str) -> None:
         raise UserError(f"{origin}: the hinge loss knows no label smoothing: set loss.label_smoothing=0.0.")
     if params.arm.tuning == "full" and params.arm.quantisation is not None:
         raise UserError(f"{origin}: a quantised base cannot be trained whole: set arm.quantisation=null or arm=lora.")
+    if params.arm.quantisation is not None and params.trainer.strategy == "fsdp":
+        raise UserError(f"{origin}: a quantised base cannot be sharded: use arm=lora, or trainer=ddp.")
     if params.data.validation_fraction + params.data.test_fraction >= 1:
         raise UserError(f"{origin}: data.validation_fraction and data.test_fraction leave nothing to train on.")

@@ -13,6 +13,8 @@ from scipy.stats import binomtest, spearmanr
 from torch.utils.data import DataLoader
 
 from pipeline.arm import ResponseModel
+from pipeline.config import Loss
+from pipeline.losses import implicit_rewards
 
 _LIKE = 0.1  # responses whose lengths differ by at most this share of the longer one count as equally long
 
@@ -52,19 +54,24 @@ def share(right: Sequence[bool], confidence: float) -> Share:
 
 
 def held_out(
-    logps_S: Sequence[float], lengths_S: Sequence[int], pairs: Sequence[tuple[int, int]], confidence: float
+    rewards_S: Sequence[float],
+    logps_S: Sequence[float],
+    lengths_S: Sequence[int],
+    pairs: Sequence[tuple[int, int]],
+    confidence: float,
 ) -> HeldOut:
-    """Accuracy and length bias from the summed log-probabilities of responses and the pairs among them.
+    """Accuracy and length bias from the rewards of responses and the pairs among them.
 
     Args:
+        rewards_S: what the loss compares: log π_r(y|x) itself, its mean over tokens, or its ratio to a reference.
         logps_S: log π_r(y|x) of each response.
         lengths_S: its tokens.
         pairs: (chosen, rejected) as places among the responses.
         confidence: of the intervals.
     """
-    chosen, rejected = (np.array(side, dtype=int) for side in zip(*pairs, strict=True))
-    logps, lengths = np.asarray(logps_S, dtype=float), np.asarray(lengths_S)
-    right = logps[chosen] > logps[rejected]
+    chosen, rejected = np.array(pairs, dtype=int).reshape(-1, 2).T
+    rewards, lengths = np.asarray(rewards_S, dtype=float), np.asarray(lengths_S)
+    right = rewards[chosen] > rewards[rejected]
     longer, difference = np.maximum(lengths[chosen], lengths[rejected]), lengths[chosen] - lengths[rejected]
     like = np.abs(difference) <= _LIKE * longer
     varied = len(set(lengths_S)) > 1 and len(set(logps_S)) > 1
@@ -72,21 +79,26 @@ def held_out(
         share(right, confidence),
         share(right[like], confidence),
         share((difference > 0)[difference != 0], confidence),
-        float(spearmanr(logps, lengths).statistic) if varied else None,
+        float(spearmanr(logps_S, lengths).statistic) if varied else None,
     )
 
 
 @torch.no_grad()
-def evaluate(model: ResponseModel, loader: DataLoader[Any], device: torch.device, confidence: float) -> HeldOut:
+def evaluate(
+    model: ResponseModel, loss: Loss, loader: DataLoader[Any], device: torch.device, confidence: float
+) -> HeldOut:
     """`held_out` of the pairs of a loader."""
     model.to(device).eval()
+    rewards: list[float] = []
     logps: list[float] = []
     lengths: list[int] = []
     pairs: list[tuple[int, int]] = []
     for batch in loader:
         first = len(logps)
-        logps += model({key: value.to(device) for key, value in batch.items()}).tolist()
+        logps_S = model({key: value.to(device) for key, value in batch.items()}).cpu()
+        rewards += implicit_rewards(loss, logps_S, batch["response"], batch.get("reference")).tolist()
+        logps += logps_S.tolist()
         lengths += torch.bincount(batch["response"]).tolist()
         sides = (batch["chosen"] + first).tolist(), (batch["rejected"] + first).tolist()
         pairs += zip(*sides, strict=True)
-    return held_out(logps, lengths, pairs, confidence)
+    return held_out(rewards, logps, lengths, pairs, confidence)

@@ -74,6 +74,7 @@ def generate_stored(
             base,
             {name: adapters[name] for name in used},
             template=params.base.template,
+            templates={name: params.base.template for name in used if params.base.template},  # they were trained so
             dtype=params.base.dtype,
             device=params.decoding.device,
             batch_size=params.decoding.batch_size,

@@ -73,7 +73,7 @@ def arm_loss(
             log-ratios to a reference that of DPO (arXiv 2305.18290, equation 7).
         beta: β_r.
         margin: γ in −log σ(β_r · Δ − γ).
-        label_smoothing: ε in (1 − ε) · loss + ε · loss of the flipped pair (conservative DPO).
+        label_smoothing: ε in −(1 − ε) · log σ(z) − ε · log σ(−z), z = β_r · Δ − γ (conservative DPO).
     """
     logits_B = beta * (chosen_B - rejected_B) - margin
     return -(1 - label_smoothing) * F.logsigmoid(logits_B) - label_smoothing * F.logsigmoid(-logits_B)

@@ -122,10 +122,19 @@ def _fetch_path(spec: Base, folder: Path) -> None:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU; of several processes on a machine, each has a GPU of its own."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    """`auto` is CUDA where there is one, else the CPU; of several processes on a machine, each has a GPU of its own.
+
+    Raises:
+        UserError: a GPU is asked for where there is none.
+    """
+    name = {"auto": "cuda" if torch.cuda.is_available() else "cpu", "gpu": "cuda"}.get(name, name)
+    if name != "cuda":
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        raise UserError(
+            "a GPU is asked for, but torch finds none: use auto or cpu (decoding.device, trainer.accelerator)."
+        )
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))))
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -59,13 +59,12 @@ def tokenise(pairs: Sequence[Row], prompter: Prompter, max_length: int, origin: 
         UserError: no pair fits.
     """
     found = Tokenised()
-    current: dict[str, tuple[PromptGroup, dict[str, int]]] = {}
+    current: dict[str, tuple[PromptGroup, dict[tuple[int, ...], int]]] = {}
     for pair in pairs:
-        sides = {
-            pair[side]: prompter.response_ids(pair[side], pair.get(f"{side}_ended", True))
-            for side in ("chosen", "rejected")
-        }
-        if max(map(len, sides.values())) > max_length - 2:
+        chosen, rejected = (
+            tuple(prompter.response_ids(pair[side], pair.get(f"{side}_ended", True))) for side in ("chosen", "rejected")
+        )
+        if max(len(chosen), len(rejected)) > max_length - 2:
             found.dropped += 1
             continue
         group, places = current.get(pair["prompt"], (None, {}))
@@ -73,13 +72,14 @@ def tokenise(pairs: Sequence[Row], prompter: Prompter, max_length: int, origin: 
             group, places = PromptGroup(prompter.prompt_ids(pair["prompt"]), [], []), {}
             current[pair["prompt"]] = group, places
             found.groups.append(group)
-        for text, ids in sides.items():
-            if text not in places:
-                places[text] = len(group.responses)
-                group.responses.append(ids)
-        group.pairs.append((places[pair["chosen"]], places[pair["rejected"]]))
-    if pairs and not found.groups:
-        raise UserError(f"{origin}: no response fits into {max_length} tokens: raise trainer.max_length.")
+        for ids in (chosen, rejected):
+            if ids not in places:
+                places[ids] = len(group.responses)
+                group.responses.append(list(ids))
+        group.pairs.append((places[chosen], places[rejected]))
+    if not found.groups:
+        what = f"no pair fits into {max_length} tokens: raise trainer.max_length" if pairs else "there is no pair"
+        raise UserError(f"{origin}: {what}.")
     start = prompter.tokenizer.bos_token_id
     for group in found.groups:
         room = max_length - max(map(len, group.responses))

@@ -11,6 +11,7 @@ from typing import Any
 
 import wandb
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from pipeline.config import Params, UserError, Workspace
 from pipeline.store import Row
@@ -38,8 +39,11 @@ def _settings(params: Params, workspace: Workspace) -> dict[str, Any]:
 
 @contextmanager
 def training_logger(params: Params, objective: str, workspace: Workspace) -> Iterator[WandbLogger | bool]:
-    """A Lightning logger for one ARM's training, finished on leaving; False where tracking is disabled."""
-    if params.tracking.mode == "disabled":
+    """A Lightning logger for one ARM's training, finished on leaving; False where tracking is disabled.
+
+    Of several processes that train together only the first has one.
+    """
+    if params.tracking.mode == "disabled" or getattr(rank_zero_only, "rank", 0) > 0:
         yield False
         return
     config = {

@@ -2,7 +2,6 @@
 
 import math
 import os
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from pipeline import models
 from pipeline.arm import ARM, ResponseModel, trainable
-from pipeline.config import Params, Trainer, Workspace
+from pipeline.config import Params, Trainer, UserError, Workspace
 from pipeline.evaluation import HeldOut, evaluate
 from pipeline.pairs import PromptGroup, ResumableLoader, StepBatches, Tokenised, collate, tokenise
 from pipeline.preferences import SPLITS
@@ -61,40 +60,55 @@ def train(
         UserError: the rows or the model cannot be trained on, or a loss or gradient is not finite.
     """
     arm, config, base = params.arm, params.trainer, workspace.models / "base"
-    device = models.resolve_device(config.accelerator.replace("gpu", "cuda"))
+    device, sharded = models.resolve_device(config.accelerator), config.strategy == "fsdp"
     dtype = models.resolve_dtype(params.base.dtype, device)
+    if dtype == torch.float16:
+        raise UserError("base.dtype is float16, whose small gradients vanish: train in bfloat16 or float32.")
     # What is trained whole, or sharded over devices, keeps float32 master weights and computes in the base's dtype.
-    master = torch.float32 if arm.tuning == "full" or config.strategy == "fsdp" else dtype
+    master = torch.float32 if arm.tuning == "full" or sharded else dtype
 
-    def untrained() -> ResponseModel:
-        loaded = models.load_model(base, master, device, arm.quantisation)
-        return ResponseModel(trainable(loaded, arm, params.seed, config.gradient_checkpointing), dtype)
+    def untrained(master: torch.dtype, place: torch.device) -> ResponseModel:
+        loaded = models.load_model(base, master, place, arm.quantisation)
+        return ResponseModel(trainable(loaded, arm, params.seed, device, config.gradient_checkpointing), dtype)
 
-    model = untrained()
+    # What is sharded goes to its devices layer by layer: no device ever holds the whole of it.
+    model = untrained(master, torch.device("cpu") if sharded else device)
     prompter = models.Prompter.load(base, params.base.template)
-    max_length = min(config.max_length or sys.maxsize, int(model.causal.config.max_position_embeddings))
+    reach = model.causal.config
+    # Within a sliding window all layers see all of a row: beyond it training would show them more than decoding does.
+    limits = config.max_length, reach.max_position_embeddings, getattr(reach, "sliding_window", None)
+    max_length = min(limit for limit in limits if limit)
     splits = {
         split: tokenise([row for row in rows if row["split"] == split], prompter, max_length, f"{objective}, {split}")
         for split in SPLITS
     }
-    size = config.micro_batch_size or config.batch_size
+    size, computing = config.micro_batch_size or config.batch_size, [str(master), str(dtype), arm.quantisation]
     if params.loss.kind == "dpo":
         store = workspace.scratch / "store" / f"reference{_rank()}.jsonl"
         for split in splits.values():
-            attach_reference(model, split.groups, digest([identity, str(dtype)]), store, size, prompter.eos)
+            attach_reference(model, split.groups, digest([identity, computing]), store, size, prompter.eos)
     beta, groups = params.objectives[objective].beta, splits["train"].groups
     module = ARM(model, beta, params.loss, config, optimizer_steps(groups, config), params.seed)
-    own = digest([identity, beta, str(arm), str(params.loss), str(config), params.seed])
+    run = [identity, computing, params.base.template, beta, *map(str, (arm, params.loss, config)), params.seed]
+    own = digest([*run, _world_size(config, device)])
     validation, test = (eval_loader(splits[split].groups, size, prompter.eos) for split in ("validation", "test"))
     checkpoints = workspace.scratch / "train" / f"{objective}-{own}"
-    trainer, best = fit(module, groups, validation, config, checkpoints, logger, params.seed, prompter.eos)
+    trainer, best = fit(module, groups, validation, config, checkpoints, logger, params.seed, prompter.eos, device)
     if not trainer.is_global_zero:
         return None
-    if config.strategy == "fsdp":  # the weights are spread over the processes
-        module.model = model = untrained()
-    module.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"], strict=False)
-    found = evaluate(model, test, device, params.judge.confidence)
+    if sharded:
+        module.model = model = untrained(dtype, device)
+    load_trained(module, best)
+    found = evaluate(model, params.loss, test, device, params.judge.confidence)
     return Trained(model, module.history, module.padding, found, splits, trainer.global_step, checkpoints)
+
+
+def load_trained(module: ARM, checkpoint: Path) -> None:
+    """Give the module the weights of a checkpoint, which holds those that were trained."""
+    found = module.load_state_dict(
+        torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"], strict=False
+    )
+    assert not found.unexpected_keys, f"{checkpoint} is of another ARM"
 
 
 def optimizer_steps(groups: Sequence[PromptGroup], config: Trainer) -> int:
@@ -157,7 +171,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 class RollingCheckpoint(Checkpoint):
-    """The two newest states, every so many optimizer steps.
+    """The two newest states, every so many optimizer steps and after each evaluation.
 
     Where an evaluation follows a step the state is kept after it: resuming from before, Lightning would leave it out.
     """
@@ -170,16 +184,15 @@ class RollingCheckpoint(Checkpoint):
     ) -> None:
         """Save at the end of a step."""
         ended = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if ended and (batch_idx + 1) % trainer.val_check_batch:  # type: ignore[operator]
+        evaluated = (batch_idx + 1) % trainer.val_check_batch == 0  # type: ignore[operator]
+        if ended and not evaluated and trainer.global_step % self._every == 0:
             self._save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save after an evaluation."""
+        """Save after each evaluation: the state names the best checkpoint, which may have changed."""
         self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
-        if trainer.global_step % self._every:
-            return
         trainer.save_checkpoint(self._folder / f"step={trainer.global_step:06d}.ckpt")
         if trainer.is_global_zero:
             for old in sorted(self._folder.glob("step=*.ckpt"))[:-2]:
@@ -195,6 +208,7 @@ def fit(
     logger: Logger | bool,
     seed: int,
     pad: int,
+    device: torch.device,
 ) -> tuple[L.Trainer, Path]:
     """Train from the newest checkpoint in `checkpoints`, or from the start.
 
@@ -204,30 +218,43 @@ def fit(
         The trainer, and the checkpoint with the lowest loss on validation pairs.
 
     Raises:
-        UserError: a loss or gradient is not finite.
+        UserError: a loss or gradient is not finite, or there are more devices than prompts in a step.
     """
-    trainer, best = _trainer(config, len(groups), checkpoints, logger)
-    world_size = trainer.num_devices * trainer.num_nodes
+    world_size = _world_size(config, device)
+    if world_size > config.batch_size:
+        raise UserError(
+            f"{world_size} devices cannot share the {config.batch_size} prompts of a step: raise trainer.batch_size."
+        )
+    trainer, best = _trainer(config, device, len(groups), checkpoints, logger)
     batches = StepBatches(groups, config.batch_size, seed, trainer.accumulate_grad_batches, world_size)
     resume = newest_checkpoint(checkpoints)
     if resume is not None:
         print(f"train: going on from {resume}")
     train = ResumableLoader(groups, batches, pad)
     trainer.fit(module, train, validation, ckpt_path=resume, weights_only=True)
+    assert best.best_model_path, "no evaluation took place"
     return trainer, Path(best.best_model_path)
 
 
-def _trainer(config: Trainer, prompts: int, checkpoints: Path, logger: Logger | bool) -> tuple[L.Trainer, Any]:
+def _trainer(
+    config: Trainer, device: torch.device, prompts: int, checkpoints: Path, logger: Logger | bool
+) -> tuple[L.Trainer, ModelCheckpoint]:
+    world_size = _world_size(config, device)
+    own = math.ceil(config.batch_size / world_size)
+    accumulate = math.ceil(own / (config.micro_batch_size or own))
+    steps = math.ceil(prompts / config.batch_size)
     best = ModelCheckpoint(
         dirpath=checkpoints, filename="best-step={step:06d}", auto_insert_metric_name=False, monitor="eval/loss",
-        mode="min", enable_version_counter=False,
+        mode="min", save_weights_only=True, save_on_train_epoch_end=False, enable_version_counter=False,
     )  # fmt: skip
     trainer = L.Trainer(
-        accelerator=config.accelerator,
-        devices=config.devices,
+        accelerator=device.type,
+        devices=world_size // config.num_nodes,
         num_nodes=config.num_nodes,
-        strategy=_strategy(config),
+        strategy=_strategy(config, world_size),
         max_epochs=config.epochs,
+        accumulate_grad_batches=accumulate,
+        val_check_interval=accumulate * max(1, steps // config.evaluations_per_epoch),
         gradient_clip_val=config.gradient_clip,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
@@ -237,29 +264,27 @@ def _trainer(config: Trainer, prompts: int, checkpoints: Path, logger: Logger | 
         enable_model_summary=False,
         use_distributed_sampler=False,  # `StepBatches` deals a step's prompts out over the processes itself
     )
-    # Only the trainer knows how many devices `auto` is.
-    world_size = trainer.num_devices * trainer.num_nodes
-    own = math.ceil(config.batch_size / world_size)
-    trainer.accumulate_grad_batches = math.ceil(own / (config.micro_batch_size or own))
-    steps = math.ceil(prompts / config.batch_size)
-    trainer.val_check_interval = trainer.accumulate_grad_batches * max(1, steps // config.evaluations_per_epoch)
     return trainer, best
 
 
 def _rank() -> str:
-    """Of a process that did not start the others, its number: no two write to one file."""
-    found = next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), "0")
-    return "" if found == "0" else f"-{found}"
+    """A suffix for the files of a process that runs beside the first, so that no two write to one.
+
+    Processes that Lightning has started come after the first has written, and read what it wrote.
+    """
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0") if "LOCAL_RANK" not in os.environ else "0")
+    return "" if rank == "0" else f"-{rank}"
 
 
-def _strategy(config: Trainer) -> Any:
+def _strategy(config: Trainer, world_size: int) -> Any:
     if config.strategy == "fsdp":
         return ModelParallelStrategy(
-            data_parallel_size=_world_size(config), tensor_parallel_size=1, save_distributed_checkpoint=False
+            data_parallel_size=world_size, tensor_parallel_size=1, save_distributed_checkpoint=False
         )
     return config.strategy
 
 
-def _world_size(config: Trainer) -> int:
-    devices = config.devices if config.devices != "auto" else max(1, torch.cuda.device_count())
-    return int(devices) * config.num_nodes
+def _world_size(config: Trainer, device: torch.device) -> int:
+    """Processes that train together; `auto` is all GPUs of a machine, or one CPU."""
+    each = config.devices if config.devices != "auto" else max(1, torch.cuda.device_count())
+    return config.num_nodes * (1 if config.devices == "auto" and device.type == "cpu" else int(each))

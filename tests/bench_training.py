@@ -80,7 +80,7 @@ class Timed(ARM):
 def ours(kind: str, dtype: torch.dtype, loss: Loss) -> tuple[float, float]:
     prompter, pairs = models.Prompter.load(BASE, None), rows(kind)
     groups: list[PromptGroup] = tokenise(pairs, prompter, 1024, "bench").groups
-    model = ResponseModel(trainable(models.load_model(BASE, dtype, CPU), PARAMS.arm, 0), dtype)
+    model = ResponseModel(trainable(models.load_model(BASE, dtype, CPU), PARAMS.arm, 0, CPU), dtype)
     config = Trainer(batch_size=len(groups) // STEPS, evaluations_per_epoch=1, checkpoint_every=1000, accelerator="cpu")
     module, spent = Timed(model, 0.1, loss, config, STEPS, 0), 0.0
     module.ends = []
@@ -90,7 +90,7 @@ def ours(kind: str, dtype: torch.dtype, loss: Loss) -> tuple[float, float]:
             training.attach_reference(model, groups, "bench", store, config.batch_size, prompter.eos)
             spent = (time.perf_counter() - started) * (STEPS - 1) / STEPS
         validation = training.eval_loader(groups[:1], 1, prompter.eos)
-        training.fit(module, groups, validation, config, Path(folder), False, 0, prompter.eos)
+        training.fit(module, groups, validation, config, Path(folder), False, 0, prompter.eos, CPU)
     return spent + module.ends[-1] - module.ends[0], len(pairs) * (STEPS - 1) / STEPS
 
 

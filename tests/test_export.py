@@ -16,7 +16,7 @@ BATCH = collate([PromptGroup([5, 6, 7], [[8, 9, 1], [10, 1]], [(0, 1)])], 0)
 
 
 def changed(tiny, arm):
-    model = trainable(models.load_model(tiny, torch.float32, CPU), arm, 0)
+    model = trainable(models.load_model(tiny, torch.float32, CPU), arm, 0, CPU)
     torch.manual_seed(0)
     for weight in model.parameters():
         if weight.requires_grad:

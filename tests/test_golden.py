@@ -17,7 +17,7 @@ from pipeline.config import Arm, Loss, Trainer
 from pipeline.pairs import PromptGroup
 from tests.tiny import ROOT, tiny_model
 
-GOLDEN = ROOT / "tests" / "golden" / "loss_curve.csv"
+CPU, GOLDEN = torch.device("cpu"), ROOT / "tests" / "golden" / "loss_curve.csv"
 CONFIG = Trainer(
     lr=2e-2, warmup_steps=2, epochs=2, batch_size=3, micro_batch_size=2, evaluations_per_epoch=1, accelerator="cpu"
 )
@@ -39,11 +39,11 @@ def random_groups(count: int, seed: int) -> list[PromptGroup]:
 
 def curve(folder: Path) -> list[dict[str, str]]:
     groups = random_groups(10, 0)
-    model = trainable(tiny_model(500).requires_grad_(False).eval(), Arm(targets="all-linear"), 0)
+    model = trainable(tiny_model(500).requires_grad_(False).eval(), Arm(targets="all-linear"), 0, CPU)
     steps = training.optimizer_steps(groups, CONFIG)
     module = ARM(ResponseModel(model, torch.float32), 0.1, Loss(), CONFIG, steps, 0)
     validation = training.eval_loader(random_groups(3, 1), 2, 0)
-    training.fit(module, groups, validation, CONFIG, folder, False, 0, 0)
+    training.fit(module, groups, validation, CONFIG, folder, False, 0, 0, CPU)
     return [{name: str(row[name]) for name in COLUMNS} for row in module.history]
 
 

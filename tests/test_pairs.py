@@ -127,7 +127,7 @@ def test_a_long_prompt_keeps_its_end_and_a_pair_that_cannot_fit_is_dropped_and_c
     assert (cut.pairs, cut.truncated, cut.dropped) == (1, 1, 1)
     assert cut.groups[0].prompt == prompt[-5:]
     assert cut.groups[0].responses == whole.groups[0].responses
-    with pytest.raises(UserError, match=r"pairs\.jsonl: no response fits into 3 tokens: raise trainer\.max_length\."):
+    with pytest.raises(UserError, match=r"pairs\.jsonl: no pair fits into 3 tokens: raise trainer\.max_length\."):
         tokenise(rows, prompter, 3, "pairs.jsonl")
 
 

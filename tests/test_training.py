@@ -27,13 +27,13 @@ def groups(prompter):
 
 def new_module(tiny, smoke_params, dropout=0.1, config=CONFIG, beta=0.1, loss=ARM_LOSS, tuning="lora"):
     arm = dataclasses.replace(smoke_params.arm, dropout=dropout, tuning=tuning)
-    model = trainable(models.load_model(tiny, torch.float32, CPU), arm, 0, config.gradient_checkpointing)
+    model = trainable(models.load_model(tiny, torch.float32, CPU), arm, 0, CPU, config.gradient_checkpointing)
     return ARM(ResponseModel(model, torch.float32), beta, loss, config, 4 * config.epochs, 0)
 
 
 def fit(module, groups, folder, config=CONFIG):
-    _, best = training.fit(module, groups, training.eval_loader(groups[:2], 2, 0), config, folder, False, 0, 0)
-    module.load_state_dict(torch.load(best, weights_only=True)["state_dict"], strict=False)
+    _, best = training.fit(module, groups, training.eval_loader(groups[:2], 2, 0), config, folder, False, 0, 0, CPU)
+    training.load_trained(module, best)
 
 
 def adapter(module):
@@ -45,9 +45,9 @@ def test_training_learns_and_keeps_the_best_step(tiny, smoke_params, groups, tmp
         tiny, smoke_params, dropout=0.0, config=dataclasses.replace(CONFIG, epochs=6, lr=2e-2), beta=1.0
     )
     loader = training.eval_loader(groups, 2, 0)
-    before = evaluate(module.model, loader, CPU, 0.95).accuracy
+    before = evaluate(module.model, ARM_LOSS, loader, CPU, 0.95).accuracy
     fit(module, groups, tmp_path, dataclasses.replace(CONFIG, epochs=6, lr=2e-2))
-    after = evaluate(module.model, loader, CPU, 0.95).accuracy
+    after = evaluate(module.model, ARM_LOSS, loader, CPU, 0.95).accuracy
     assert after.value > max(before.value, 0.8)
     losses = [row["loss"] for row in module.history if row["phase"] == "eval"]
     assert len(losses) == 6 and losses[-1] < losses[0]
@@ -66,7 +66,7 @@ def test_dropout_is_on_while_training(tiny, smoke_params, groups, tmp_path, monk
     assert modes and all(modes)
 
 
-@pytest.mark.parametrize(("micro_batch_size", "evaluations"), [(None, 1), (1, 2)])
+@pytest.mark.parametrize(("micro_batch_size", "evaluations"), [(None, 1), (1, 2), (None, 4)])
 @pytest.mark.parametrize("stop", range(1, 8))
 def test_interrupted_and_resumed_equals_uninterrupted(
     tiny, smoke_params, groups, tmp_path, monkeypatch, stop, micro_batch_size, evaluations
@@ -126,7 +126,7 @@ def test_a_finished_run_started_again_is_the_same_run(tiny, smoke_params, groups
     monkeypatch.setattr(ARM, "training_step", lambda *_: pytest.fail("trained again"))
     again = new_module(tiny, smoke_params)
     fit(again, groups, tmp_path)
-    assert again.history == whole.history
+    assert again.history == whole.history and again.padding == whole.padding > 0
     assert all(torch.equal(weight, adapter(whole)[name]) for name, weight in adapter(again).items())
 
 
@@ -244,3 +244,55 @@ def test_the_reference_is_the_untrained_model_computed_once_and_found_again(
     assert len(store.read_text().splitlines()) == len(groups)
     monkeypatch.setattr(ResponseModel, "forward", lambda *_: pytest.fail("computed again"))
     training.attach_reference(module.model, groups, "tiny", store, 2, 0)
+
+
+def test_more_devices_than_prompts_in_a_step_are_refused(tiny, smoke_params, groups, tmp_path):
+    config = dataclasses.replace(CONFIG, devices=3, strategy="ddp")
+    with pytest.raises(UserError, match="3 devices cannot share the 2 prompts of a step"):
+        fit(new_module(tiny, smoke_params, config=config), groups, tmp_path, config)
+
+
+ROWS = [
+    {"id": f"{prompt}{split}", "prompt": prompt, "chosen": "good great love", "rejected": "bad", "split": split}
+    for split in ("train", "validation", "test")
+    for prompt in ("Tips?", "Why?", "What is tea?")
+]
+
+
+def trained(params, tiny, workspace, **changes):
+    workspace.models.mkdir(exist_ok=True)
+    if not (workspace.models / "base").exists():
+        (workspace.models / "base").symlink_to(tiny)
+    for section, values in changes.items():
+        params = dataclasses.replace(params, **{section: dataclasses.replace(getattr(params, section), **values)})
+    return training.train(params, "positivity", ROWS, "rows", workspace, False)
+
+
+def test_runs_that_differ_in_what_they_compute_share_no_checkpoint(tiny, smoke_params, workspace):
+    changes = [
+        {}, {"base": {"dtype": "bfloat16"}}, {"base": {"template": "Q: {prompt} A:", "dtype": "float32"}},
+        {"trainer": {"lr": 1e-4}}, {"loss": {"margin": 0.1}}, {"arm": {"rank": 4}},
+    ]  # fmt: skip
+    start = {"base": {"dtype": "float32"}}
+    folders = [trained(smoke_params, tiny, workspace, **start | change).checkpoints for change in changes]
+    assert len(set(folders)) == len(changes)
+    assert trained(smoke_params, tiny, workspace, **start).checkpoints == folders[0]
+
+
+def test_rows_never_reach_beyond_a_sliding_window(tiny, smoke_params, workspace, monkeypatch):
+    load = models.load_model
+
+    def windowed(*args):
+        model = load(*args)
+        model.config.sliding_window = 12
+        return model
+
+    monkeypatch.setattr(models, "load_model", windowed)
+    splits = trained(smoke_params, tiny, workspace).splits
+    longest = max(len(g.prompt) + max(map(len, g.responses)) for part in splits.values() for g in part.groups)
+    assert longest == 12 and splits["train"].truncated > 0
+
+
+def test_float16_is_refused(tiny, smoke_params, workspace):
+    with pytest.raises(UserError, match=r"base\.dtype is float16, whose small gradients vanish"):
+        trained(smoke_params, tiny, workspace, base={"dtype": "float16"})
