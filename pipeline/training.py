@@ -1,8 +1,6 @@
-"""One training run of an ARM: loaders, reference log-probabilities, checkpoints, devices, resuming."""
+"""One training run of an ARM, from its pairs to its best weights, on one device or many."""
 
 import math
-import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,20 +9,20 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import ModelParallelStrategy
-from peft import PeftModel
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from pipeline import models
 from pipeline.arm import ARM, ResponseModel, trainable
+from pipeline.checkpoints import RollingCheckpoint, load_trained, newest_checkpoint
 from pipeline.config import Params, Trainer, UserError, Workspace
 from pipeline.evaluation import HeldOut, evaluate
 from pipeline.pairs import PromptGroup, ResumableLoader, StepBatches, Tokenised, collate, tokenise
 from pipeline.preferences import SPLITS
-from pipeline.store import Row, RowStore, digest
+from pipeline.reference import attach_reference
+from pipeline.store import Row, digest
 
 
 @dataclass(frozen=True)
@@ -84,9 +82,9 @@ def train(
     }
     size, computing = config.micro_batch_size or config.batch_size, [str(master), str(dtype), arm.quantisation]
     if params.loss.kind == "dpo":
-        store = workspace.scratch / "store" / f"reference{_rank()}.jsonl"
         for split in splits.values():
-            attach_reference(model, split.groups, digest([identity, computing]), store, size, prompter.eos)
+            key, store = digest([identity, computing]), workspace.scratch / "store"
+            attach_reference(model, split.groups, key, store, size, prompter.eos)
     beta, groups = params.objectives[objective].beta, splits["train"].groups
     module = ARM(model, beta, params.loss, config, optimizer_steps(groups, config), params.seed)
     run = [identity, computing, params.base.template, beta, *map(str, (arm, params.loss, config)), params.seed]
@@ -103,14 +101,6 @@ def train(
     return Trained(model, module.history, module.padding, found, splits, trainer.global_step, checkpoints)
 
 
-def load_trained(module: ARM, checkpoint: Path) -> None:
-    """Give the module the weights of a checkpoint, which holds those that were trained."""
-    found = module.load_state_dict(
-        torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"], strict=False
-    )
-    assert not found.unexpected_keys, f"{checkpoint} is of another ARM"
-
-
 def optimizer_steps(groups: Sequence[PromptGroup], config: Trainer) -> int:
     """Optimizer steps of a whole run."""
     return config.epochs * math.ceil(len(groups) / config.batch_size)
@@ -120,83 +110,6 @@ def eval_loader(groups: Sequence[PromptGroup], batch_size: int, pad: int) -> Dat
     """Held-out prompts with their pairs, neighbours of like length, for little padding."""
     ordered = sorted(groups, key=len)
     return DataLoader(cast(Dataset[PromptGroup], ordered), batch_size=batch_size, collate_fn=partial(collate, pad=pad))
-
-
-@torch.no_grad()
-def attach_reference(
-    model: ResponseModel, groups: Sequence[PromptGroup], identity: str, path: Path, batch_size: int, pad: int
-) -> None:
-    """Write log π_ref of every response into its group, π_ref being the base before any training.
-
-    Values are computed once and kept in a store at `path`: a run that was killed, another seed or another β finds them.
-
-    Args:
-        model: what is to be trained, not yet trained.
-        groups: those that get a reference.
-        identity: digest of what the values depend on beside the tokens: the base and the precision.
-        path: the store's file.
-        batch_size: prompts per forward.
-        pad: the padding token.
-    """
-    keys = [digest([identity, group.prompt, group.responses]) for group in groups]
-    store = RowStore(path)
-    missing = {key: group for key, group in zip(keys, groups, strict=True) if key not in store}
-    ordered = sorted(missing, key=lambda key: len(missing[key]))
-    device = next(model.parameters()).device
-    model.eval()
-    for start in tqdm(range(0, len(ordered), batch_size), desc="reference", disable=not ordered):
-        taken = ordered[start : start + batch_size]
-        batch = {name: value.to(device) for name, value in collate([missing[key] for key in taken], pad).items()}
-        if isinstance(model.model, PeftModel):
-            with model.model.disable_adapter():
-                logps = iter(model(batch).tolist())
-        else:
-            logps = iter(model(batch).tolist())
-        store.add([(key, {"logps": [next(logps) for _ in missing[key].responses]}) for key in taken])
-    for key, group in zip(keys, groups, strict=True):
-        group.reference = store[key]["logps"]
-    store.close()
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest readable `step=*.ckpt`; an unreadable one (killed while writing) is passed over with a warning."""
-    for path in sorted(folder.glob("step=*.ckpt"), reverse=True):
-        try:
-            torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            warnings.warn(f"{path} is unreadable ({error}): going back to the checkpoint before it.", stacklevel=2)
-        else:
-            return path
-    return None
-
-
-class RollingCheckpoint(Checkpoint):
-    """The two newest states, every so many optimizer steps and after each evaluation.
-
-    Where an evaluation follows a step the state is kept after it: resuming from before, Lightning would leave it out.
-    """
-
-    def __init__(self, folder: Path, every: int) -> None:
-        self._folder, self._every = folder, every
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save at the end of a step."""
-        ended = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        evaluated = (batch_idx + 1) % trainer.val_check_batch == 0  # type: ignore[operator]
-        if ended and not evaluated and trainer.global_step % self._every == 0:
-            self._save(trainer)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save after each evaluation: the state names the best checkpoint, which may have changed."""
-        self._save(trainer)
-
-    def _save(self, trainer: L.Trainer) -> None:
-        trainer.save_checkpoint(self._folder / f"step={trainer.global_step:06d}.ckpt")
-        if trainer.is_global_zero:
-            for old in sorted(self._folder.glob("step=*.ckpt"))[:-2]:
-                old.unlink()
 
 
 def fit(
@@ -265,15 +178,6 @@ def _trainer(
         use_distributed_sampler=False,  # `StepBatches` deals a step's prompts out over the processes itself
     )
     return trainer, best
-
-
-def _rank() -> str:
-    """A suffix for the files of a process that runs beside the first, so that no two write to one.
-
-    Processes that Lightning has started come after the first has written, and read what it wrote.
-    """
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0") if "LOCAL_RANK" not in os.environ else "0")
-    return "" if rank == "0" else f"-{rank}"
 
 
 def _strategy(config: Trainer, world_size: int) -> Any:

@@ -36,6 +36,7 @@ from pipeline import models, training
 from pipeline.arm import ARM, ResponseModel, trainable
 from pipeline.config import Loss, Trainer, Workspace, load_params
 from pipeline.pairs import PromptGroup, tokenise
+from pipeline.reference import attach_reference
 from pipeline.store import read_jsonl, replacing
 
 BASE, OUT, PAIRS = Workspace().models / "base", Path("results/bench"), Path("results/prepare/pairs/positivity.jsonl")
@@ -86,8 +87,8 @@ def ours(kind: str, dtype: torch.dtype, loss: Loss) -> tuple[float, float]:
     module.ends = []
     with tempfile.TemporaryDirectory() as folder:
         if loss.kind == "dpo":
-            started, store = time.perf_counter(), Path(folder) / "reference.jsonl"
-            training.attach_reference(model, groups, "bench", store, config.batch_size, prompter.eos)
+            started = time.perf_counter()
+            attach_reference(model, groups, "bench", Path(folder), config.batch_size, prompter.eos)
             spent = (time.perf_counter() - started) * (STEPS - 1) / STEPS
         validation = training.eval_loader(groups[:1], 1, prompter.eos)
         training.fit(module, groups, validation, config, Path(folder), False, 0, prompter.eos, CPU)

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from nbclient import NotebookClient
 
-from pipeline.training import newest_checkpoint
+from pipeline.checkpoints import newest_checkpoint
 from tests.tiny import ROOT, write_tiny
 
 ENVIRONMENT = {

@@ -6,9 +6,11 @@ import torch
 from pipeline import arm as arm_module
 from pipeline import models, training
 from pipeline.arm import ARM, ResponseModel, trainable
+from pipeline.checkpoints import load_trained, newest_checkpoint
 from pipeline.config import Loss, Trainer, UserError
 from pipeline.evaluation import evaluate
 from pipeline.pairs import collate, tokenise
+from pipeline.reference import attach_reference
 
 CPU, ARM_LOSS = torch.device("cpu"), Loss()
 CONFIG = Trainer(batch_size=2, checkpoint_every=2, evaluations_per_epoch=1, epochs=2, lr=5e-3, warmup_steps=1)
@@ -33,7 +35,7 @@ def new_module(tiny, smoke_params, dropout=0.1, config=CONFIG, beta=0.1, loss=AR
 
 def fit(module, groups, folder, config=CONFIG):
     _, best = training.fit(module, groups, training.eval_loader(groups[:2], 2, 0), config, folder, False, 0, 0, CPU)
-    training.load_trained(module, best)
+    load_trained(module, best)
 
 
 def adapter(module):
@@ -86,7 +88,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     with monkeypatch.context() as patched, pytest.raises(ConnectionError):
         patched.setattr(ARM, "training_step", dying)
         fit(new_module(tiny, smoke_params, config=config), groups, tmp_path / "cut", config)
-    assert training.newest_checkpoint(tmp_path / "cut").name == f"step={stop:06d}.ckpt"
+    assert newest_checkpoint(tmp_path / "cut").name == f"step={stop:06d}.ckpt"
     resumed = new_module(tiny, smoke_params, config=config)
     fit(resumed, groups, tmp_path / "cut", config)
     assert resumed.history == whole.history
@@ -145,7 +147,7 @@ def test_checkpoints_hold_the_adapter_only_and_a_torn_one_is_passed_over(tiny, s
     print(f"{learning} bytes of adapter, {frozen} frozen, {files[-1].stat().st_size} in the checkpoint")
     files[-1].write_bytes(files[-1].read_bytes()[:1000])
     with pytest.warns(UserWarning, match="going back"):
-        assert training.newest_checkpoint(tmp_path) == files[0]
+        assert newest_checkpoint(tmp_path) == files[0]
 
 
 def test_a_nan_loss_stops_and_keeps_the_last_good_checkpoint(tiny, smoke_params, groups, tmp_path, monkeypatch):
@@ -154,7 +156,7 @@ def test_a_nan_loss_stops_and_keeps_the_last_good_checkpoint(tiny, smoke_params,
     monkeypatch.setattr(arm_module, "preference_loss", lambda *args: honest(*args) * next(losses))
     with pytest.raises(UserError, match="the training loss is nan at step 3: training stopped"):
         fit(new_module(tiny, smoke_params), groups, tmp_path)
-    newest = training.newest_checkpoint(tmp_path)
+    newest = newest_checkpoint(tmp_path)
     state = torch.load(newest, weights_only=True)["state_dict"]
     assert newest.name == "step=000002.ckpt" and all(torch.isfinite(weight).all() for weight in state.values())
 
@@ -220,7 +222,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny, smoke_params, groups):
 def test_every_loss_trains(tiny, smoke_params, groups, tmp_path, loss):
     config = dataclasses.replace(CONFIG, epochs=6, lr=2e-2)
     module = new_module(tiny, smoke_params, 0.0, config, beta=1.0, loss=loss)
-    training.attach_reference(module.model, groups, "tiny", tmp_path / "reference.jsonl", 3, 0)
+    attach_reference(module.model, groups, "tiny", tmp_path, 3, 0)
     fit(module, groups, tmp_path / "run", config)
     losses = [row["loss"] for row in module.history if row["phase"] == "eval"]
     assert losses[-1] < losses[0]
@@ -231,19 +233,19 @@ def test_every_loss_trains(tiny, smoke_params, groups, tmp_path, loss):
 def test_the_reference_is_the_untrained_model_computed_once_and_found_again(
     tiny, smoke_params, groups, tmp_path, monkeypatch
 ):
-    module, store = new_module(tiny, smoke_params), tmp_path / "reference.jsonl"
+    module = new_module(tiny, smoke_params)
     for name, weight in module.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.2)
-    training.attach_reference(module.model, groups[:3], "tiny", store, 2, 0)
-    training.attach_reference(module.model, groups, "tiny", store, 2, 0)
+    attach_reference(module.model, groups[:3], "tiny", tmp_path, 2, 0)
+    attach_reference(module.model, groups, "tiny", tmp_path, 2, 0)
     bare = ResponseModel(models.load_model(tiny, torch.float32, CPU), torch.float32)
     with torch.no_grad():
         for group in groups:
             assert group.reference == pytest.approx(bare(collate([group], 0)).tolist(), abs=1e-4)
-    assert len(store.read_text().splitlines()) == len(groups)
+    assert len((tmp_path / "reference.jsonl").read_text().splitlines()) == len(groups)
     monkeypatch.setattr(ResponseModel, "forward", lambda *_: pytest.fail("computed again"))
-    training.attach_reference(module.model, groups, "tiny", store, 2, 0)
+    attach_reference(module.model, groups, "tiny", tmp_path, 2, 0)
 
 
 def test_more_devices_than_prompts_in_a_step_are_refused(tiny, smoke_params, groups, tmp_path):

@@ -10,11 +10,12 @@ from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from pipeline import models, training
+from pipeline import models
 from pipeline.arm import ResponseModel
 from pipeline.config import Loss
 from pipeline.losses import implicit_rewards, preference_loss
 from pipeline.pairs import PromptGroup, collate
+from pipeline.reference import attach_reference
 
 CPU = torch.device("cpu")
 GROUPS = [
@@ -104,6 +105,6 @@ def test_reference_free_losses_and_gradients_are_those_of_trl(tiny, prompter, tm
 def test_dpo_loss_and_gradients_are_those_of_trl(tiny, prompter, tmp_path):
     trainer, model = built(DPOTrainer, DPOConfig, tiny, prompter, tmp_path, loss_type=["sigmoid"])
     groups = [dataclasses.replace(group) for group in GROUPS]
-    training.attach_reference(model, groups, "tiny", tmp_path / "reference.jsonl", 2, 0)
+    attach_reference(model, groups, "tiny", tmp_path, 2, 0)
     theirs = trainer._compute_loss(trainer.model, DataCollatorForPreference(pad_token_id=0)(triples()), False)
     assert_equal(model, ours(model, Loss("dpo"), groups), theirs)
