@@ -1,6 +1,6 @@
 """What a step of training costs beside TRL's: part of `make bench`.
 
-    python -m tests.bench_training            # needs models/ and results/prepare from `dvc repro`; half an hour
+    python -m tests.bench_training            # needs models/ and results/prepare from `dvc repro`; forty minutes
     python -m tests.bench_training --quick    # one repetition of the smallest setting: does it still run?
 
 Writes results/bench/training.csv. Every run is a process of its own that trains a LoRA adapter of the default shape on
@@ -42,7 +42,7 @@ from pipeline.store import read_jsonl, replacing
 BASE, OUT, PAIRS = Workspace().models / "base", Path("results/bench"), Path("results/prepare/pairs/positivity.jsonl")
 PARAMS, CPU = load_params(), torch.device("cpu")
 BATCH, STEPS, REPETITIONS = 8, 4, 3  # pairs of a step; steps, the first of them warm-up
-COLUMNS = ["trainer", "prompts", "dtype", "pairs_per_s", "ratio_to_trl", "peak_mb", "low", "high"]
+COLUMNS = ["trainer", "prompts", "dtype", "pairs_per_s", "ratio_to_trl", "peak_mb", "low", "high", "repetitions"]
 
 
 def rows(kind: str) -> list[dict]:
@@ -159,7 +159,7 @@ def table(found: dict[tuple[str, str, str], list[dict[str, float]]]) -> pd.DataF
         lines.append([
             trainer, kind, name, round(statistics.median(run["pairs_per_s"] for run in runs), 2),
             round(statistics.median(ratios), 2), round(statistics.median(run["peak_mb"] for run in runs)),
-            round(min(ratios), 2), round(max(ratios), 2),
+            round(min(ratios), 2), round(max(ratios), 2), len(ratios),
         ])  # fmt: skip
     return pd.DataFrame(lines, columns=COLUMNS)
 
