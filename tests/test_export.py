@@ -38,6 +38,7 @@ def test_an_arm_folder_is_what_others_load_with_a_card(tiny, smoke_params, promp
     if tuning == "lora":
         told = json.loads((tmp_path / "arm" / "adapter_config.json").read_text())
         assert told["base_model_name_or_path"] == "tiny"
+        assert told["target_modules"] == sorted(told["target_modules"]), "the same bytes from the same run"
         weights = load_file(tmp_path / "arm/adapter_model.safetensors").values()
         assert all(torch.isfinite(weight).all() for weight in weights)
         again = PeftModel.from_pretrained(models.load_model(tiny, torch.float32, CPU), str(tmp_path / "arm")).eval()
