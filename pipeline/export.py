@@ -16,7 +16,7 @@ def save_arm(model: ResponseModel, tokenizer: PreTrainedTokenizerBase, folder: P
     trained: Any = model.model
     with replacing_folder(folder) as unfinished:
         if isinstance(trained, PeftModel):
-            config = trained.peft_config["default"]
+            config: Any = trained.peft_config["default"]
             config.base_model_name_or_path = base
             config.target_modules = sorted(config.target_modules)  # a set otherwise, in another order in every process
             trained.save_pretrained(str(unfinished), save_embedding_layers=False)  # "auto" would ask the hub
