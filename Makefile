@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help install repro test params lint smoke bench report clean
+.PHONY: help install repro test params plan lint smoke bench report clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ test: install  ## all tests, offline
 
 params: install  ## compose conf/ into params.yaml (ARGS="data=jsonl data.path=mine.jsonl" to override)
 	python -m pipeline.sweep --cfg job --resolve $(ARGS) > .params.partial && mv .params.partial params.yaml
+
+plan: install  ## parameters, memory and least time of a run, before anything is loaded (ARGS as for params)
+	python -m pipeline.sweep --cfg job --resolve $(ARGS) | python -m pipeline.plan -
 
 lint: install  ## ruff and mypy
 	ruff check . && ruff format --check . && mypy

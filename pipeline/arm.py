@@ -3,7 +3,8 @@
 Shapes: B pairs (in a batch: its prompts), T positions, N response tokens, S responses, D features.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -107,18 +108,32 @@ class ResponseModel(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Summed response log-probabilities of a collated batch: logps_S, float32 or better."""
-        causal: Any = self.causal
-        mixed = torch.autocast(batch["ids"].device.type, self.dtype, enabled=self.dtype.itemsize < 4)
-        with mixed, disable_input_dtype_casting(self.model, active=self.dtype.itemsize < 4):
-            hidden_BTD = causal.base_model(
-                input_ids=batch["ids"],
-                attention_mask=attention_mask(batch["segments"], self.dtype),
-                position_ids=batch["positions"],
-                use_cache=False,
-            ).last_hidden_state
-            head = causal.get_output_embeddings()
-            logps_N = token_logps(hidden_BTD[batch["row"], batch["column"]], head.weight, batch["label"], head.bias)
+        with self._mixed(batch):
+            head: Any = self.causal.get_output_embeddings()
+            logps_N = token_logps(self._hidden(batch), head.weight, batch["label"], head.bias)
         return response_logps(logps_N, batch["response"])
+
+    def hidden(self, batch: dict[str, Tensor]) -> Tensor:
+        """What the head would see at the positions that predict a response token: hidden_ND."""
+        with self._mixed(batch):
+            return self._hidden(batch)
+
+    @contextmanager
+    def _mixed(self, batch: dict[str, Tensor]) -> Iterator[None]:
+        low = self.dtype.itemsize < 4
+        mixed = torch.autocast(batch["ids"].device.type, self.dtype, enabled=low)
+        with mixed, disable_input_dtype_casting(self.model, active=low):
+            yield
+
+    def _hidden(self, batch: dict[str, Tensor]) -> Tensor:
+        causal: Any = self.causal
+        hidden_BTD: Tensor = causal.base_model(
+            input_ids=batch["ids"],
+            attention_mask=attention_mask(batch["segments"], self.dtype),
+            position_ids=batch["positions"],
+            use_cache=False,
+        ).last_hidden_state
+        return hidden_BTD[batch["row"], batch["column"]]
 
 
 _METRICS = (

@@ -21,7 +21,7 @@ class Request:
     """One row to generate: a prompt at a point, and how to sample."""
 
     prompt: str
-    weights: Mapping[str, float] = field(default_factory=dict)  # α per ARM; ARMs left out have no say
+    weights: Mapping[str, float] = field(default_factory=dict)  # α per ARM, of any sign; `base` weighs 1 unless told
     temperature: float = 1.0  # divides the guided sum; 0 is greedy
     top_k: int = 0  # 0: all tokens
     top_p: float = 1.0
@@ -47,12 +47,22 @@ class Request:
     @property
     def arms(self) -> dict[str, float]:
         """The ARMs that have a say: an ARM at α = 0 is never run."""
-        return {name: float(alpha) for name, alpha in self.weights.items() if alpha != 0.0}
+        return {name: float(alpha) for name, alpha in self.weights.items() if alpha != 0.0 and name != BASE}
+
+    @property
+    def base_weight(self) -> float:
+        """The exponent of the base itself: 0 leaves it out of the law, but not out of the sums over tokens."""
+        return float(self.weights.get(BASE, 1.0))
+
+    @property
+    def law(self) -> dict[str, float]:
+        """All weights that shape the law, as a row's key names them."""
+        return self.arms if self.base_weight == 1.0 else {**self.arms, BASE: self.base_weight}
 
     @property
     def stream(self) -> str:
         """The key of the row's own random stream: seed, prompt and point, 32 hex digits."""
-        return digest([self.seed, self.prompt, self.arms, self.temperature, self.sample])
+        return digest([self.seed, self.prompt, self.law, self.temperature, self.sample])
 
 
 @dataclass(frozen=True)
@@ -129,6 +139,8 @@ class Batch:
         self.rows = [*(self.rows[place] for place in kept), *newcomers]
         asked = [row.request for row in self.rows]
         self._alpha = {arm: self._tensor([request.arms.get(arm, 0.0) for request in asked]) for arm in self._arms}
+        weights = [request.base_weight for request in asked]
+        self._base_weight_B = None if all(weight == 1.0 for weight in weights) else self._tensor(weights)
         # A greedy row takes the likeliest token of the law at temperature 1, which is the likeliest at any.
         self._temperature_B = self._tensor([request.temperature or 1.0 for request in asked])
         self._top_k_B = torch.tensor(
@@ -148,7 +160,7 @@ class Batch:
             if lanes.rows:
                 lanes.step(self._last_B)
         base_BV, arms = self._logits()
-        logps_BV = guided_logps(base_BV, arms.values(), self._temperature_B)
+        logps_BV = guided_logps(base_BV, arms.values(), self._temperature_B, self._base_weight_B)
         if self._cutting is not None:
             at = self._cutting
             logps_BV[at] = truncate(logps_BV[at], self._top_k_B[at], self._top_p_B[at], self._min_p_B[at])

@@ -31,17 +31,35 @@ class _Strict:
 
 
 @dataclass(frozen=True)
-class Base(_Strict):
-    """The frozen LLM: where its files are, and how a prompt is put to it."""
+class Healing(_Strict):
+    """How a smaller sibling comes from a model: the layers it keeps, and what they are healed on."""
 
-    name: str
+    layers: tuple[Annotated[int, Field(ge=0)], ...]  # from 0, ascending
+    prompts: (
+        str  # a file of prompts; the model's own responses to them are the text, those of split train to learn from
+    )
+    samples_per_prompt: Count = 12
+    max_new_tokens: Count = 64
+    epochs: Count = 4
+    batch_size: Count = 4  # prompts per step, each with up to 8 responses
+    lr: Positive = 1.0e-3
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Model(_Strict):
+    """A causal LM that a base, an ARM or a sampler may be: where its files are, how it is loaded and asked."""
+
     source: Literal["wheel", "hub", "path"]
     location: str  # wheel: file inside site-packages; hub: repository; path: folder
     sha256: str | None = None  # of the wheel's file
     revision: str | None = None  # of the hub repository
     dtype: str = "auto"  # auto: bfloat16 where the hardware computes in it, else float32
+    quantisation: Literal["int8", "nf4"] | None = None  # on loading, by bitsandbytes; GPTQ and AWQ come with the files
+    device_map: Literal["auto", "balanced", "sequential"] | None = None  # over the GPUs of a machine; null: one device
     template: str | None = None  # text with {prompt}; null: the tokenizer's chat template
     license: str = "unknown"
+    healing: Healing | None = None  # a smaller sibling of what the source holds
 
 
 @dataclass(frozen=True)
@@ -58,6 +76,8 @@ class Data(_Strict):
     """Preference rows, or prompts to sample and label (`sampling` set)."""
 
     path: str
+    sampler: str  # the model that writes the responses where they are sampled, whatever base is steered later
+    prompts: str  # where the prompts to generate from are: `path` is its test split, another file all of its prompts
     sampling: Sampling | None = None
     label_noise: Annotated[float, Field(ge=0, lt=0.5)] = (
         0.0  # share of training and validation labels flipped; test labels stay clean
@@ -80,8 +100,9 @@ class Objective(_Strict):
 
 @dataclass(frozen=True)
 class Arm(_Strict):
-    """How the base becomes an ARM: by a LoRA adapter (names as in PEFT), or by training all of it."""
+    """What becomes an ARM, and how: by a LoRA adapter (names as in PEFT), or by training all of it."""
 
+    base: str  # the model it is made from, of the vocabulary of the base it guides
     tuning: Literal["lora", "full"] = "lora"
     rank: Count = 8
     lora_alpha: Count = 16
@@ -142,11 +163,23 @@ class Point(_Strict):
 
     weights: dict[str, NotNegative] = field(default_factory=dict)
     temperature: NotNegative | None = None  # null: decoding.temperature
+    form: Literal["plain", "log_ratio", "alone", "dpo"] = "plain"  # what the weights weigh: see `method`
 
     @property
     def guided(self) -> bool:
         """Whether any ARM has a say."""
         return any(self.weights.values())
+
+    @property
+    def method(self) -> str:
+        """What is sampled from, as tables name it.
+
+        `base` · `genarm`: base and Σ α log π_arm · `genarm_log_ratio`: base and Σ α (log π_arm − log π of what the ARM
+        was made from) · `arm`: Σ α log π_arm without the base · `dpo`: Σ α log π of the base tuned by DPO for each
+        objective, in the place of the base.
+        """
+        guided = {"plain": "genarm", "log_ratio": "genarm_log_ratio", "alone": "arm", "dpo": "dpo"}
+        return guided[self.form] if self.guided else "base"
 
 
 @dataclass(frozen=True)
@@ -155,6 +188,25 @@ class Sweep(_Strict):
 
     control: str
     points: Annotated[dict[str, Point], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Policy(_Strict):
+    """Training-time alignment to compare with: DPO of a base, by a LoRA adapter like an ARM's."""
+
+    beta: Positive = 0.1
+    lr: Positive = 1.0e-3
+    epochs: Count = 1
+
+
+@dataclass(frozen=True)
+class WeakToStrong(_Strict):
+    """One ARM on bases of several sizes, beside what tuning each of them would give."""
+
+    weak: tuple[str, ...] = ()  # the model of the ARM, `arm.base`; empty: no such comparison
+    bases: tuple[str, ...] = ()
+    best_of: Count = 4  # samples of the base, of which the oracle picks one
+    policy: Policy = field(default_factory=Policy)
 
 
 @dataclass(frozen=True)
@@ -179,7 +231,9 @@ class Params(_Strict):
     """One experiment, whole."""
 
     seed: int
-    base: Base
+    models: Annotated[dict[str, Model], Field(min_length=1)]  # those there are to choose from
+    base: str  # the frozen LLM that is steered
+    fetch: Annotated[tuple[str, ...], Field(min_length=1)]  # the models this experiment needs at hand
     data: Data
     objectives: Annotated[dict[str, Objective], Field(min_length=1)]
     arm: Arm
@@ -187,6 +241,7 @@ class Params(_Strict):
     trainer: Trainer
     decoding: Decoding
     sweep: Sweep
+    weak_to_strong: WeakToStrong
     judge: Judge
     tracking: Tracking
 
@@ -199,9 +254,17 @@ class Workspace:
     results: Path = Path("results")
     scratch: Path = Path("scratch")  # never an output: checkpoints, row stores, W&B's files
 
-    def adapter(self, objective: str) -> Path:
+    def model(self, name: str) -> Path:
+        """The folder of a fetched model."""
+        return self.models / name
+
+    def arm(self, objective: str) -> Path:
         """The folder of an objective's ARM: a PEFT adapter, or a model of its own."""
         return self.models / "arms" / objective
+
+    def policy(self, base: str, objective: str) -> Path:
+        """The folder of a base tuned for an objective: beside the ARMs, so that one folder is all that was trained."""
+        return self.models / "arms" / "policies" / base / objective
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
@@ -279,6 +342,20 @@ def _known_keys(path: list[str]) -> list[str]:
 def _check(params: Params, origin: str) -> None:
     """Refuse values that only contradict each other when seen together."""
     points, objectives = params.sweep.points, params.objectives
+    named = {"base": params.base, "arm.base": params.arm.base, "data.sampler": params.data.sampler}
+    for key in ("weak_to_strong.bases", "fetch"):
+        listed = params.fetch if key == "fetch" else params.weak_to_strong.bases
+        named |= {f"{key}[{number}]": name for number, name in enumerate(listed)}
+    for key, name in named.items():
+        if name not in params.models:
+            close = get_close_matches(name, params.models, n=1, cutoff=0.0)
+            raise UserError(f"{origin}: {key} {name} is no model: did you mean {close[0]}?")
+        if name not in params.fetch:
+            raise UserError(f"{origin}: {key} {name} is not among the models that fetch lists: add it there.")
+    if "arms" in params.models or "policies" in objectives:
+        raise UserError(f"{origin}: no model can be called arms and no objective policies: those are folders' names.")
+    if params.weak_to_strong.weak not in ((), (params.arm.base,)):
+        raise UserError(f"{origin}: weak_to_strong.weak must be the ARM's model: set it to [{params.arm.base}].")
     if params.sweep.control not in points:
         raise UserError(f"{origin}: sweep.control {params.sweep.control} is no point: name one of {', '.join(points)}.")
     for name, point in points.items():
@@ -288,6 +365,8 @@ def _check(params: Params, origin: str) -> None:
                 f"{origin}: sweep.points.{name}.weights names {unknown}, which is no objective:"
                 f" did you mean {close[0]}?"
             )
+        if point.form != "plain" and not point.guided:
+            raise UserError(f"{origin}: sweep.points.{name} has a form but no weights: give it some.")
     for name, objective in objectives.items():
         if params.data.sampling is not None and objective.scorer is None:
             raise UserError(

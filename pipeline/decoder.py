@@ -3,6 +3,7 @@
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from tqdm import tqdm
 
 from pipeline.batch import Batch, Generation, Request, Row
 from pipeline.config import UserError
-from pipeline.lanes import BASE, Backbone, common_vocabulary
-from pipeline.models import Prompter, load_model, resolve_device, resolve_dtype
+from pipeline.lanes import BASE, REFERENCE, Backbone, common_vocabulary
+from pipeline.models import Source, resolve_device
 
 __all__ = ["Generation", "GuidedDecoder", "Request"]
 
@@ -51,40 +52,44 @@ class GuidedDecoder:
     @classmethod
     def load(
         cls,
-        base: Path,
+        base: Path | Source,
         arms: Mapping[str, Path],
         *,
-        template: str | None = None,
-        templates: Mapping[str, str] | None = None,
-        dtype: str = "auto",
+        arm_base: Path | Source | None = None,
+        policies: Mapping[str, Path] | None = None,
+        reference: bool = False,
         device: str = "auto",
         batch_size: int = 64,
     ) -> "GuidedDecoder":
-        """A decoder from local folders: PEFT adapters share the base, full models run beside it.
+        """A decoder from local folders.
 
         Args:
-            base: folder of the base.
-            arms: folder of each ARM; one with a config.json is a model of its own.
-            template: the base's prompt template; None is its chat template.
-            templates: those of ARMs that are models of their own; left out, their chat templates.
-            dtype, device: as `base.dtype` and `decoding.device` in the configuration.
+            base: the base; a folder alone is loaded in the dtype that `auto` resolves to and asked by chat template.
+            arms: folder of each ARM; one with a config.json is a model of its own, the others are PEFT adapters.
+            arm_base: what the ARMs were made from, where that is not the base: adapters run on it, whole models are
+                loaded and asked as it is.
+            policies: adapters of the base itself beside ARMs of another model; with ARMs of the base, name them there.
+            reference: give `arm_base` a lane called `reference`, for the log-ratio form.
+            device: as `decoding.device` in the configuration.
             batch_size: rows generated at once.
 
         Raises:
             UserError: a folder is missing or unreadable, or an ARM does not fit the base.
         """
         place = resolve_device(device)
-        kind = resolve_dtype(dtype, place)
+        strong = base if isinstance(base, Source) else Source(base)
+        weak = Source(arm_base) if isinstance(arm_base, Path) else arm_base
         whole = {name: folder for name, folder in arms.items() if (folder / "config.json").is_file()}
         adapters = {name: folder for name, folder in arms.items() if name not in whole}
-        return cls(
-            Backbone(load_model(base, kind, place), Prompter.load(base, template), adapters),
-            *(
-                Backbone(load_model(folder, kind, place), Prompter.load(folder, (templates or {}).get(name)), name=name)
-                for name, folder in whole.items()
-            ),
-            batch_size=batch_size,
-        )
+        own = {**(policies or {}), **({} if weak else adapters)}
+        backbones = [Backbone(strong.load(place), strong.prompter(), own)]
+        if weak is not None and (adapters or reference):
+            name = REFERENCE if reference else None
+            backbones.append(Backbone(weak.load(place), weak.prompter(), adapters, name=name))
+        for name, folder in whole.items():
+            model = replace(weak or strong, folder=folder, quantisation=None)
+            backbones.append(Backbone(model.load(place), model.prompter(), name=name))
+        return cls(*backbones, batch_size=batch_size)
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], progress: str | None = None) -> Iterator[tuple[int, Generation]]:

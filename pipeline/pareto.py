@@ -50,6 +50,30 @@ def bootstrap_mean(values_N: np.ndarray, confidence: float, resamples: int, seed
     return mean, float(interval.low), float(interval.high)
 
 
+def gap_recovered(
+    guided_P: np.ndarray, control_P: np.ndarray, tuned_P: np.ndarray, confidence: float, resamples: int, seed: int
+) -> tuple[float, float, float] | None:
+    """(guided − control) / (tuned − control) with its percentile interval: (value, low, high).
+
+    The weak-to-strong measure of Burns et al. (arXiv 2312.09390) with guidance in the place of weak supervision.
+    Prompts are resampled together (paired bootstrap). None where the interval of the gap itself, tuned − control,
+    includes 0: a share of nothing is not defined.
+    """
+    gap_P = tuned_P - control_P
+    _, low, high = bootstrap_mean(gap_P, confidence, resamples, seed)
+    if low <= 0 <= high:
+        return None
+    gain_P = guided_P - control_P
+    ratio = gain_P.mean() / gap_P.mean()
+    if np.ptp(gain_P) == 0 and np.ptp(gap_P) == 0:
+        return float(ratio), float(ratio), float(ratio)
+    interval = bootstrap(
+        (gain_P, gap_P), lambda gain, gap, axis=-1: gain.mean(axis) / gap.mean(axis), paired=True, vectorized=True,
+        confidence_level=confidence, n_resamples=resamples, method="percentile", rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return float(ratio), float(interval.low), float(interval.high)
+
+
 def distinct_2(texts: Sequence[str]) -> float:
     """Distinct word bigrams over all word bigrams of the texts (Li et al. 2016); 0 without bigrams."""
     bigrams = [pair for text in texts for pair in pairwise(text.lower().split())]
@@ -68,8 +92,8 @@ def front_table(params: Params, scored: pd.DataFrame, wins: pd.DataFrame) -> pd.
     for name, point in params.sweep.points.items():
         mine = scored[scored.point == name]
         line: dict[str, object] = {
-            "method": "genarm" if point.guided else "base",
-            "base": params.base.name,
+            "method": point.method,
+            "base": params.base,
             "point": name,
         }
         line |= {f"alpha_{objective}": point.weights.get(objective, 0.0) for objective in objectives}
@@ -97,7 +121,7 @@ def front_table(params: Params, scored: pd.DataFrame, wins: pd.DataFrame) -> pd.
 
 def long_scores(front: pd.DataFrame, objectives: Sequence[str]) -> pd.DataFrame:
     """The guided points as `point, objective, alpha, score`: a score against its own weight, for any objectives."""
-    guided = front[front.method != "base"]
+    guided = front[front.method == "genarm"]
     parts = [
         pd.DataFrame(
             {
@@ -117,7 +141,7 @@ def front_metrics(params: Params, front: pd.DataFrame) -> dict[str, object]:
     objectives = list(params.objectives)
     scores = [f"score_{objective}" for objective in objectives]
     reference = [params.objectives[objective].reference for objective in objectives]
-    guided, controls = front[front.method != "base"], front[front.method == "base"]
+    guided, controls = front[front.method == "genarm"], front[front.method == "base"]
     spearman = {
         name: rank_correlation(guided[f"alpha_{name}"].to_numpy(), guided[f"score_{name}"].to_numpy())
         for name in objectives

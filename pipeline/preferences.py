@@ -114,6 +114,26 @@ def _chosen_rejected(raw: Row, objectives: Mapping[str, Objective], where: str) 
     return {"response_0": _text(raw, "chosen", where), "response_1": _text(raw, "rejected", where), **labels}
 
 
+def unseen_prompts(data: Data, rows: Sequence[Row]) -> list[str]:
+    """The prompts to generate from: those of split test, or those of the file `data.prompts`.
+
+    Raises:
+        UserError: a malformed line, or a prompt that the ARMs are trained or chosen on.
+    """
+    if data.prompts == data.path:
+        return list(dict.fromkeys(row["prompt"] for row in rows if row["split"] == "test"))
+    seen, found = {row["prompt"] for row in rows if row["split"] != "test"}, dict[str, None]()
+    for number, row in read_jsonl(Path(data.prompts)):
+        where = f"{data.prompts}, line {number}"
+        prompt = _text(row, "prompt", where)
+        if prompt in found:
+            raise UserError(f"{where}: the prompt is there already: remove one of them.")
+        if prompt in seen:
+            raise UserError(f"{where}: the ARMs have seen this prompt in {data.path}: remove it from one of them.")
+        found[prompt] = None
+    return list(found)[: data.limit]
+
+
 def limited(rows: list[Row], limit: int | None) -> list[Row]:
     """The rows of the first `limit` prompts of each split (all where it is None)."""
     if limit is None:

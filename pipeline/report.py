@@ -47,9 +47,10 @@ def draw_front(front: pd.DataFrame, objectives: Sequence[str], control: str, pat
     figure, panels = plt.subplots(1, len(pairs), figsize=(6.4 * len(pairs), 4.8), squeeze=False)
     for axes, (x, y) in zip(panels[0], pairs, strict=True):
         columns = f"score_{x}", (f"score_{y}" if y in objectives else y)
-        guided = front[front.method != "base"].sort_values(f"alpha_{x}")
-        if len(objectives) == 2:
-            axes.plot(guided[columns[0]], guided[columns[1]], color=_GUIDED, lw=1.2, alpha=0.6, zorder=1)
+        if len(objectives) <= 2:
+            for _, joined in front[front.method.str.startswith("genarm")].groupby("method"):
+                line = joined.sort_values(f"alpha_{x}")
+                axes.plot(line[columns[0]], line[columns[1]], color=_GUIDED, lw=1.2, alpha=0.6, zorder=1)
         for place, (_, line) in enumerate(front.iterrows()):
             colour = _CONTROL if line["method"] == "base" else _GUIDED
             errors = {
@@ -77,7 +78,9 @@ def _label(line: pd.Series, objectives: Sequence[str]) -> str:
     """Weights of a guided point, the name of an unguided one."""
     if line["method"] == "base":
         return f"{line['point']} (T = {line['temperature']:g})"
-    return "α = (" + ", ".join(f"{line[f'alpha_{name}']:g}" for name in objectives) + ")"
+    weights = ", ".join(f"{line[f'alpha_{name}']:g}" for name in objectives)
+    kind = "" if line["method"] == "genarm" else f"{line['method'].removeprefix('genarm_').replace('_', '-')} "
+    return f"{kind}α = ({weights})"
 
 
 def curve_table(curves: pd.DataFrame) -> pd.DataFrame:
@@ -135,22 +138,95 @@ def write_html(
     path: Path,
 ) -> None:  # fmt: skip
     """One file that opens from disk without a network: figures embedded, every value escaped."""
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["j2"]))
-    embedded = {
-        name: base64.b64encode((pictures / f"{name}.png").read_bytes()).decode() for name in ("front", "curves")
+    values = {
+        "params": params,
+        "objectives": list(params.objectives),
+        "front": front.to_dict("records"),
+        "wins": {(row["point"], row["objective"]): row for row in wins.to_dict("records")},
+        "metrics": metrics,
+        "samples": sample_table(scored, list(front.point)),
+        "prompts": scored.prompt.nunique(),
+        "pictures": {name: _embedded(pictures / f"{name}.png") for name in ("front", "curves")},
     }
-    html = environment.get_template("report.html.j2").render(
-        params=params,
-        objectives=list(params.objectives),
-        front=front.to_dict("records"),
-        wins={(row["point"], row["objective"]): row for row in wins.to_dict("records")},
-        metrics=metrics,
-        samples=sample_table(scored, list(front.point)),
-        prompts=scored.prompt.nunique(),
-        pictures=embedded,
-    )
+    _write_page("report.html.j2", values, path)
+
+
+def _embedded(picture: Path) -> str:
+    return base64.b64encode(picture.read_bytes()).decode()
+
+
+def _write_page(template: str, values: Row, path: Path) -> None:
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["j2"]))
+    html = environment.get_template(template).render(**values)
     with replacing(path) as stream:
         stream.write(html)
+
+
+_METHODS = {
+    "control": ("s", _CONTROL, "control"), "sharpened": ("s", "#e0a070", "sharpened"),
+    "genarm": ("o", _GUIDED, "guided, plain"), "genarm_log_ratio": ("D", "#3f7d20", "guided, log-ratio"),
+    "arm": ("x", "#6b7280", "the ARM alone"), "dpo": ("*", "#7a3e9d", "base tuned by DPO"),
+    "best_of": ("^", "#8a6d00", "best of N, oracle"),
+}  # fmt: skip
+
+
+def draw_ladder(table: pd.DataFrame, objective: str, path: Path) -> None:
+    """One panel per base: the reward of every method with its interval, against KL to that base."""
+    bases = list(table.base.unique())
+    figure, panels = plt.subplots(1, len(bases), figsize=(4.6 * len(bases), 4.6), sharey=True, squeeze=False)
+    for axes, base in zip(panels[0], bases, strict=True):
+        mine = table[table.base == base]
+        level = mine[mine.method == "control"][f"reward_{objective}"].iloc[0]
+        axes.axhline(level, color=_CONTROL, lw=0.8, ls=":", zorder=0)
+        for method, (marker, colour, label) in _METHODS.items():
+            part = mine[mine.method.str.startswith("best_of") if method == "best_of" else mine.method == method]
+            if part.empty:
+                continue
+            part = part.sort_values("alpha")
+            reward = part[f"reward_{objective}"]
+            errors = [reward - part[f"ci_low_{objective}"], part[f"ci_high_{objective}"] - reward]
+            joined = "-" if method.startswith("genarm") else "none"
+            axes.errorbar(
+                part.kl, reward, yerr=errors, marker=marker, ls=joined, color=colour, ms=11 if marker == "*" else 7,
+                capsize=3, lw=1.2, label=label,
+            )  # fmt: skip
+            if method.startswith("genarm"):
+                for _, line in part.iterrows():
+                    axes.annotate(
+                        f"α = {line.alpha:g}", (line.kl, line[f"reward_{objective}"]), xytext=(7, -12),
+                        textcoords="offset points", fontsize=8, color=_INK,
+                    )  # fmt: skip
+        axes.set_title(base, fontsize=10, loc="left", color=_INK)
+        _axes(axes, "KL to the base, nats per response", objective if base == bases[0] else "")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncol=len(labels), frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
+    _save(figure, path)
+
+
+def write_ladder_html(
+    params: Params, table: pd.DataFrame, rows: pd.DataFrame, ladder: Row, picture: Path, path: Path
+) -> None:
+    """The weak-to-strong page: what was asked, the models, the figure, the table and samples.
+
+    Args:
+        table: table.csv.
+        rows: all scored rows, with `base`.
+        ladder: facts of each model, as `fetch` wrote them.
+        picture: the figure.
+        path: of the page.
+    """
+    by_base = rows.assign(point=rows.base + " " + rows.point)
+    points = list(by_base.point.unique())
+    lines = table.astype(object).where(table.notna(), None).to_dict("records")
+    values = {
+        "params": params, "objectives": list(params.objectives), "weak": params.arm.base,
+        "bases": params.weak_to_strong.bases, "ladder": ladder, "lines": lines,
+        "best": f"best_of_{params.weak_to_strong.best_of}", "prompts": rows.prompt.nunique(),
+        "samples": params.decoding.samples_per_prompt, "texts": sample_table(by_base, points),
+        "picture": _embedded(picture),
+    }  # fmt: skip
+    _write_page("weak_to_strong.html.j2", values, path)
 
 
 def print_front(front: pd.DataFrame, objectives: Sequence[str], metrics: Row) -> None:
@@ -170,6 +246,27 @@ def print_front(front: pd.DataFrame, objectives: Sequence[str], metrics: Row) ->
         f"hypervolume {metrics['hypervolume']:.3f} (controls alone {metrics['hypervolume_controls']:.3f}), "
         f"on the front {metrics['n_front']} of {len(front)}"
     )
+
+
+def print_ladder(table: pd.DataFrame, objectives: Sequence[str]) -> None:
+    """The weak-to-strong table in the terminal."""
+    shown = Table(title="Weak to strong: reward [interval], share of the gap to DPO recovered, KL in nats per response")
+    for column in ("base", "method", "α", *objectives, "gap recovered", "KL", "tokens/s"):
+        shown.add_column(column, justify="left" if column in ("base", "method") else "right")
+    for line in table.to_dict("records"):
+        rewards = [
+            f"{line[f'reward_{n}']:.2f} [{line[f'ci_low_{n}']:.2f}, {line[f'ci_high_{n}']:.2f}]" for n in objectives
+        ]
+        gap, told = line["gap_recovered"], ""
+        if isinstance(gap, str):
+            told = "not defined"
+        elif pd.notna(gap):
+            told = f"{gap:.2f} [{line['gap_ci_low']:.2f}, {line['gap_ci_high']:.2f}]"
+        alpha = f"{line['alpha']:g}" if pd.notna(line["alpha"]) else ""
+        shown.add_row(
+            line["base"], line["method"], alpha, *rewards, told, f"{line['kl']:.1f}", f"{line['tokens_per_s']:.0f}"
+        )
+    Console().print(shown)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python -m pipeline.sweep --cfg job --resolve                          # what `make params` writes
     python -m pipeline.sweep --multirun decoding.temperature=0.7,1.0      # one folder per job
     python -m pipeline.sweep --multirun seed=0,1,2 sweep=simplex5
+    python -m pipeline.sweep --multirun experiment=weak_to_strong base=smollm2-10l,smollm2-20l,smollm2-135m
 
 The ARMs are those that `dvc repro` trained; each job writes below Hydra's output directory, and finished rows are
 shared with every other run through the row store.

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from pipeline.config import Params, UserError, Workspace
 from pipeline.store import Row
+from pipeline.training import Job
 
 
 def _settings(params: Params, workspace: Workspace) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def _settings(params: Params, workspace: Workspace) -> dict[str, Any]:
 
 
 @contextmanager
-def training_logger(params: Params, objective: str, workspace: Workspace) -> Iterator[WandbLogger | bool]:
+def training_logger(params: Params, job: Job, stage: str, workspace: Workspace) -> Iterator[WandbLogger | bool]:
     """A Lightning logger for one ARM's training, finished on leaving; False where tracking is disabled.
 
     Of several processes that train together only the first has one.
@@ -47,16 +48,16 @@ def training_logger(params: Params, objective: str, workspace: Workspace) -> Ite
         yield False
         return
     config = {
-        "objective": objective,
-        "base": params.base.name,
-        "beta": params.objectives[objective].beta,
-        "seed": params.seed,
-        "arm": asdict(params.arm),
-        "loss": asdict(params.loss),
-        "trainer": asdict(params.trainer),
+        "objective": job.objective,
+        "base": job.start,
+        "beta": job.beta,
+        "seed": job.seed,
+        "arm": asdict(job.arm),
+        "loss": asdict(job.loss),
+        "trainer": asdict(job.trainer),
     }
     shared = _settings(params, workspace)
-    run = wandb.init(**shared, name=f"train-{objective}", job_type="train", config=config)
+    run = wandb.init(**shared, name=f"{stage}-{job.objective}", job_type=stage, config=config)
     try:
         yield WandbLogger(experiment=run, log_model=False)
     finally:

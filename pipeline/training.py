@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -13,16 +13,58 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader, Dataset
+from transformers import AutoConfig
 
-from pipeline import models
+from pipeline import models, plan
 from pipeline.arm import ARM, ResponseModel, trainable
 from pipeline.checkpoints import RollingCheckpoint, load_trained, newest_checkpoint
-from pipeline.config import Params, Trainer, UserError, Workspace
+from pipeline.config import Arm, Loss, Params, Trainer, UserError, Workspace
 from pipeline.evaluation import HeldOut, evaluate
+from pipeline.models import Source
 from pipeline.pairs import PromptGroup, ResumableLoader, StepBatches, Tokenised, collate, tokenise
 from pipeline.preferences import SPLITS
 from pipeline.reference import attach_reference
 from pipeline.store import Row, digest
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be trained, and how."""
+
+    objective: str
+    start: str  # the name of the model that it starts from
+    source: Source  # that model
+    arm: Arm
+    loss: Loss
+    beta: float
+    trainer: Trainer
+    seed: int
+    confidence: float  # of the intervals of held-out accuracies
+
+    @classmethod
+    def of(cls, params: Params, workspace: Workspace, objective: str) -> "Job":
+        """The ARM of an objective."""
+        source = Source.of(params, workspace, params.arm.base)
+        if params.arm.quantisation is not None:
+            source = replace(source, quantisation=params.arm.quantisation)
+        beta, confidence = params.objectives[objective].beta, params.judge.confidence
+        return cls(
+            objective, params.arm.base, source, params.arm, params.loss, beta, params.trainer, params.seed, confidence
+        )
+
+    @classmethod
+    def of_policy(cls, params: Params, workspace: Workspace, objective: str, base: str) -> "Job":
+        """DPO of a base for an objective, by a LoRA adapter."""
+        policy = params.weak_to_strong.policy
+        return replace(
+            cls.of(params, workspace, objective),
+            start=base,
+            source=Source.of(params, workspace, base),
+            arm=replace(params.arm, base=base, tuning="lora", quantisation=None),
+            loss=Loss(kind="dpo"),
+            beta=policy.beta,
+            trainer=replace(params.trainer, lr=policy.lr, epochs=policy.epochs),
+        )
 
 
 @dataclass(frozen=True)
@@ -38,17 +80,14 @@ class Trained:
     checkpoints: Path  # of no use any more once the ARM is saved
 
 
-def train(
-    params: Params, objective: str, rows: Sequence[Row], identity: str, workspace: Workspace, logger: Logger | bool
-) -> Trained | None:
-    """Train the ARM of one objective on its pairs, or go on where a killed run of the same identity stopped.
+def train(job: Job, rows: Sequence[Row], identity: str, scratch: Path, logger: Logger | bool) -> Trained | None:
+    """Train on pairs, or go on where a killed run of the same job and identity stopped.
 
     Args:
-        params: the experiment.
-        objective: one of its objectives.
+        job: what is trained.
         rows: pairs with their split.
-        identity: digest of the base and the pairs.
-        workspace: where the base is, and the scratch folder that checkpoints and references survive in.
+        identity: digest of the model it starts from and the pairs.
+        scratch: the folder that checkpoints and references survive in.
         logger: Lightning's.
 
     Returns:
@@ -57,47 +96,55 @@ def train(
     Raises:
         UserError: the rows or the model cannot be trained on, or a loss or gradient is not finite.
     """
-    arm, config, base = params.arm, params.trainer, workspace.models / "base"
+    arm, config, source = job.arm, job.trainer, job.source
     device, sharded = models.resolve_device(config.accelerator), config.strategy == "fsdp"
-    dtype = models.resolve_dtype(params.base.dtype, device)
+    dtype = models.resolve_dtype(source.dtype, device)
     if dtype == torch.float16:
-        raise UserError("base.dtype is float16, whose small gradients vanish: train in bfloat16 or float32.")
+        raise UserError(
+            f"{job.start}: its dtype is float16, whose small gradients vanish: train in bfloat16 or float32."
+        )
     # What is trained whole, or sharded over devices, keeps float32 master weights and computes in the base's dtype.
     master = torch.float32 if arm.tuning == "full" or sharded else dtype
 
+    shape = plan.shape_of(AutoConfig.from_pretrained(source.folder, local_files_only=True))
+    shards = _world_size(config, device) if sharded else 1
+    plan.refuse_training_too_large(shape, job.start, dtype, source.quantisation, arm.tuning == "full", shards, device)
+
     def untrained(master: torch.dtype, place: torch.device) -> ResponseModel:
-        loaded = models.load_model(base, master, place, arm.quantisation)
-        return ResponseModel(trainable(loaded, arm, params.seed, device, config.gradient_checkpointing), dtype)
+        loaded = models.load_model(source.folder, master, place, source.quantisation)
+        return ResponseModel(trainable(loaded, arm, job.seed, device, config.gradient_checkpointing), dtype)
 
     # What is sharded goes to its devices layer by layer: no device ever holds the whole of it.
     model = untrained(master, torch.device("cpu") if sharded else device)
-    prompter = models.Prompter.load(base, params.base.template)
+    prompter = source.prompter()
     reach = model.causal.config
     # Within a sliding window all layers see all of a row: beyond it training would show them more than decoding does.
     limits = config.max_length, reach.max_position_embeddings, getattr(reach, "sliding_window", None)
     max_length = min(limit for limit in limits if limit)
     splits = {
-        split: tokenise([row for row in rows if row["split"] == split], prompter, max_length, f"{objective}, {split}")
+        split: tokenise(
+            [row for row in rows if row["split"] == split], prompter, max_length, f"{job.objective}, {split}"
+        )
         for split in SPLITS
     }
-    size, computing = config.micro_batch_size or config.batch_size, [str(master), str(dtype), arm.quantisation]
-    if params.loss.kind == "dpo":
+    size, computing = config.micro_batch_size or config.batch_size, [str(master), str(dtype), source.quantisation]
+    if job.loss.kind == "dpo":
         for split in splits.values():
-            key, store = digest([identity, computing]), workspace.scratch / "store"
+            key, store = digest([identity, computing]), scratch / "store"
             attach_reference(model, split.groups, key, store, size, prompter.eos)
-    beta, groups = params.objectives[objective].beta, splits["train"].groups
-    module = ARM(model, beta, params.loss, config, optimizer_steps(groups, config), params.seed)
-    run = [identity, computing, params.base.template, beta, *map(str, (arm, params.loss, config)), params.seed]
+    groups = splits["train"].groups
+    module = ARM(model, job.beta, job.loss, config, optimizer_steps(groups, config), job.seed)
+    run = [identity, computing, source.template, job.beta, *map(str, (arm, job.loss, config)), job.seed]
     own = digest([*run, _world_size(config, device)])
     validation, test = (eval_loader(splits[split].groups, size, prompter.eos) for split in ("validation", "test"))
-    checkpoints = workspace.scratch / "train" / f"{objective}-{own}"
-    trainer, best = fit(module, groups, validation, config, checkpoints, logger, params.seed, prompter.eos, device)
+    checkpoints = scratch / "train" / f"{job.objective}-{own}"
+    trainer, best = fit(module, groups, validation, config, checkpoints, logger, job.seed, prompter.eos, device)
     if not trainer.is_global_zero:
         return None
     if sharded:
         module.model = model = untrained(dtype, device)
     load_trained(module, best)
-    found = evaluate(model, params.loss, test, device, params.judge.confidence)
+    found = evaluate(model, job.loss, test, device, job.confidence)
     return Trained(model, module.history, module.padding, found, splits, trainer.global_step, checkpoints)
 
 

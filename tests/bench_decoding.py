@@ -41,15 +41,16 @@ from pipeline.decoder import GuidedDecoder, Request
 from pipeline.generation import point_requests
 from pipeline.guidance import draw, guided_logps, kl_divergence
 from pipeline.lanes import Backbone, left_pad
-from pipeline.models import Prompter, load_model, resolve_device, resolve_dtype
+from pipeline.models import Prompter, Source, load_model, resolve_device, resolve_dtype
 from pipeline.preferences import read_prompts
 from pipeline.processor import GuidanceProcessor
 from pipeline.store import replacing, write_json
 
 TOKENS, REPETITIONS, PEAK_K = 24, 3, 2
 METHODS = ("unguided", "naive", "processor", "ours")
-BASE, OUT = Workspace().models / "base", Path("results/bench")
 PARAMS: Params = load_params()
+BASE, OUT = Workspace().model(PARAMS.base), Path("results/bench")
+SPEC = PARAMS.models[PARAMS.base]
 DEVICE = resolve_device(PARAMS.decoding.device)
 PROMPTS = [row["prompt"] for row in read_prompts(PARAMS.data, PARAMS.seed) if row["split"] == "test"]
 
@@ -80,7 +81,7 @@ class Bench:
     """One precision: the base, k adapters of it, and each method as a function of (k, prompts)."""
 
     def __init__(self, dtype: torch.dtype, folders: list[Path], methods: tuple[str, ...] = METHODS) -> None:
-        self.prompter = Prompter.load(BASE, PARAMS.base.template)
+        self.prompter = Prompter.load(BASE, SPEC.template)
         self.model = load_model(BASE, dtype, DEVICE)
         adapters = {folder.name: folder for folder in folders}
         if "naive" in methods:
@@ -183,12 +184,12 @@ def measure_peak(method: str, k: int, batch: int, dtype: str, folder: str) -> No
 def decoder_of(folders: dict[str, Path], dtype: str) -> GuidedDecoder:
     """The default experiment's decoder in a given precision."""
     how = {"device": PARAMS.decoding.device, "batch_size": PARAMS.decoding.batch_size}
-    return GuidedDecoder.load(BASE, folders, template=PARAMS.base.template, dtype=dtype, **how)
+    return GuidedDecoder.load(Source(BASE, SPEC.template, dtype), folders, **how)
 
 
 def sweep(folders: dict[str, Path], repetitions: int) -> list[dict]:
     """The default sweep, every prompt and point of it, at once and point by point."""
-    decoder, wanted = decoder_of(folders, PARAMS.base.dtype), list(point_requests(PARAMS, PROMPTS))
+    decoder, wanted = decoder_of(folders, SPEC.dtype), list(point_requests(PARAMS, PARAMS.base, PROMPTS))
     points = [[request for name, request in wanted if name == point] for point in PARAMS.sweep.points]
 
     def decode(requests: list[Request]) -> int:
@@ -217,7 +218,7 @@ def precision(folders: dict[str, Path]) -> list[dict]:
     Also how many of the same rows change when the batch around them does.
     """
     made, laws, texts = {}, {}, None
-    asked = list(point_requests(PARAMS, PROMPTS[:4]))
+    asked = list(point_requests(PARAMS, PARAMS.base, PROMPTS[:4]))
     names, requests = [name for name, _ in asked], [request for _, request in asked]
     for name in ("float32", "bfloat16"):
         decoder = decoder_of(folders, name)
@@ -291,7 +292,7 @@ def main() -> None:
     if options.peak:
         measure_peak(*options.peak)
         return
-    console, arms = Console(width=120), {name: Workspace().adapter(name) for name in PARAMS.objectives}
+    console, arms = Console(width=120), {name: Workspace().arm(name) for name in PARAMS.objectives}
     repetitions, batches, counts = (1, (1,), (2,)) if options.quick else (REPETITIONS, (1, 8, 32), (1, 2, 3))
     if options.only in (None, "speed"):
         with tempfile.TemporaryDirectory() as folder:

@@ -39,8 +39,9 @@ from pipeline.pairs import PromptGroup, tokenise
 from pipeline.reference import attach_reference
 from pipeline.store import read_jsonl, replacing
 
-BASE, OUT, PAIRS = Workspace().models / "base", Path("results/bench"), Path("results/prepare/pairs/positivity.jsonl")
 PARAMS, CPU = load_params(), torch.device("cpu")
+BASE, OUT = Workspace().model(PARAMS.arm.base), Path("results/bench")
+PAIRS = Path("results/prepare/pairs/positivity.jsonl")
 BATCH, STEPS, REPETITIONS = 8, 4, 3  # pairs of a step; steps, the first of them warm-up
 COLUMNS = ["trainer", "prompts", "dtype", "pairs_per_s", "ratio_to_trl", "peak_mb", "low", "high", "repetitions"]
 

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from peft import LoraConfig, get_peft_model
 
 from pipeline import models
-from pipeline.config import Base, Params, Workspace, to_params
+from pipeline.config import Model, Params, Workspace, to_params
 from pipeline.decoder import GuidedDecoder
 from pipeline.lanes import Backbone
 from pipeline.models import Prompter
@@ -40,9 +40,9 @@ def compose_params() -> Composer:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fetched tiny base, with its origin.json."""
     folder = tmp_path_factory.mktemp("models")
-    spec = Base(name="tiny", source="path", location=str(write_tiny(folder / "source")))
-    models.fetch(spec, folder / "base")
-    return folder / "base"
+    spec = Model(source="path", location=str(write_tiny(folder / "source")))
+    models.fetch("tiny", spec, folder / "tiny")
+    return folder / "tiny"
 
 
 @pytest.fixture(scope="session")
@@ -90,4 +90,5 @@ def workspace(tmp_path: Path) -> Workspace:
 def smoke_params(compose_params: Composer, tiny: Path) -> Params:
     """The smoke experiment on the tiny base of this test session."""
     params = compose_params("experiment=smoke", f"data.path={ROOT / 'pipeline/prompts/everyday.jsonl'}")
-    return dataclasses.replace(params, base=dataclasses.replace(params.base, location=str(tiny)))
+    spec = dataclasses.replace(params.models["tiny"], location=str(tiny))
+    return dataclasses.replace(params, models={**params.models, "tiny": spec})

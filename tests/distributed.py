@@ -2,7 +2,7 @@
 
     python -m tests.distributed '{"strategy": "ddp", "devices": 2}' folder [step to die at]
 
-The folder holds models/base; curve.json and arm.safetensors are written into it.
+The folder holds models/tiny; curve.json and arm.safetensors are written into it.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from pipeline import training
 from pipeline.arm import ARM
 from pipeline.config import Workspace, to_params
+from pipeline.training import Job
 from tests.tiny import ROOT
 
 PROMPTS = ["Describe a rainy Monday.", "Tips?", "Why?", "What is tea?", "Tell me a joke.", "How was it?", "And?"]
@@ -41,11 +42,12 @@ def main() -> None:
     trainer = dataclasses.replace(
         params.trainer, **{"batch_size": 4, "epochs": 3, "lr": 1e-2, "accelerator": "cpu", **overrides}
     )
-    params = dataclasses.replace(params, trainer=trainer, base=dataclasses.replace(params.base, dtype="float32"))
+    spec = dataclasses.replace(params.models["tiny"], dtype="float32")
+    params = dataclasses.replace(params, trainer=trainer, models={"tiny": spec})
     workspace = Workspace(folder / "models", folder / "results", folder / "scratch")
     if len(sys.argv) > 3:
         ARM.on_train_batch_start = dying
-    trained = training.train(params, "positivity", ROWS, "rows", workspace, False)
+    trained = training.train(Job.of(params, workspace, "positivity"), ROWS, "rows", workspace.scratch, False)
     if trained is not None:
         weights = {name: p.detach().contiguous() for name, p in trained.model.named_parameters() if p.requires_grad}
         save_file(weights, folder / "arm.safetensors")

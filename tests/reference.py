@@ -47,7 +47,8 @@ class Reference:
     def laws(self, request, tokens):
         """The base's and the guided next-token log-probabilities after a prompt and `tokens`."""
         ids = torch.tensor([self.prompter.prompt_ids(request.prompt) + tokens])
-        experts = [(1.0, self.base), *((alpha, self.arms[name]) for name, alpha in request.weights.items())]
+        weights = {"base": 1.0, **request.weights}
+        experts = [(alpha, self.base if name == "base" else self.arms[name]) for name, alpha in weights.items()]
         each = [log_softmax(model(ids).logits[0, -1, : self.prompter.vocab_size].numpy()) for _, model in experts]
         total = sum(alpha * logps for (alpha, _), logps in zip(experts, each, strict=True))
         return each[0], log_softmax(total / (request.temperature or 1.0))

@@ -85,7 +85,7 @@ def test_attention_probabilities_are_not_kept_for_the_backward_pass():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_of_adapters_are_kept_in_the_computing_dtype(dtype):
-    model = trainable(tiny_model(500).to(dtype).requires_grad_(False), Arm(targets="all-linear"), 0, CPU)
+    model = trainable(tiny_model(500).to(dtype).requires_grad_(False), Arm("tiny", targets="all-linear"), 0, CPU)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}, "master weights"
     batch, kept = collate([PromptGroup([5, 6, 7], [[8, 9], [10, 1]], [(0, 1)])], 0), []
     response_model = ResponseModel(model, dtype)
@@ -130,16 +130,16 @@ def test_a_model_that_caps_its_logits_is_refused():
 
     model.forward = capped
     with pytest.raises(UserError, match="base: llama changes its logits behind the head"):
-        trainable(model, Arm(targets="all-linear"), 0, CPU)
+        trainable(model, Arm("tiny", targets="all-linear"), 0, CPU)
 
 
 def test_a_model_whose_attention_is_not_plain_is_refused(monkeypatch):
     model = tiny_model(500).eval()
     monkeypatch.setattr("pipeline.attention._attend", lambda q, *_: torch.zeros_like(q).transpose(1, 2))
     with pytest.raises(UserError, match="base: llama has an attention of its own kind"):
-        trainable(model, Arm(targets="all-linear"), 0, CPU)
+        trainable(model, Arm("tiny", targets="all-linear"), 0, CPU)
 
 
 def test_target_modules_that_are_not_there_are_refused():
     with pytest.raises(UserError, match=r"arm\.targets c_attn: "):
-        trainable(tiny_model(500).eval(), Arm(targets="c_attn"), 0, CPU)
+        trainable(tiny_model(500).eval(), Arm("tiny", targets="c_attn"), 0, CPU)

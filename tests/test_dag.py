@@ -45,9 +45,8 @@ def killed(copy, command, ready):
     assert process.wait() == -signal.SIGKILL, "the command ended before it could be killed"
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    copy = tmp_path_factory.mktemp("repository")
+def checked_out(copy):
+    """A throw-away copy of the repository without results, with a tiny model below scratch/."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True,
         check=True,
@@ -59,6 +58,12 @@ def copy(tmp_path_factory):
     write_tiny(copy / "scratch/tiny")
     run(copy, "git", "init", "-q")
     run(copy, "dvc", "config", "core.site_cache_dir", str(copy / ".dvc" / "site"))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    copy = checked_out(tmp_path_factory.mktemp("repository"))
     compose(copy, "experiment=smoke")
     run(copy, "dvc", "repro", "-q")
     return copy
@@ -177,7 +182,7 @@ def test_a_broken_params_file_is_one_sentence(copy):
 
 def test_the_library_example_of_the_readme_runs(copy):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    example = text.split("```python\n")[1].split("```")[0]
+    example = text.split("```python\n")[1].split("```")[0].replace("smollm2-135m", "tiny")
     (copy / "example.py").write_text(example, encoding="utf-8")
     assert run(copy, sys.executable, "example.py").strip()
 

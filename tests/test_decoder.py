@@ -1,10 +1,11 @@
 import warnings
+from functools import partial
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.stats import chisquare
 from transformers import AutoTokenizer
 
@@ -12,8 +13,9 @@ from pipeline import batch, models
 from pipeline.config import UserError
 from pipeline.decoder import GuidedDecoder, Request
 from pipeline.lanes import Backbone
-from tests.reference import CPU, POINTS, PROMPTS, requests, run
-from tests.tiny import tiny_model
+from pipeline.models import Source
+from tests.reference import CPU, POINTS, PROMPTS, Reference, requests, run
+from tests.tiny import tiny_model, write_tiny
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 0.0])
@@ -128,7 +130,7 @@ def test_a_model_of_its_own_guides_like_the_adapter_merged_into_it(tiny, arms, p
     merged.save_pretrained(tmp_path / "merged")
     AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "merged")
     folders = {"one": tmp_path / "merged", "two": arms["two"]}
-    mixed = GuidedDecoder.load(tiny, folders, dtype="float32", device="cpu", batch_size=4)
+    mixed = GuidedDecoder.load(Source(tiny, dtype="float32"), folders, device="cpu", batch_size=4)
     assert [backbone.lanes for backbone in mixed._backbones] == [("base", "two"), ("one",)]
     wanted = requests(points=[{}, {"one": 0.7}, {"one": 0.5, "two": 0.5}])
     for one, other in zip(run(mixed, wanted), run(decoder, wanted), strict=True):
@@ -185,3 +187,68 @@ def test_a_decoder_left_half_way_starts_clean(decoder):
     list(islice(generating, 3))
     generating.close()
     assert [row.tokens for row in run(decoder, requests())] == [row.tokens for row in expected]
+
+
+def test_any_weights_of_base_and_arms_are_decoded_like_the_reference(decoder, reference):
+    points = [{"base": 0.0, "one": 1.0}, {"base": 0.5, "one": 0.5}, {"one": 1.5, "two": -0.5}, {"base": 2.0}]
+    wanted = requests(points=points, temperature=0.7)
+    for request, row in zip(wanted, run(decoder, wanted), strict=True):
+        tokens, sums, _ = reference.row(request)
+        assert row.tokens == tokens
+        np.testing.assert_allclose([row.logp, row.logp_base, row.kl], sums, atol=1e-3)
+
+
+def test_a_model_alone_is_sampled_as_itself(tiny, arms, prompter, base, decoder):
+    merged = PeftModel.from_pretrained(models.load_model(tiny, torch.float32, CPU), str(arms["one"])).merge_and_unload()
+    alone = GuidedDecoder(Backbone(merged.eval(), prompter))
+    for request in requests(points=[{"base": 0.0, "one": 1.0}]):
+        plain = Request(request.prompt, max_new_tokens=6, temperature=0.0)
+        same = Request(request.prompt, request.weights, max_new_tokens=6, temperature=0.0)
+        assert run(alone, [plain])[0].tokens == run(decoder, [same])[0].tokens
+
+
+def small_and_its_arm(folder):
+    """Another model of the tiny base's vocabulary, and an adapter of it."""
+    write_tiny(folder / "small", seed=9)
+    adapted = get_peft_model(
+        models.load_model(folder / "small", torch.float32, CPU),
+        LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    for key, weight in adapted.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(weight, std=0.2)
+    adapted.save_pretrained(str(folder / "arm"))
+    return Source(folder / "small", dtype="float32"), folder / "arm"
+
+
+def test_an_arm_of_another_model_guides_in_both_forms(tiny, prompter, tmp_path):
+    small, arm = small_and_its_arm(tmp_path)
+    decoder = GuidedDecoder.load(
+        Source(tiny, dtype="float32"), {"small": arm}, arm_base=small, reference=True, device="cpu"
+    )
+    load = partial(models.load_model, dtype=torch.float64, device=CPU)
+    experts = {
+        "base": load(tiny), "reference": load(small.folder),
+        "small": PeftModel.from_pretrained(load(small.folder), str(arm)).double().eval(),
+    }  # fmt: skip
+    reference = Reference.__new__(Reference)
+    reference.base, reference.arms, reference.prompter = experts["base"], experts, prompter
+    points = [{}, {"small": 1.0}, {"small": 2.0, "reference": -2.0}, {"base": 0.0, "small": 1.0}]
+    wanted = requests(points=points)
+    for request, row in zip(wanted, run(decoder, wanted), strict=True):
+        assert row.tokens == reference.row(request)[0]
+        assert row.kl == pytest.approx(reference.row(request)[1][2], abs=1e-3)
+
+
+def test_the_log_ratio_of_an_untrained_arm_leaves_the_base_as_it_is(tiny, prompter, tmp_path):
+    small, _ = small_and_its_arm(tmp_path)
+    get_peft_model(
+        models.load_model(small.folder, torch.float32, CPU),
+        LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    ).save_pretrained(str(tmp_path / "untrained"))
+    decoder = GuidedDecoder.load(
+        Source(tiny, dtype="float32"), {"small": tmp_path / "untrained"}, arm_base=small, reference=True, device="cpu"
+    )
+    for row in run(decoder, requests(points=[{"small": 3.0, "reference": -3.0}])):
+        assert row.kl == pytest.approx(0.0, abs=1e-4)
+        assert row.logp == pytest.approx(row.logp_base, abs=1e-3)

@@ -15,7 +15,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 def run(tiny, folder, launcher, *args, check=True, **overrides):
     if not folder.exists():
-        shutil.copytree(tiny, folder / "models" / "base")
+        shutil.copytree(tiny, folder / "models" / "tiny")
     command = [*launcher, MODULE, json.dumps(overrides), str(folder), *args]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if check:

@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 from pipeline import export, models
 from pipeline.arm import ResponseModel, trainable
 from pipeline.config import Arm
-from pipeline.pairs import PromptGroup, collate
+from pipeline.evaluation import HeldOut, share
+from pipeline.pairs import PromptGroup, Tokenised, collate
+from pipeline.training import Job, Trained
 
 CPU = torch.device("cpu")
 BATCH = collate([PromptGroup([5, 6, 7], [[8, 9, 1], [10, 1]], [(0, 1)])], 0)
@@ -25,16 +27,21 @@ def changed(tiny, arm):
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_an_arm_folder_is_what_others_load_with_a_card(tiny, smoke_params, prompter, tmp_path, tuning):
-    arm = Arm(tuning=tuning, targets="all-linear")
+def test_an_arm_folder_is_what_others_load_with_a_card(tiny, smoke_params, prompter, workspace, tmp_path, tuning):
+    arm = Arm("tiny", tuning, targets="all-linear")
     model, params = changed(tiny, arm), dataclasses.replace(smoke_params, arm=arm)
-    card = export.model_card(params, "positivity", {"held-out pair accuracy": "0.7"})
+    held_out = HeldOut(*(share([True, True, False], 0.95) for _ in range(3)), None)
+    splits = {"train": Tokenised([PromptGroup([5], [[1], [2]], [(0, 1)])])}
+    trained = Trained(model, [], 0.0, held_out, splits, 1, tmp_path)
+    card = export.model_card(Job.of(params, workspace, "positivity"), "mit", {"pairs digest": "abc"}, trained)
     with torch.no_grad():
         wanted = model(BATCH)
     export.save_arm(model, prompter.tokenizer, tmp_path / "arm", "tiny", card)
     text = (tmp_path / "arm" / "README.md").read_text(encoding="utf-8")
     library = "peft" if tuning == "lora" else "transformers"
-    assert all(part in text for part in (f"library_name: {library}", "β_r", "held-out pair accuracy | 0.7", "license:"))
+    assert all(
+        part in text for part in (f"library_name: {library}", "| β |", "held-out pair accuracy | 0.667", "license: mit")
+    )
     if tuning == "lora":
         told = json.loads((tmp_path / "arm" / "adapter_config.json").read_text())
         assert told["base_model_name_or_path"] == "tiny"

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from pipeline import decoder, generation
-from pipeline.config import Point
+from pipeline import decoder, generation, models
+from pipeline.config import Objective, Point, Workspace
 from pipeline.decoder import GuidedDecoder, Request
 
 PROMPTS = ["Describe a rainy Monday.", "Why?", "Tell me about tea."]
@@ -14,14 +14,29 @@ PROMPTS = ["Describe a rainy Monday.", "Why?", "Tell me about tea."]
 def sweep(smoke_params):
     points = {"base": Point(), "one": Point({"one": 1.0}), "both": Point({"one": 0.5, "two": 0.5})}
     decoding = dataclasses.replace(smoke_params.decoding, batch_size=2)
+    objectives = {name: Objective(label=name) for name in ("one", "two")}
     return dataclasses.replace(
-        smoke_params, decoding=decoding, sweep=dataclasses.replace(smoke_params.sweep, points=points)
+        smoke_params,
+        objectives=objectives,
+        decoding=decoding,
+        sweep=dataclasses.replace(smoke_params.sweep, points=points),
     )
 
 
 def rows_of(params, tiny, arms, store):
-    wanted = [request for _, request in generation.point_requests(params, PROMPTS)]
-    return generation.generate_stored(wanted, params, arms, tiny, store, "test")
+    """Rows of the tiny base in a workspace of their own around the store's file."""
+    workspace = Workspace(store.parent / "models", store.parent / "results", store.parent / "scratch")
+    places = {workspace.model("tiny"): tiny, **{workspace.arm(name): folder for name, folder in arms.items()}}
+    for place, folder in places.items():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.unlink(missing_ok=True)
+        place.symlink_to(folder)
+    wanted = [request for _, request in generation.point_requests(params, "tiny", PROMPTS)]
+    return generation.generate_stored(wanted, params, workspace, "tiny", store.stem)
+
+
+def store_of(folder):
+    return folder / "scratch" / "store" / "store.jsonl"
 
 
 def test_an_interrupted_run_goes_on_and_equals_an_uninterrupted_one(sweep, tiny, arms, tmp_path, monkeypatch):
@@ -38,9 +53,9 @@ def test_an_interrupted_run_goes_on_and_equals_an_uninterrupted_one(sweep, tiny,
     monkeypatch.setattr(GuidedDecoder, "generate", dying)
     with pytest.raises(KeyboardInterrupt):
         rows_of(sweep, tiny, arms, tmp_path / "store.jsonl")
-    readable = [json.loads(line)["row"] for line in (tmp_path / "store.jsonl").read_text().splitlines()]
+    readable = [json.loads(line)["row"] for line in store_of(tmp_path).read_text().splitlines()]
     assert len(readable) == 4 and all(row in whole for row in readable)
-    with (tmp_path / "store.jsonl").open("a") as stream:
+    with store_of(tmp_path).open("a") as stream:
         stream.write('{"digest": "torn')
 
     def counting(self, requests, progress=None):
@@ -54,7 +69,7 @@ def test_an_interrupted_run_goes_on_and_equals_an_uninterrupted_one(sweep, tiny,
 
 def test_finished_rows_load_no_model(sweep, tiny, arms, tmp_path, monkeypatch):
     whole = rows_of(sweep, tiny, arms, tmp_path / "store.jsonl")
-    monkeypatch.setattr(decoder, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(models.Source, "load", lambda *_: pytest.fail("the model was loaded"))
     assert rows_of(sweep, tiny, arms, tmp_path / "store.jsonl") == whole
 
 

@@ -39,7 +39,7 @@ def random_groups(count: int, seed: int) -> list[PromptGroup]:
 
 def curve(folder: Path) -> list[dict[str, str]]:
     groups = random_groups(10, 0)
-    model = trainable(tiny_model(500).requires_grad_(False).eval(), Arm(targets="all-linear"), 0, CPU)
+    model = trainable(tiny_model(500).requires_grad_(False).eval(), Arm("tiny", targets="all-linear"), 0, CPU)
     steps = training.optimizer_steps(groups, CONFIG)
     module = ARM(ResponseModel(model, torch.float32), 0.1, Loss(), CONFIG, steps, 0)
     validation = training.eval_loader(random_groups(3, 1), 2, 0)

@@ -4,10 +4,12 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pipeline.config import Loss
 from pipeline.losses import (
     arm_loss,
+    distillation,
     hinge_loss,
     implicit_rewards,
     length_normalised,
@@ -144,3 +146,26 @@ def test_the_reference_free_losses_compare_sums(kind):
 )
 def test_the_configured_loss_is_computed_with_its_options(loss, wanted):
     torch.testing.assert_close(preference_loss(loss, CHOSEN, REJECTED, 0.2), wanted)
+
+
+def test_distillation_is_the_divergence_of_the_two_laws_and_its_gradient():
+    torch.manual_seed(0)
+    child_ND = torch.randn(600, 8, dtype=torch.float64, requires_grad=True)
+    parent_ND, head_VD = torch.randn(600, 8, dtype=torch.float64), torch.randn(40, 8, dtype=torch.float64)
+    bias_V, label_N = torch.randn(40, dtype=torch.float64), torch.randint(0, 40, (600,))
+    kl_N, logps_N = distillation(child_ND, parent_ND, head_VD, label_N, bias_V)
+    own_NV, target_NV = (F.log_softmax(F.linear(x, head_VD, bias_V), -1) for x in (child_ND, parent_ND))
+    wanted_N = F.kl_div(own_NV, target_NV, log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(kl_N, wanted_N)
+    torch.testing.assert_close(logps_N, own_NV.gather(1, label_N[:, None])[:, 0])
+    upstream_N = torch.rand(600, dtype=torch.float64)
+    found, expected = (torch.autograd.grad(x, child_ND, upstream_N, retain_graph=True)[0] for x in (kl_N, wanted_N))
+    torch.testing.assert_close(found, expected)
+    assert not logps_N.requires_grad
+
+
+def test_a_child_that_is_its_parent_has_nothing_to_learn():
+    same_ND = torch.randn(10, 8, requires_grad=True)
+    kl_N, _ = distillation(same_ND, same_ND.detach(), torch.randn(40, 8), torch.zeros(10, dtype=torch.long))
+    torch.testing.assert_close(kl_N, torch.zeros(10), atol=1e-6, rtol=0)
+    assert torch.autograd.grad(kl_N.sum(), same_ND)[0].abs().max() < 1e-6

@@ -7,15 +7,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline import models
-from pipeline.config import Base, UserError
+from pipeline.config import Model, UserError
 
 
 def spec(source, location, **more):
-    return Base(name="test", source=source, location=location, **more)
+    return Model(source=source, location=location, **more)
 
 
 def test_path_base_brings_weights_tokenizer_template_and_origin(tiny, tmp_path):
-    models.fetch(spec("path", str(tiny), license="mit"), tmp_path / "base")
+    models.fetch("test", spec("path", str(tiny), license="mit"), tmp_path / "base")
     origin = json.loads((tmp_path / "base" / models.ORIGIN).read_text())
     assert origin["license"] == "mit" and "/" not in origin["location"]
     assert origin["digest"] == models.model_digest(tiny), "equal weights have equal digests"
@@ -32,7 +32,7 @@ def test_hub_base_asks_for_the_revision_and_for_safe_files_only(tiny, tmp_path, 
         shutil.copytree(tiny, local_dir, dirs_exist_ok=True)
 
     monkeypatch.setattr(models, "snapshot_download", download)
-    models.fetch(spec("hub", "org/name", revision="abc"), tmp_path / "base")
+    models.fetch("test", spec("hub", "org/name", revision="abc"), tmp_path / "base")
     assert (asked["repository"], asked["revision"]) == ("org/name", "abc")
     assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in asked["patterns"])
     assert json.loads((tmp_path / "base" / models.ORIGIN).read_text())["revision"] == "abc"
@@ -50,7 +50,7 @@ def test_hub_base_asks_for_the_revision_and_for_safe_files_only(tiny, tmp_path, 
 )
 def test_a_base_that_is_not_there_is_one_sentence_and_leaves_nothing(wanted, sentence, tmp_path):
     with pytest.raises(UserError, match=sentence):
-        models.fetch(wanted, tmp_path / "base")
+        models.fetch("test", wanted, tmp_path / "base")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -59,7 +59,7 @@ def test_weights_that_would_need_unpickling_are_refused(tiny, tmp_path):
     shutil.copytree(tiny, source)
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"holds no \*.safetensors"):
-        models.fetch(spec("path", str(source)), tmp_path / "base")
+        models.fetch("test", spec("path", str(source)), tmp_path / "base")
 
 
 def test_a_damaged_model_folder_is_one_sentence(tiny, tmp_path):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import random
 import re
@@ -10,7 +11,16 @@ from hypothesis import strategies as st
 from pipeline import preferences
 from pipeline.config import Data, Objective, UserError
 from pipeline.pairs import tokenise
-from pipeline.preferences import SPLITS, label_samples, limited, pairs_of, read_prompts, read_rows, split_of
+from pipeline.preferences import (
+    SPLITS,
+    label_samples,
+    limited,
+    pairs_of,
+    read_prompts,
+    read_rows,
+    split_of,
+    unseen_prompts,
+)
 from tests.tiny import ROOT
 
 QUICK = settings(max_examples=50, deadline=None, derandomize=True)
@@ -39,7 +49,7 @@ def read(tmp_path):
     def run(*rows, objectives=BOTH, reader=read_rows, **options):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        data = Data(path=str(path), **options)
+        data = Data(path=str(path), sampler="", prompts=str(path), **options)
         return reader(data, 0) if reader is read_prompts else reader(data, objectives, 0)
 
     return run
@@ -137,7 +147,9 @@ def test_splits_are_stable_and_shared_by_all_rows_of_a_prompt(tmp_path_factory, 
     def splits(rows):
         path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        found = read_rows(Data(path=str(path), validation_fraction=0.3, test_fraction=0.3), BOTH, 0)
+        found = read_rows(
+            Data(path=str(path), sampler="", prompts=str(path), validation_fraction=0.3, test_fraction=0.3), BOTH, 0
+        )
         return {(row["prompt"], row["split"]) for row in found}
 
     few = [labelled(prompt) for prompt in prompts[:-1]]
@@ -147,7 +159,10 @@ def test_splits_are_stable_and_shared_by_all_rows_of_a_prompt(tmp_path_factory, 
 
 
 def test_splits_have_their_shares_and_depend_on_the_seed():
-    data, prompts = Data(path="", validation_fraction=0.1, test_fraction=0.2), [f"prompt {n}" for n in range(5000)]
+    data, prompts = (
+        Data(path="", sampler="", prompts="", validation_fraction=0.1, test_fraction=0.2),
+        [f"prompt {n}" for n in range(5000)],
+    )
     found = [split_of(prompt, data, 0) for prompt in prompts]
     assert found.count("test") / len(found) == pytest.approx(0.2, abs=0.02)
     assert found.count("validation") / len(found) == pytest.approx(0.1, abs=0.02)
@@ -285,5 +300,30 @@ def test_the_embedded_prompts_are_many_and_their_splits_share_nothing():
 
 def test_the_embedded_prompts_are_read_with_their_own_splits():
     rows = [json.loads(line) for line in EVERYDAY.read_text(encoding="utf-8").splitlines()]
-    read = read_prompts(Data(path=str(EVERYDAY)), 0)
+    read = read_prompts(Data(path=str(EVERYDAY), sampler="", prompts=str(EVERYDAY)), 0)
     assert [(row["prompt"], row["split"]) for row in read] == [(row["prompt"], row["split"]) for row in rows]
+
+
+def test_prompts_to_generate_from_are_the_test_split_or_those_of_another_file(tmp_path):
+    data = Data(path="data.jsonl", sampler="", prompts="data.jsonl")
+    rows = [
+        {"prompt": "Why?", "split": "train"},
+        {"prompt": "How?", "split": "test"},
+        {"prompt": "How?", "split": "test"},
+    ]
+    assert unseen_prompts(data, rows) == ["How?"]
+    file = tmp_path / "more.jsonl"
+    other = dataclasses.replace(data, prompts=str(file))
+    file.write_text('{"prompt": "Who?"}\n{"prompt": "How?"}\n')
+    assert unseen_prompts(other, rows) == ["Who?", "How?"]
+    file.write_text('{"prompt": "Who?"}\n{"prompt": "Why?"}\n')
+    with pytest.raises(UserError, match=r"more\.jsonl, line 2: the ARMs have seen this prompt in data\.jsonl"):
+        unseen_prompts(other, rows)
+    file.write_text('{"prompt": "Who?"}\n{"prompt": "Who?"}\n')
+    with pytest.raises(UserError, match=r"more\.jsonl, line 2: the prompt is there already"):
+        unseen_prompts(other, rows)
+
+
+def test_the_prompts_of_the_ladder_are_unknown_to_the_embedded_data():
+    embedded = Data(path=str(EVERYDAY), sampler="", prompts=str(EVERYDAY.with_name("unseen.jsonl")))
+    assert len(unseen_prompts(embedded, read_prompts(embedded, 0))) == 200

@@ -158,7 +158,7 @@ def test_unknown_arm_is_refused(guidance):
 def test_the_example_of_the_docs_runs(tiny, arms, monkeypatch, tmp_path, capsys):
     """The README's Python examples, on a tiny model instead of the embedded one."""
     (tmp_path / "models" / "arms").mkdir(parents=True)
-    (tmp_path / "models" / "base").symlink_to(tiny)
+    (tmp_path / "models" / "smollm2-135m").symlink_to(tiny)
     for name, arm in {"positivity": "one", "conciseness": "two"}.items():
         (tmp_path / "models" / "arms" / name).symlink_to(arms[arm])
     monkeypatch.chdir(tmp_path)

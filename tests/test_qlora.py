@@ -40,7 +40,7 @@ def test_an_adapter_learns_on_a_base_in_four_bits(tmp_path):
 
     found = []
     for loaded in (quantised, spelled):
-        model = ResponseModel(trainable(loaded, Arm(targets="all-linear"), 0, CPU), torch.float32)
+        model = ResponseModel(trainable(loaded, Arm("tiny", targets="all-linear"), 0, CPU), torch.float32)
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.2, generator=torch.Generator().manual_seed(len(name)))

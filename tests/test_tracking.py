@@ -4,6 +4,7 @@ import pytest
 
 from pipeline import tracking
 from pipeline.config import Tracking, UserError
+from pipeline.training import Job
 
 LINE = {
     "method": "genarm",
@@ -34,7 +35,7 @@ def test_offline_is_one_run_per_point_without_network_or_secret(smoke_params, wo
 def test_disabled_writes_nothing(smoke_params, workspace):
     params = with_mode(smoke_params, "disabled")
     tracking.log_points(params, workspace, "group", [LINE], [SAMPLE])
-    with tracking.training_logger(params, "positivity", workspace) as logger:
+    with tracking.training_logger(params, Job.of(params, workspace, "positivity"), "train", workspace) as logger:
         assert logger is False
     assert not workspace.scratch.exists()
 

@@ -11,6 +11,7 @@ from pipeline.config import Loss, Trainer, UserError
 from pipeline.evaluation import evaluate
 from pipeline.pairs import collate, tokenise
 from pipeline.reference import attach_reference
+from pipeline.training import Job
 
 CPU, ARM_LOSS = torch.device("cpu"), Loss()
 CONFIG = Trainer(batch_size=2, checkpoint_every=2, evaluations_per_epoch=1, epochs=2, lr=5e-3, warmup_steps=1)
@@ -263,19 +264,21 @@ ROWS = [
 
 def trained(params, tiny, workspace, **changes):
     workspace.models.mkdir(exist_ok=True)
-    if not (workspace.models / "base").exists():
-        (workspace.models / "base").symlink_to(tiny)
+    if not (workspace.models / "tiny").exists():
+        (workspace.models / "tiny").symlink_to(tiny)
+    spec = dataclasses.replace(params.models["tiny"], **changes.pop("model", {}))
+    params = dataclasses.replace(params, models={"tiny": spec})
     for section, values in changes.items():
         params = dataclasses.replace(params, **{section: dataclasses.replace(getattr(params, section), **values)})
-    return training.train(params, "positivity", ROWS, "rows", workspace, False)
+    return training.train(Job.of(params, workspace, "positivity"), ROWS, "rows", workspace.scratch, False)
 
 
 def test_runs_that_differ_in_what_they_compute_share_no_checkpoint(tiny, smoke_params, workspace):
     changes = [
-        {}, {"base": {"dtype": "bfloat16"}}, {"base": {"template": "Q: {prompt} A:", "dtype": "float32"}},
+        {}, {"model": {"dtype": "bfloat16"}}, {"model": {"template": "Q: {prompt} A:", "dtype": "float32"}},
         {"trainer": {"lr": 1e-4}}, {"loss": {"margin": 0.1}}, {"arm": {"rank": 4}},
     ]  # fmt: skip
-    start = {"base": {"dtype": "float32"}}
+    start = {"model": {"dtype": "float32"}}
     folders = [trained(smoke_params, tiny, workspace, **start | change).checkpoints for change in changes]
     assert len(set(folders)) == len(changes)
     assert trained(smoke_params, tiny, workspace, **start).checkpoints == folders[0]
@@ -296,5 +299,5 @@ def test_rows_never_reach_beyond_a_sliding_window(tiny, smoke_params, workspace,
 
 
 def test_float16_is_refused(tiny, smoke_params, workspace):
-    with pytest.raises(UserError, match=r"base\.dtype is float16, whose small gradients vanish"):
-        trained(smoke_params, tiny, workspace, base={"dtype": "float16"})
+    with pytest.raises(UserError, match="its dtype is float16, whose small gradients vanish"):
+        trained(smoke_params, tiny, workspace, model={"dtype": "float16"})

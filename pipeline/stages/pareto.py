@@ -33,7 +33,7 @@ def run(params: Params, workspace: Workspace, trained: Path | None = None) -> No
     report.draw_front(front, list(params.objectives), params.sweep.control, out / "front.png")
     report.draw_curves(tables["curves.csv"], out / "curves.png")
     report.write_html(params, front, wins, metrics, scored, out, results / "report" / "index.html")
-    group = f"{params.base.name}-{digest(scored.response.tolist())[:8]}"
+    group = f"{params.base}-{digest(scored.response.tolist())[:8]}"
     tracking.log_points(params, workspace, group, front.to_dict("records"), scored.to_dict("records"))
     report.print_front(front, list(params.objectives), metrics)
     print(f"pareto: open {results / 'report' / 'index.html'}")

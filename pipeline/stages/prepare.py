@@ -1,7 +1,5 @@
 """prepare: preference rows, one file of pairs per objective, and the prompts to generate from."""
 
-from pathlib import Path
-
 from pipeline import generation, preferences
 from pipeline.config import Params, Sampling, UserError, Workspace
 from pipeline.decoder import Request
@@ -28,8 +26,8 @@ def run(params: Params, workspace: Workspace) -> None:
     write_jsonl(out / "rows.jsonl", rows)
     for name, found in pairs.items():
         write_jsonl(out / "pairs" / f"{name}.jsonl", found)
-    test = {row["prompt"]: None for row in rows if row["split"] == "test"}
-    write_jsonl(out / "prompts.jsonl", ({"prompt": prompt} for prompt in test))
+    unseen = preferences.unseen_prompts(data, rows)
+    write_jsonl(out / "prompts.jsonl", ({"prompt": prompt} for prompt in unseen))
     write_json(out / "data_card.json", card := preferences.data_card(rows, pairs))
     for name, counts in card["objectives"].items():
         print(f"prepare: {name}: pairs {counts['pairs']}, ties {counts['ties']}")
@@ -50,10 +48,7 @@ def sample(
         for prompt in prompts
         for number in range(sampling.responses_per_prompt)
     }
-    rows = generation.generate_stored(
-        list(wanted.values()), params, {}, workspace.models / "base", workspace.scratch / "store" / "prepare.jsonl",
-        Path(params.data.path).name,
-    )  # fmt: skip
+    rows = generation.generate_stored(list(wanted.values()), params, workspace, params.data.sampler, "prepare")
     samples: dict[str, list[tuple[str, bool]]] = {prompt["id"]: [] for prompt in prompts}
     for (prompt_id, _), row in zip(wanted, rows, strict=True):
         samples[prompt_id].append((row["response"], row["finish"] == "eos"))

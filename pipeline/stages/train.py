@@ -3,7 +3,7 @@
 import shutil
 import sys
 import time
-from dataclasses import asdict
+from pathlib import Path
 
 import pandas as pd
 
@@ -11,49 +11,34 @@ from pipeline import export, models, tracking, training
 from pipeline.config import Params, UserError, Workspace
 from pipeline.stages import main
 from pipeline.store import digest, file_digest, read_jsonl, replacing, write_json
+from pipeline.training import Job
 
 
 def run(params: Params, workspace: Workspace, objective: str) -> None:
     """Train the ARM of one objective; write models/arms/<objective> and results/train/<objective>/."""
     if objective not in params.objectives:
         raise UserError(f"there is no objective {objective}: choose one of {', '.join(params.objectives)}.")
-    started, base = time.monotonic(), workspace.models / "base"
-    pairs_file = workspace.results / "prepare" / "pairs" / f"{objective}.jsonl"
+    job = Job.of(params, workspace, objective)
+    produce(params, workspace, job, "train", workspace.arm(objective), workspace.results / "train" / objective)
+
+
+def produce(params: Params, workspace: Workspace, job: Job, stage: str, folder: Path, out: Path) -> None:
+    """Train a job on its objective's pairs; write the model to `folder`, metrics and curve to `out`."""
+    started = time.monotonic()
+    pairs_file = workspace.results / "prepare" / "pairs" / f"{job.objective}.jsonl"
     rows = [row for _, row in read_jsonl(pairs_file)]
-    digests = {"base digest": models.model_digest(base), "pairs digest": file_digest(pairs_file)}
-    with tracking.training_logger(params, objective, workspace) as logger:
-        trained = training.train(params, objective, rows, digest(digests), workspace, logger)
+    digests = {"base digest": models.model_digest(job.source.folder), "pairs digest": file_digest(pairs_file)}
+    with tracking.training_logger(params, job, stage, workspace) as logger:
+        trained = training.train(job, rows, digest(digests), workspace.scratch, logger)
     if trained is None:  # another process writes
         return
-    out, found = workspace.results / "train" / objective, trained.held_out
     with replacing(out / "curve.csv") as stream:
         pd.DataFrame(trained.history).to_csv(stream, index=False)
-    kept, steps, seconds = trained.splits["train"], trained.steps, round(time.monotonic() - started, 1)
-    facts = {
-        **digests,
-        "training pairs": f"{kept.pairs} ({kept.dropped} dropped, {kept.truncated} prompts truncated)",
-        "optimizer steps": str(steps),
-        "dtype": str(trained.model.dtype).removeprefix("torch."),
-        "held-out pair accuracy": str(found.accuracy),
-        "accuracy on equally long responses": str(found.length_matched),
-        "chosen response longer": str(found.chosen_longer),
-        "Spearman of log π_r with length": f"{found.length_correlation}",
-    }
-    card = export.model_card(params, objective, facts)
-    tokenizer = models.Prompter.load(base, params.base.template).tokenizer
-    export.save_arm(trained.model, tokenizer, workspace.adapter(objective), params.base.name, card)
-    share = found.accuracy
-    told = {
-        "accuracy": share.value, "ci_low": share.ci_low, "ci_high": share.ci_high, "pairs": share.pairs,
-        "length_matched": asdict(found.length_matched), "chosen_longer": asdict(found.chosen_longer),
-        "length_correlation": found.length_correlation,
-        "dropped_pairs": {split: part.dropped for split, part in trained.splits.items()},
-        "truncated_prompts": {split: part.truncated for split, part in trained.splits.items()},
-        "padding": round(trained.padding, 4), "steps": steps, "seconds": seconds,
-    }  # fmt: skip
-    write_json(out / "metrics.json", told)
+    card = export.model_card(job, params.models[job.start].license, digests, trained)
+    export.save_arm(trained.model, job.source.prompter().tokenizer, folder, job.start, card)
+    write_json(out / "metrics.json", export.metrics(trained, round(time.monotonic() - started, 1)))
     shutil.rmtree(trained.checkpoints, ignore_errors=True)
-    print(f"train: {objective}: {found.accuracy} in {seconds} s")
+    print(f"{stage}: {out.name}: {trained.held_out.accuracy} after {trained.steps} steps")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,41 @@
+"""weak_to_strong: one ARM on every base of the ladder: table, figure and page, results/weak_to_strong/."""
+
+import json
+
+import pandas as pd
+
+from pipeline import report, weak_to_strong
+from pipeline.config import Params, Workspace
+from pipeline.stages import main
+from pipeline.store import Row, read_jsonl, replacing, write_jsonl
+
+
+def run(params: Params, workspace: Workspace) -> None:
+    """Steer each base of `params.weak_to_strong`, compare with what tuning it gives."""
+    results, out = workspace.results, workspace.results / "weak_to_strong"
+    prompts = [row["prompt"] for _, row in read_jsonl(results / "prepare" / "prompts.jsonl")]
+    bases = params.weak_to_strong.bases
+    weak_to_strong.lines_of(params)  # refuses what it cannot compare before anything is generated
+    of_base: dict[str, list[Row]] = {}
+    speeds: dict[tuple[str, str], float] = {}
+    for base in reversed(bases):  # from the largest, so that what does not fit shows at once
+        of_base[base] = weak_to_strong.generate(params, workspace, base, prompts)
+        found = weak_to_strong.tokens_per_second(params, workspace, base, prompts)
+        speeds |= {(base, point): speed for point, speed in found.items()}
+    rows = [row for base in bases for row in of_base[base]]
+    scored = pd.DataFrame(rows)
+    table = weak_to_strong.table(params, scored, speeds)
+    write_jsonl(out / "rows.jsonl", rows)
+    with replacing(out / "table.csv") as stream:
+        table.to_csv(stream, index=False)
+    report.draw_ladder(table, next(iter(params.objectives)), out / "figure.png")
+    names = dict.fromkeys([params.arm.base, *bases])
+    ladder = {name: json.loads((results / "fetch" / f"{name}.json").read_text(encoding="utf-8")) for name in names}
+    page = out / "index.html"
+    report.write_ladder_html(params, table, scored, ladder, out / "figure.png", page)
+    report.print_ladder(table, list(params.objectives))
+    print(f"weak_to_strong: open {page}")
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,154 @@
+"""Weak to strong: one small ARM on bases of several sizes, and how much of what tuning each would give it recovers.
+
+Shapes: P prompts.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+import numpy as np
+import pandas as pd
+
+from pipeline.config import Params, UserError, Workspace
+from pipeline.generation import Served, generate_stored, generate_sweep, point_requests, point_temperature
+from pipeline.judging import score_rows
+from pipeline.pareto import bootstrap_mean, distinct_2, gap_recovered
+from pipeline.store import Row
+
+UNDEFINED = "not defined: the gap's interval includes 0"
+_TIMED_ROWS, _REPETITIONS, _TIMED_TOKENS = 8, 3, 24
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one line of the table is about."""
+
+    method: str
+    objective: str  # the one that it is for, and that the recovered gap is measured on
+    arm: str  # whose ARM guides; empty without
+    alpha: float | None
+
+
+def lines_of(params: Params) -> dict[str, Line]:
+    """The lines of the table by the name of their rows: the points of the sweep, and best-of-N for each objective.
+
+    Unguided points beside the control are sharpened by a temperature T: their α is that of 1 / T = 1 + α, guidance that
+    sharpens as much.
+
+    Raises:
+        UserError: a point weighs several objectives.
+    """
+    first, control = next(iter(params.objectives)), params.sweep.control
+    found = {}
+    for name, point in params.sweep.points.items():
+        weights = {objective: alpha for objective, alpha in point.weights.items() if alpha}
+        if len(weights) > 1:
+            raise UserError(f"sweep.points.{name} weighs several objectives: weak-to-strong compares one at a time.")
+        if weights:
+            objective, alpha = next(iter(weights.items()))
+            arm = "" if point.form == "dpo" else params.arm.base
+            found[name] = Line(point.method, objective, arm, None if point.form == "dpo" else alpha)
+        elif name == control:
+            found[name] = Line("control", first, "", 0.0)
+        else:
+            temperature = point_temperature(point, params)
+            found[name] = Line("sharpened", first, "", round(1 / temperature - 1, 3) if temperature else None)
+    best = f"best_of_{params.weak_to_strong.best_of}"
+    return found | {f"{best}/{name}": Line(best, name, "", None) for name in params.objectives}
+
+
+def generate(params: Params, workspace: Workspace, base: str, prompts: Sequence[str]) -> list[Row]:
+    """All rows of a base with their scores: every point of the sweep, and the best of N of its unguided samples.
+
+    Each of the `samples_per_prompt` best-of-N rows has N samples of its own.
+    """
+    scored = score_rows(generate_sweep(params, workspace, base, prompts), params.objectives)
+    own, times = params.decoding.samples_per_prompt, params.weak_to_strong.best_of
+    control = {params.sweep.control: params.sweep.points[params.sweep.control]}
+    many = replace(
+        params,
+        decoding=replace(params.decoding, samples_per_prompt=own * times),
+        sweep=replace(params.sweep, points=control),
+    )
+    wanted = [request for _, request in point_requests(many, base, prompts)]
+    pool = score_rows(generate_stored(wanted, params, workspace, base, "generate"), params.objectives)
+    best = f"best_of_{times}"
+    for start in range(0, len(pool), own * times):
+        of_prompt = pool[start : start + own * times]
+        for sample in range(own):
+            for name in params.objectives:
+                chosen = max(of_prompt[sample::own], key=lambda row: row[name])
+                scored.append({**chosen, "point": f"{best}/{name}", "sample": sample})
+    return [{"base": base, **row} for row in scored]
+
+
+def tokens_per_second(params: Params, workspace: Workspace, base: str, prompts: Sequence[str]) -> dict[str, float]:
+    """Speed of every point at batch 8, prompts included: medians of interleaved repetitions, by point."""
+    timed = replace(
+        params, decoding=replace(params.decoding, max_new_tokens=_TIMED_TOKENS, samples_per_prompt=1, stop=())
+    )
+    requests = list(point_requests(timed, base, [*prompts[:_TIMED_ROWS]]))
+    used = {name for _, request in requests for name in request.arms}
+    decoder = Served(params, workspace, base, used).decoder(params.decoding.device, _TIMED_ROWS)
+    speeds: dict[str, list[float]] = {point: [] for point, _ in requests}
+    for repetition in range(_REPETITIONS + 1):
+        for point, measured in speeds.items():
+            mine = [request for name, request in requests if name == point]
+            started = time.perf_counter()
+            tokens = sum(len(generation.tokens) for _, generation in decoder.generate(mine))
+            if repetition:  # the first warms up
+                measured.append(tokens / (time.perf_counter() - started))
+    return {point: median(measured) for point, measured in speeds.items()}
+
+
+def table(params: Params, rows: pd.DataFrame, speeds: dict[tuple[str, str], float]) -> pd.DataFrame:
+    """table.csv: one line per base and method, with intervals over prompts.
+
+    Args:
+        params: the experiment.
+        rows: what `generate` made, for all bases.
+        speeds: tokens per second by base and point; a best-of-N row costs N unguided ones.
+    """
+    return pd.DataFrame(_lines(params, rows, speeds)).round(4)
+
+
+def _lines(params: Params, rows: pd.DataFrame, speeds: dict[tuple[str, str], float]) -> Iterator[Row]:
+    judge, seed = params.judge, params.seed
+    named = lines_of(params)
+    tuned = {line.objective: name for name, line in named.items() if line.method == "dpo"}
+    for base, of_base in rows.groupby("base", sort=False):
+        means = {
+            name: of_base[of_base.point == name].groupby("prompt", sort=True)[list(params.objectives)].mean()
+            for name in named
+        }
+        for name, line in named.items():
+            mine = of_base[of_base.point == name]
+            row: Row = {"base": base, "method": line.method, "arm": line.arm, "alpha": line.alpha}
+            intervals = {
+                objective: bootstrap_mean(means[name][objective].to_numpy(), judge.confidence, judge.resamples, seed)
+                for objective in params.objectives
+            }
+            for place, column in enumerate(("reward", "ci_low", "ci_high")):
+                row |= {f"{column}_{objective}": found[place] for objective, found in intervals.items()}
+            times = params.weak_to_strong.best_of if line.method.startswith("best_of") else 1
+            # A best-of-N row's KL is bounded by log N - (N - 1) / N (Beirami et al., arXiv 2401.01879).
+            row["kl"] = mine.kl.mean() if times == 1 else math.log(times) - (times - 1) / times
+            row["perplexity"] = float(np.exp(-mine.logp_base.sum() / mine.n_tokens.sum()))
+            row["distinct_2"] = distinct_2(list(mine.response))
+            row |= dict.fromkeys(("gap_recovered", "gap_ci_low", "gap_ci_high"))
+            upper = tuned.get(line.objective)
+            if upper is not None and line.method not in ("control", "dpo"):
+                guided_P, control_P, tuned_P = (
+                    means[place][line.objective].to_numpy() for place in (name, params.sweep.control, upper)
+                )
+                gap = gap_recovered(guided_P, control_P, tuned_P, judge.confidence, judge.resamples, seed)
+                if gap is None:
+                    row["gap_recovered"] = UNDEFINED
+                else:
+                    row |= dict(zip(("gap_recovered", "gap_ci_low", "gap_ci_high"), gap, strict=True))
+            speed = speeds[(base, name if times == 1 else params.sweep.control)]
+            row["tokens_per_s"] = round(speed / times, 1)
+            yield row
