@@ -1,9 +1,9 @@
 """The autoregressive reward model in training: the base, or a LoRA adapter of it, under a preference loss.
 
-Shapes: B pairs (in a batch: its prompts), T positions, N response tokens, S responses, D features.
+Shapes: B pairs (in a batch: its prompts), T positions, N response tokens, S responses, D features, O objectives.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -110,13 +110,14 @@ class ResponseModel(nn.Module):
         """Summed response log-probabilities of a collated batch: logps_S, float32 or better."""
         with self._mixed(batch):
             head: Any = self.causal.get_output_embeddings()
-            logps_N = token_logps(self._hidden(batch), head.weight, batch["label"], head.bias)
+            hidden_ND = self._states(batch)[batch["row"], batch["column"]]
+            logps_N = token_logps(hidden_ND, head.weight, batch["label"], head.bias)
         return response_logps(logps_N, batch["response"])
 
     def hidden(self, batch: dict[str, Tensor]) -> Tensor:
         """What the head would see at the positions that predict a response token: hidden_ND."""
         with self._mixed(batch):
-            return self._hidden(batch)
+            return self._states(batch)[batch["row"], batch["column"]]
 
     @contextmanager
     def _mixed(self, batch: dict[str, Tensor]) -> Iterator[None]:
@@ -125,7 +126,7 @@ class ResponseModel(nn.Module):
         with mixed, disable_input_dtype_casting(self.model, active=low):
             yield
 
-    def _hidden(self, batch: dict[str, Tensor]) -> Tensor:
+    def _states(self, batch: dict[str, Tensor]) -> Tensor:
         causal: Any = self.causal
         hidden_BTD: Tensor = causal.base_model(
             input_ids=batch["ids"],
@@ -133,7 +134,7 @@ class ResponseModel(nn.Module):
             position_ids=batch["positions"],
             use_cache=False,
         ).last_hidden_state
-        return hidden_BTD[batch["row"], batch["column"]]
+        return hidden_BTD
 
 
 _METRICS = (
@@ -143,14 +144,32 @@ _METRICS = (
 
 
 class ARM(L.LightningModule):
-    """Trains one ARM; metrics carry TRL's names (`rewards/margins`, `rewards/accuracies`, …)."""
+    """Trains one ARM; metrics carry TRL's names (`rewards/margins`, `rewards/accuracies`, …).
 
-    def __init__(self, model: ResponseModel, beta: float, loss: Loss, trainer: Trainer, steps: int, seed: int) -> None:
+    Args:
+        model: what is trained.
+        pulls: for each objective that pairs are of, β and how much a pair's loss counts.
+        loss: of a pair.
+        trainer: the run.
+        steps: optimizer steps of the whole run.
+        seed: of dropout.
+    """
+
+    beta_O: Tensor
+    weight_O: Tensor
+
+    def __init__(
+        self, model: ResponseModel, pulls: Sequence[tuple[float, float]], loss: Loss, trainer: Trainer, steps: int,
+        seed: int,
+    ) -> None:  # fmt: skip
         super().__init__()
         # Lightning's own estimate of the steps would set up the data before a checkpoint could say where to resume.
         self._steps = steps
         self.model = model
-        self._beta, self._loss, self._config, self._seed = beta, loss, trainer, seed
+        self._loss, self._config, self._seed = loss, trainer, seed
+        betas, weights = torch.tensor(pulls).unbind(1)
+        self.register_buffer("beta_O", betas, persistent=False)
+        self.register_buffer("weight_O", weights, persistent=False)
         self.strict_loading = False  # checkpoints hold what is trained only
         self.history: list[dict[str, float]] = []
         self._sums: dict[str, Tensor] = {}  # of the metrics of this step's pairs so far
@@ -198,15 +217,20 @@ class ARM(L.LightningModule):
         logps_S = self.model(batch)
         reward_S = implicit_rewards(self._loss, logps_S, batch["response"], batch.get("reference"))
         chosen_B, rejected_B = reward_S[batch["chosen"]], reward_S[batch["rejected"]]
-        loss_B = preference_loss(self._loss, chosen_B, rejected_B, self._beta)
+        beta_B = self.beta_O[batch["objective"]]
+        loss_B = preference_loss(self._loss, chosen_B, rejected_B, beta_B) * self.weights_of(batch["objective"])
         metrics = {
             "loss": loss_B.detach(),
-            **reward_metrics(chosen_B, rejected_B, self._beta),
+            **reward_metrics(chosen_B, rejected_B, beta_B),
             "logps/chosen": logps_S.detach()[batch["chosen"]],
             "logps/rejected": logps_S.detach()[batch["rejected"]],
             "pairs": torch.ones_like(loss_B),
         }
         return loss_B, metrics
+
+    def weights_of(self, objective_B: Tensor) -> Tensor:
+        """How much the loss of each pair counts: weight_B."""
+        return self.weight_O[objective_B]
 
     def _end_step(self) -> None:
         """Means over the pairs of the step, those of all its micro-batches and processes."""

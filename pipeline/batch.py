@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import UserError
-from pipeline.guidance import cut, draw, guided_logps, kl_divergence, normalised, random_stream, truncate
+from pipeline.guidance import cut, draw, entropy, guided_logps, kl_divergence, normalised, random_stream, truncate
 from pipeline.lanes import BASE, Backbone, Lanes
 from pipeline.store import digest
 
@@ -30,6 +30,7 @@ class Request:
     stop: tuple[str, ...] = ()  # texts that end a response; they and what follows are left out of it
     seed: int = 0
     sample: int = 0  # which of the prompt's responses at this point
+    gate: float = 0.0  # nats: where the base's next token has less entropy than that, the base goes on alone
 
     def __post_init__(self) -> None:
         """Refuse what would generate nonsense.
@@ -40,6 +41,7 @@ class Request:
         for name, right in (
             ("temperature", self.temperature >= 0), ("top_k", self.top_k >= 0), ("top_p", 0 < self.top_p <= 1),
             ("min_p", 0 <= self.min_p < 1), ("max_new_tokens", self.max_new_tokens >= 1), ("stop", all(self.stop)),
+            ("gate", self.gate >= 0),
         ):  # fmt: skip
             if not right:
                 raise UserError(f"a request's {name} is {getattr(self, name)!r}, which is out of its range.")
@@ -76,6 +78,7 @@ class Generation:
     logp: float  # under the law the tokens were drawn from
     logp_base: float  # under the base at temperature 1
     kl: float  # Σ_t KL(π ‖ π_base), the base at temperature 1
+    forwards: int | None = None  # positions computed by any model beyond the prompt; None: as many as lanes × tokens
 
 
 @dataclass
@@ -141,6 +144,8 @@ class Batch:
         self._alpha = {arm: self._tensor([request.arms.get(arm, 0.0) for request in asked]) for arm in self._arms}
         weights = [request.base_weight for request in asked]
         self._base_weight_B = None if all(weight == 1.0 for weight in weights) else self._tensor(weights)
+        gates = [request.gate for request in asked]
+        self._gate_B = self._tensor(gates) if any(gates) else None
         # A greedy row takes the likeliest token of the law at temperature 1, which is the likeliest at any.
         self._temperature_B = self._tensor([request.temperature or 1.0 for request in asked])
         self._top_k_B = torch.tensor(
@@ -160,7 +165,12 @@ class Batch:
             if lanes.rows:
                 lanes.step(self._last_B)
         base_BV, arms = self._logits()
-        logps_BV = guided_logps(base_BV, arms.values(), self._temperature_B, self._base_weight_B)
+        weight_B = self._base_weight_B
+        if self._gate_B is not None:
+            alone_B = entropy(base_BV) < self._gate_B
+            arms = {arm: (at, alpha.masked_fill(alone_B[at], 0.0), values) for arm, (at, alpha, values) in arms.items()}
+            weight_B = None if weight_B is None else weight_B.masked_fill(alone_B, 1.0)
+        logps_BV = guided_logps(base_BV, arms.values(), self._temperature_B, weight_B)
         if self._cutting is not None:
             at = self._cutting
             logps_BV[at] = truncate(logps_BV[at], self._top_k_B[at], self._top_p_B[at], self._min_p_B[at])

@@ -191,12 +191,26 @@ class Sweep(_Strict):
 
 
 @dataclass(frozen=True)
-class Policy(_Strict):
-    """Training-time alignment to compare with: DPO of a base, by a LoRA adapter like an ARM's."""
+class Rival(_Strict):
+    """A LoRA adapter of a base to compare ARMs with, trained on the same pairs.
 
-    beta: Positive = 0.1
+    `dpo`: the base as a policy tuned for the mix of objectives · `parm`: one ARM for all mixes · `reward_model`: a
+    scalar head that scores whole texts.
+    """
+
+    weights: Annotated[dict[str, Positive], Field(min_length=1)]  # how much the pairs of each objective count
+    kind: Literal["dpo", "parm", "reward_model"] = "dpo"
+    beta: Positive | None = 0.1  # null: each objective's own β_r
     lr: Positive = 1.0e-3
     epochs: Count = 1
+
+
+@dataclass(frozen=True)
+class Tune(_Strict):
+    """What is trained for comparison, on which bases."""
+
+    bases: tuple[str, ...] = ()  # empty: nothing
+    rivals: dict[str, Rival] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -206,7 +220,77 @@ class WeakToStrong(_Strict):
     weak: tuple[str, ...] = ()  # the model of the ARM, `arm.base`; empty: no such comparison
     bases: tuple[str, ...] = ()
     best_of: Count = 4  # samples of the base, of which the oracle picks one
-    policy: Policy = field(default_factory=Policy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Method(_Strict):
+    """What methods of a comparison have in common."""
+
+    strengths: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)  # what multiplies a point's weights: all
+    # points at the first; those of one objective at the others too, for reward against KL
+    prompts: Count | None = None  # only the first so many, where more would take too long
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenArm(_Method):
+    """ARMs guide the base."""
+
+    kind: Literal["genarm"]
+    form: Literal["plain", "log_ratio"] = "plain"
+    gate: NotNegative = 0.0  # nats: where the base's next token has less entropy, it goes on alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policies(_Method):
+    """Adapters of the base.
+
+    `mod` mixes the objectives' policies token by token, `morl` trained one for each mix, `soup` and `soup_factors`
+    merge the objectives' policies; `parm` is one ARM for all mixes and guides the base.
+    """
+
+    kind: Literal["mod", "morl", "soup", "soup_factors", "parm"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOf(_Method):
+    """The best of n samples by reward models."""
+
+    kind: Literal["best_of_n"]
+    n: Annotated[int, Field(ge=2)] = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates(_Method):
+    """Reward models value the base's likeliest next tokens, as they stand (`args`) or rolled out (`transfer_q`)."""
+
+    kind: Literal["args", "transfer_q"]
+    top_k: Annotated[int, Field(ge=2)] = 10
+    scale: Positive = 1.0  # of the rewards, which come in standard deviations
+    horizon: Annotated[int, Field(ge=0)] = 0  # tokens rolled out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segments(_Method):
+    """Reward models accept or refuse segments of the base's text (CARDS)."""
+
+    kind: Literal["cards"]
+    threshold: NotNegative = 3.0  # nats of entropy before whose token a segment ends
+    longest: Count = 16  # tokens of a segment
+    tries: Count = 4  # proposals of a segment
+    target: float = 1.0  # what the text as a whole should earn, in standard deviations of the rewards
+    softness: Positive = 0.3  # by how much less is still taken
+
+
+Method = Annotated[GenArm | Policies | BestOf | Candidates | Segments, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class Comparison(_Strict):
+    """GenARM beside other methods, at the weights of the sweep."""
+
+    bases: tuple[str, ...] = ()  # the one that is steered, `base`; empty: no such comparison
+    against: str = ""  # the method that the others' differences are from
+    methods: dict[str, Method] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -241,7 +325,9 @@ class Params(_Strict):
     trainer: Trainer
     decoding: Decoding
     sweep: Sweep
+    tune: Tune
     weak_to_strong: WeakToStrong
+    comparison: Comparison
     judge: Judge
     tracking: Tracking
 
@@ -262,9 +348,9 @@ class Workspace:
         """The folder of an objective's ARM: a PEFT adapter, or a model of its own."""
         return self.models / "arms" / objective
 
-    def policy(self, base: str, objective: str) -> Path:
-        """The folder of a base tuned for an objective: beside the ARMs, so that one folder is all that was trained."""
-        return self.models / "arms" / "policies" / base / objective
+    def rival(self, base: str, name: str) -> Path:
+        """The folder of what was trained for comparison: beside the ARMs, so that one folder is all there is."""
+        return self.models / "arms" / "rivals" / base / name
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
@@ -316,6 +402,8 @@ def _missing(node: Any, path: str = "") -> list[str]:
 
 def _sentence(fault: Any) -> str:
     path = [str(part) for part in fault["loc"]]
+    if path[:2] == ["comparison", "methods"] and len(path) > 3:
+        path = [*path[:3], *path[4:]]  # after a method's name pydantic names its kind
     where = ".".join(path)
     if fault["type"] == "unexpected_keyword_argument":
         close = get_close_matches(path[-1], _known_keys(path[:-1]), n=1, cutoff=0.0)
@@ -332,19 +420,24 @@ def _known_keys(path: list[str]) -> list[str]:
         if get_origin(kind) is dict:  # the part is the name of an entry, such as a point's
             kind = get_args(kind)[1]
             continue
-        kind = get_type_hints(kind)[part]
+        kind = get_type_hints(kind, include_extras=kind is Comparison)[part]
         kind = next(
             (option for option in get_args(kind) if is_dataclass(option) and get_origin(kind) is not dict), kind
         )
-    return [known.name for known in fields(kind)]
+    kinds = get_args(get_args(kind)[0]) if kind == Method else [kind]
+    return [known.name for one in kinds for known in fields(one)]
 
 
 def _check(params: Params, origin: str) -> None:
     """Refuse values that only contradict each other when seen together."""
     points, objectives = params.sweep.points, params.objectives
     named = {"base": params.base, "arm.base": params.arm.base, "data.sampler": params.data.sampler}
-    for key in ("weak_to_strong.bases", "fetch"):
-        listed = params.fetch if key == "fetch" else params.weak_to_strong.bases
+    lists = {
+        "weak_to_strong.bases": params.weak_to_strong.bases,
+        "tune.bases": params.tune.bases,
+        "fetch": params.fetch,
+    }
+    for key, listed in lists.items():
         named |= {f"{key}[{number}]": name for number, name in enumerate(listed)}
     for key, name in named.items():
         if name not in params.models:
@@ -352,19 +445,26 @@ def _check(params: Params, origin: str) -> None:
             raise UserError(f"{origin}: {key} {name} is no model: did you mean {close[0]}?")
         if name not in params.fetch:
             raise UserError(f"{origin}: {key} {name} is not among the models that fetch lists: add it there.")
-    if "arms" in params.models or "policies" in objectives:
-        raise UserError(f"{origin}: no model can be called arms and no objective policies: those are folders' names.")
+    if "arms" in params.models or "rivals" in objectives:
+        raise UserError(f"{origin}: no model can be called arms and no objective rivals: those are folders' names.")
     if params.weak_to_strong.weak not in ((), (params.arm.base,)):
         raise UserError(f"{origin}: weak_to_strong.weak must be the ARM's model: set it to [{params.arm.base}].")
+    compared = params.comparison
+    if compared.bases not in ((), (params.base,)):
+        raise UserError(f"{origin}: comparison.bases must be the base: set it to [{params.base}].")
+    if compared.bases and compared.against not in compared.methods:
+        raise UserError(
+            f"{origin}: comparison.against {compared.against} is no method: name one of {', '.join(compared.methods)}."
+        )
     if params.sweep.control not in points:
         raise UserError(f"{origin}: sweep.control {params.sweep.control} is no point: name one of {', '.join(points)}.")
-    for name, point in points.items():
-        for unknown in point.weights.keys() - objectives.keys():
+    weighted = {f"sweep.points.{name}": point.weights for name, point in points.items()}
+    weighted |= {f"tune.rivals.{name}": rival.weights for name, rival in params.tune.rivals.items()}
+    for key, weights in weighted.items():
+        for unknown in weights.keys() - objectives.keys():
             close = get_close_matches(unknown, objectives, n=1, cutoff=0.0)
-            raise UserError(
-                f"{origin}: sweep.points.{name}.weights names {unknown}, which is no objective:"
-                f" did you mean {close[0]}?"
-            )
+            raise UserError(f"{origin}: {key}.weights names {unknown}, which is no objective: did you mean {close[0]}?")
+    for name, point in points.items():
         if point.form != "plain" and not point.guided:
             raise UserError(f"{origin}: sweep.points.{name} has a form but no weights: give it some.")
     for name, objective in objectives.items():

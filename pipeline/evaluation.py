@@ -42,6 +42,8 @@ class HeldOut:
     length_matched: Share  # accuracy on pairs of equally long responses
     chosen_longer: Share  # how often a judge that only counts tokens would be right
     length_correlation: float | None  # Spearman's, of log π_r(y|x) with the number of tokens of y
+    reward_mean: float  # of what the loss compares, over the responses
+    reward_std: float
 
 
 def share(right: Sequence[bool], confidence: float) -> Share:
@@ -80,6 +82,8 @@ def held_out(
         share(right[like], confidence),
         share((difference > 0)[difference != 0], confidence),
         float(spearmanr(logps_S, lengths).statistic) if varied else None,
+        float(rewards.mean()) if len(rewards) else 0.0,
+        float(rewards.std()) if len(rewards) else 1.0,
     )
 
 

@@ -1,4 +1,4 @@
-"""A trained ARM as a folder of its own: a plain PEFT adapter or a whole model, with its card."""
+"""What was trained as a folder of its own: a plain PEFT adapter or a whole model, with its card."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -8,16 +8,44 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.arm import ResponseModel
+from pipeline.baselines.parm import ConditionedModel
+from pipeline.baselines.reward_model import RewardModel
+from pipeline.evaluation import HeldOut
 from pipeline.models import replacing_folder
 from pipeline.store import Row
 from pipeline.training import Job, Trained
 
+_KINDS = {  # what a folder holds: a title, a tag, and what it is for
+    "arm": (
+        "Autoregressive reward model", "reward-model",
+        "whose log-probabilities are token rewards for {aims} (GenARM, arXiv 2410.08193). Add α · log π_r of this "
+        "model to the log-probabilities of a base with the same tokenizer while decoding.",
+    ),
+    "dpo": ("Policy", "dpo", "tuned by DPO (arXiv 2305.18290) for {aims}: a policy, to be sampled from by itself."),
+    "parm": (
+        "Preference-aware autoregressive reward model", "reward-model",
+        "conditioned on the weights of {aims} (PARM, Lin et al. 2025): as loaded it is what it is at equal weights; "
+        "`pipeline.baselines.parm.adapter_at` writes it at others.",
+    ),
+    "reward_model": (
+        "Reward model", "reward-model",
+        "with a scalar head that scores whole texts for {aims} (Bradley–Terry): load it as a sequence classifier with "
+        "one label.",
+    ),
+}  # fmt: skip
 
-def save_arm(model: ResponseModel, tokenizer: PreTrainedTokenizerBase, folder: Path, base: str, card: str) -> None:
+
+def save(
+    model: ResponseModel, tokenizer: PreTrainedTokenizerBase, folder: Path, base: str, card: str, found: HeldOut
+) -> None:
     """Write safetensors, tokenizer and model card, whole or not at all; a whole model in its computing dtype."""
     trained: Any = model.model
     with replacing_folder(folder) as unfinished:
-        if isinstance(trained, PeftModel):
+        if isinstance(model, RewardModel):
+            model.write(unfinished, base, found.reward_mean, found.reward_std)
+        elif isinstance(model, ConditionedModel):
+            model.write(unfinished, base)
+        elif isinstance(trained, PeftModel):
             config: Any = trained.peft_config["default"]
             config.base_model_name_or_path = base
             config.target_modules = sorted(config.target_modules)  # a set otherwise, in another order in every process
@@ -28,8 +56,8 @@ def save_arm(model: ResponseModel, tokenizer: PreTrainedTokenizerBase, folder: P
         (unfinished / "README.md").write_text(card, encoding="utf-8")
 
 
-def metrics(trained: Trained, seconds: float) -> Row:
-    """metrics.json of a training run."""
+def metrics(trained: Trained, epochs: int, seconds: float) -> Row:
+    """metrics.json of a training run; tokens are those that training computed, prompts included, each time."""
     found, share = trained.held_out, trained.held_out.accuracy
     return {
         "accuracy": share.value, "ci_low": share.ci_low, "ci_high": share.ci_high, "pairs": share.pairs,
@@ -37,6 +65,7 @@ def metrics(trained: Trained, seconds: float) -> Row:
         "length_correlation": found.length_correlation,
         "dropped_pairs": {split: part.dropped for split, part in trained.splits.items()},
         "truncated_prompts": {split: part.truncated for split, part in trained.splits.items()},
+        "tokens": epochs * sum(map(len, trained.splits["train"].groups)),
         "padding": round(trained.padding, 4), "steps": trained.steps, "seconds": seconds,
     }  # fmt: skip
 
@@ -46,7 +75,8 @@ def model_card(job: Job, license_name: str, digests: dict[str, str], trained: Tr
     arm, loss, config, kept, found = job.arm, job.loss, job.trainer, trained.splits["train"], trained.held_out
     lora = arm.tuning == "lora"
     facts = {
-        "β": job.beta,
+        "β": ", ".join(f"{beta:g} ({name})" for name, (beta, _) in job.pulls.items()),
+        "pairs count": ", ".join(f"{weight:g} ({name})" for name, (_, weight) in job.pulls.items()),
         "loss": f"{loss.kind}, margin {loss.margin}, label smoothing {loss.label_smoothing}",
         "trained": f"LoRA, rank {arm.rank}, alpha {arm.lora_alpha}, {arm.targets}" if lora else "all weights",
         "learning rate": f"{config.lr}, {config.scheduler}, {config.epochs} epochs",
@@ -62,21 +92,17 @@ def model_card(job: Job, license_name: str, digests: dict[str, str], trained: Tr
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     made = f"{'A LoRA adapter' if lora else 'A descendant'} of `{job.start}`"
-    what = (
-        f"{made} tuned by DPO (arXiv 2305.18290) for **{job.objective}**: a policy, to be sampled from by itself."
-        if loss.kind == "dpo"
-        else f"{made} whose log-probabilities are token rewards for **{job.objective}** (GenARM, arXiv 2410.08193). "
-        "Add α · log π_r of this model to the log-probabilities of a base with the same tokenizer while decoding."
-    )
+    aims = " and ".join(f"**{name}**" for name in job.pulls)
+    title, tag, what = _KINDS[job.kind]
     return f"""---
 library_name: {"peft" if lora else "transformers"}
 base_model: {job.start}
 license: {license_name}
-tags: [genarm, {"dpo" if loss.kind == "dpo" else "reward-model"}{", lora" if lora else ""}]
+tags: [genarm, {tag}{", lora" if lora else ""}]
 ---
-# {"Policy" if loss.kind == "dpo" else "Autoregressive reward model"}: {job.objective}
+# {title}: {job.name}
 
-{what}
+{made} {what.format(aims=aims)}
 
 | | |
 |---|---|

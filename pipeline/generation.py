@@ -1,10 +1,10 @@
 """Prompts × points to rows, resumable: finished rows come from the store, the others from the decoder."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -58,9 +58,9 @@ def point_weights(point: Point, params: Params, base: str) -> dict[str, float]:
     return weights
 
 
-def policy_lane(objective: str) -> str:
-    """The lane of the base tuned for an objective."""
-    return f"policy/{objective}"
+def policy_lane(rival: str) -> str:
+    """The lane of an adapter of the base that was tuned for comparison; for one objective it has that one's name."""
+    return f"policy/{rival}"
 
 
 def point_temperature(point: Point, params: Params) -> float:
@@ -76,7 +76,12 @@ def generate_sweep(params: Params, workspace: Workspace, base: str, prompts: Seq
 
 
 def generate_stored(
-    requests: Sequence[Request], params: Params, workspace: Workspace, base: str, title: str
+    requests: Sequence[Request],
+    params: Params,
+    workspace: Workspace,
+    base: str,
+    title: str,
+    adapters: Mapping[str, Path] | None = None,
 ) -> list[Row]:
     """The rows of the requests, in their order; what the store lacks is generated and kept there, chunk by chunk.
 
@@ -89,23 +94,57 @@ def generate_stored(
         workspace: where models and store are.
         base: the model that is steered.
         title: of the progress bar, and of the store's file.
+        adapters: further adapters of the base, by lane.
     """
     device = resolve_device(params.decoding.device)
     used = {name for request in requests for name in request.arms}
-    models = Served(params, workspace, base, used)
+    models = Served(params, workspace, base, used, adapters)
     origin, lanes = [_VERSION, *models.strong.identity(device)], models.identities(device)
 
     def key(request: Request) -> str:
         law = {name: [weight, lanes.get(name)] for name, weight in request.law.items()}
-        return digest([*origin, asdict(request) | {"weights": law}])
+        return digest([*origin, request_key(request) | {"weights": law}])
 
+    def decoder() -> GuidedDecoder:
+        return models.decoder(params.decoding.device, params.decoding.batch_size)
+
+    return stored(requests, [key(request) for request in requests], decoder, workspace, title)
+
+
+def request_key(request: Request) -> dict[str, Any]:
+    """What a request says, as a JSON value."""
+    said = asdict(request)
+    return said if request.gate else {name: value for name, value in said.items() if name != "gate"}
+
+
+class Decoder(Protocol):
+    """What turns requests into generations: `GuidedDecoder`, and the searches it is compared with."""
+
+    def plan(self, requests: Sequence[Request]) -> list[list[int]]:
+        """The chunks it works off one after the other, as indices into the requests."""
+
+    def generate(self, requests: Sequence[Request], progress: str | None = None) -> Iterator[tuple[int, Generation]]:
+        """Yield (index, generation) as rows finish."""
+
+
+def stored(
+    requests: Sequence[Request], keys: Sequence[str], load: Callable[[], Decoder], workspace: Workspace, title: str
+) -> list[Row]:
+    """The rows of the requests, from the store or from a decoder that is loaded only if the store lacks some.
+
+    Args:
+        requests: what to generate.
+        keys: per request, a digest of all that determines its row.
+        load: the decoder.
+        workspace: where the store is.
+        title: of the progress bar, and of the store's file.
+    """
     store = RowStore(workspace.scratch / "store" / f"{title}.jsonl")
-    keys = [key(request) for request in requests]
     first = {wanted: index for index, wanted in reversed(list(enumerate(keys)))}  # equal requests are one row
     todo = [index for index, wanted in enumerate(keys) if wanted not in store and first[wanted] == index]
     print(f"{title}: {len(first) - len(todo)} of {len(first)} rows are in the store already")
     if todo:
-        decoder = models.decoder(params.decoding.device, params.decoding.batch_size)
+        decoder = load()
         asked = [requests[index] for index in todo]
         chunks, finished = decoder.plan(asked), decoder.generate(asked, progress=title)
         for chunk in chunks:
@@ -126,23 +165,24 @@ class Served:
         workspace: where the models are.
         base: the model that is steered.
         used: the lanes that any row asks for.
+        adapters: further adapters of the base, by lane.
     """
 
-    def __init__(self, params: Params, workspace: Workspace, base: str, used: Collection[str]) -> None:
+    def __init__(
+        self, params: Params, workspace: Workspace, base: str, used: Collection[str],
+        adapters: Mapping[str, Path] | None = None,
+    ) -> None:  # fmt: skip
         self._params, self._workspace, self._base, self._used = params, workspace, base, used
         self.strong = Source.of(params, workspace, base)
         self.arms = {name: workspace.arm(name) for name in params.objectives if name in used}
-        self.policies = {
-            policy_lane(name): workspace.policy(base, name) for name in params.objectives if policy_lane(name) in used
-        }
+        known = {policy_lane(name): workspace.rival(base, name) for name in params.tune.rivals} | dict(adapters or {})
+        self.policies = {lane: folder for lane, folder in known.items() if lane in used}
         another = params.arm.base != base and (self.arms or REFERENCE in used)
         self.weak = Source.of(params, workspace, params.arm.base) if another else None
 
     def identities(self, device: torch.device) -> dict[str, Any]:
         """Per lane, all that its log-probabilities depend on beside the base."""
-        found: dict[str, Any] = {
-            name: _folder_digest(folder) for name, folder in {**self.arms, **self.policies}.items()
-        }
+        found: dict[str, Any] = {name: folder_digest(folder) for name, folder in {**self.arms, **self.policies}.items()}
         if self.weak is not None:
             weak = self.weak.identity(device)
             found |= {REFERENCE: weak} | {name: [found[name], *weak] for name in self.arms}
@@ -163,13 +203,13 @@ class Served:
         )  # fmt: skip
 
 
-def _folder_digest(folder: Path) -> str:
+def folder_digest(folder: Path) -> str:
     """All of an ARM's folder that its log-probabilities depend on."""
     return file_digest(*sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")]))
 
 
 def _row(request: Request, generation: Generation) -> Row:
-    return {
+    row = {
         "prompt": request.prompt,
         "response": generation.text,
         "prompt_tokens": generation.prompt_tokens,
@@ -182,3 +222,4 @@ def _row(request: Request, generation: Generation) -> Row:
         "seed": request.seed,
         "stream": request.stream,
     }
+    return row if generation.forwards is None else {**row, "forwards": generation.forwards}

@@ -81,6 +81,12 @@ def kl_divergence(logps_BV: Tensor, reference_logps_BV: Tensor) -> Tensor:
     return torch.linalg.vecdot(logps_BV.exp(), (logps_BV - reference_logps_BV).clamp_min_(_LOWEST))
 
 
+def entropy(logits_BV: Tensor) -> Tensor:
+    """Entropy of each row's next-token law, in nats: entropy_B."""
+    logps_BV = normalised(logits_BV)
+    return -torch.linalg.vecdot(logps_BV.exp(), logps_BV.clamp_min(_LOWEST))
+
+
 def random_stream(key: str, length: int) -> np.ndarray:
     """The uniforms in [0, 1) that draw one row's tokens, fixed by a 32-digit hex key alone.
 

@@ -101,14 +101,14 @@ def length_normalised(logps_S: Tensor, response_N: Tensor) -> Tensor:
 
 
 def arm_loss(
-    chosen_B: Tensor, rejected_B: Tensor, beta: float, margin: float = 0.0, label_smoothing: float = 0.0
+    chosen_B: Tensor, rejected_B: Tensor, beta: Tensor | float, margin: float = 0.0, label_smoothing: float = 0.0
 ) -> Tensor:
     """−log σ(β_r · [log π_r(y_w|x) − log π_r(y_l|x)]) per pair: loss_B (GenARM, ARM training objective).
 
     Args:
         chosen_B, rejected_B: summed log-probabilities. Averaged ones make this the loss of SimPO (with `margin` γ),
             log-ratios to a reference that of DPO (arXiv 2305.18290, equation 7).
-        beta: β_r.
+        beta: β_r, of all pairs or of each.
         margin: γ in −log σ(β_r · Δ − γ).
         label_smoothing: ε in −(1 − ε) · log σ(z) − ε · log σ(−z), z = β_r · Δ − γ (conservative DPO).
     """
@@ -116,7 +116,7 @@ def arm_loss(
     return -(1 - label_smoothing) * F.logsigmoid(logits_B) - label_smoothing * F.logsigmoid(-logits_B)
 
 
-def hinge_loss(chosen_B: Tensor, rejected_B: Tensor, beta: float, margin: float = 0.0) -> Tensor:
+def hinge_loss(chosen_B: Tensor, rejected_B: Tensor, beta: Tensor | float, margin: float = 0.0) -> Tensor:
     """max(0, 1 − (β · [chosen − rejected] − γ)) per pair: loss_B (SLiC, arXiv 2305.10425)."""
     return torch.relu(1 + margin - beta * (chosen_B - rejected_B))
 
@@ -134,14 +134,14 @@ def implicit_rewards(loss: Loss, logps_S: Tensor, response_N: Tensor, reference_
     return logps_S
 
 
-def preference_loss(loss: Loss, chosen_B: Tensor, rejected_B: Tensor, beta: float) -> Tensor:
+def preference_loss(loss: Loss, chosen_B: Tensor, rejected_B: Tensor, beta: Tensor | float) -> Tensor:
     """The configured loss of implicit rewards: loss_B."""
     if loss.kind == "hinge":
         return hinge_loss(chosen_B, rejected_B, beta, loss.margin)
     return arm_loss(chosen_B, rejected_B, beta, loss.margin, loss.label_smoothing)
 
 
-def reward_metrics(chosen_B: Tensor, rejected_B: Tensor, beta: float) -> dict[str, Tensor]:
+def reward_metrics(chosen_B: Tensor, rejected_B: Tensor, beta: Tensor | float) -> dict[str, Tensor]:
     """Values per pair [B] under TRL's names; a reward is β times the implicit reward, as in its trainers."""
     chosen, rejected = beta * chosen_B.detach(), beta * rejected_B.detach()
     return {

@@ -29,6 +29,7 @@ class PromptGroup:
     prompt: list[int]
     responses: list[list[int]]
     pairs: list[tuple[int, int]]  # (chosen, rejected) as places in `responses`
+    objectives: list[int] = field(default_factory=list)  # of each pair, numbered; none: all pairs are of the first
     reference: list[float] | None = None  # log π_ref of each response, where the loss compares with it
 
     def __len__(self) -> int:
@@ -77,6 +78,7 @@ def tokenise(pairs: Sequence[Row], prompter: Prompter, max_length: int, origin: 
                 places[ids] = len(group.responses)
                 group.responses.append(list(ids))
         group.pairs.append((places[chosen], places[rejected]))
+        group.objectives.append(pair.get("objective", 0))
     if not found.groups:
         what = f"no pair fits into {max_length} tokens: raise trainer.max_length" if pairs else "there is no pair"
         raise UserError(f"{origin}: {what}.")
@@ -100,14 +102,16 @@ def collate(groups: Sequence[PromptGroup], pad: int) -> dict[str, Tensor]:
         ids, positions, segments [B, T]: a segment is 0 in the prompt, 1, 2, … in the responses, -1 in padding.
         row, column, label, response [N]: for each response token the row and column that predict it, itself, and the
         response it belongs to.
-        chosen, rejected [pairs]: places among all responses of the batch.
+        last [S, 2]: row and column of each response's last token.
+        chosen, rejected, objective [pairs]: places among all responses of the batch, and what the pair is about.
         reference [S]: log-probabilities of the responses under the reference, if the groups carry them.
     """
     shape = len(groups), max(map(len, groups))
     ids, positions = torch.full(shape, pad), torch.zeros(shape, dtype=torch.long)
     segments = torch.full(shape, -1)
     targets: list[tuple[int, int, int, int]] = []
-    chosen, rejected, first = [], [], 0
+    last: list[tuple[int, int]] = []
+    chosen, rejected, objectives, first = [], [], [], 0
     for row, group in enumerate(groups):
         length = column = len(group.prompt)
         ids[row, :length], segments[row, :length] = torch.tensor(group.prompt), 0
@@ -118,14 +122,16 @@ def collate(groups: Sequence[PromptGroup], pad: int) -> dict[str, Tensor]:
             positions[row, column:stop] = torch.arange(length, length + len(tokens))
             predicting = [length - 1, *range(column, stop - 1)]
             targets += [(row, at, token, first + number) for at, token in zip(predicting, tokens, strict=True)]
+            last.append((row, stop - 1))
             column = stop
+        objectives += group.objectives or [0] * len(group.pairs)
         chosen += [first + better for better, _ in group.pairs]
         rejected += [first + worse for _, worse in group.pairs]
         first += len(group.responses)
     named = zip(("row", "column", "label", "response"), torch.tensor(targets).unbind(1), strict=True)
     batch = {
-        "ids": ids, "positions": positions, "segments": segments, **dict(named),
-        "chosen": torch.tensor(chosen), "rejected": torch.tensor(rejected),
+        "ids": ids, "positions": positions, "segments": segments, **dict(named), "last": torch.tensor(last),
+        "chosen": torch.tensor(chosen), "rejected": torch.tensor(rejected), "objective": torch.tensor(objectives),
     }  # fmt: skip
     if all(group.reference is not None for group in groups):
         batch["reference"] = torch.tensor([logp for group in groups for logp in group.reference or []])

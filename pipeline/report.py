@@ -1,7 +1,7 @@
 """Figures, the terminal table and the self-contained HTML report."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -16,13 +16,13 @@ from rich.table import Table
 from pipeline.config import Params
 from pipeline.store import Row, replacing
 
-_INK, _GUIDED, _CONTROL = "#1f2a37", "#0b6e99", "#c2540a"
+INK, _GUIDED, _CONTROL = "#1f2a37", "#0b6e99", "#c2540a"
 _SERIES = ("#0b6e99", "#c2540a", "#3f7d20", "#7a3e9d", "#8a6d00")
 _SAMPLES = 12  # prompts shown side by side
 _WINDOW = 5  # training steps averaged in a curve
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
+def save(figure: plt.Figure, path: Path) -> None:
     """Write a PNG under its name only when it is complete; no date or version inside, so equal figures are equal."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial.png")
@@ -34,9 +34,10 @@ def _save(figure: plt.Figure, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _axes(axes: plt.Axes, x_label: str, y_label: str) -> None:
-    axes.set_xlabel(x_label, color=_INK)
-    axes.set_ylabel(y_label, color=_INK)
+def label_axes(axes: plt.Axes, x_label: str, y_label: str) -> None:
+    """What the axes show, on a light grid."""
+    axes.set_xlabel(x_label, color=INK)
+    axes.set_ylabel(y_label, color=INK)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -64,14 +65,14 @@ def draw_front(front: pd.DataFrame, objectives: Sequence[str], control: str, pat
             )  # fmt: skip
             axes.annotate(
                 _label(line, objectives), (line[columns[0]], line[columns[1]]), xytext=(7, -13 if place % 2 else 7),
-                textcoords="offset points", fontsize=8, color=_INK,
+                textcoords="offset points", fontsize=8, color=INK,
             )  # fmt: skip
-        _axes(axes, x, y if y in objectives else "KL to the base, nats per response")
+        label_axes(axes, x, y if y in objectives else "KL to the base, nats per response")
     panels[0][0].set_title(
         f"{front.base[0]}: circles are weight vectors, squares the base ({control} = control);\nfilled: on the front",
-        fontsize=9, loc="left", color=_INK,
+        fontsize=9, loc="left", color=INK,
     )  # fmt: skip
-    _save(figure, path)
+    save(figure, path)
 
 
 def _label(line: pd.Series, objectives: Sequence[str]) -> str:
@@ -111,10 +112,10 @@ def draw_curves(curves: pd.DataFrame, path: Path) -> None:
             train, held_out = mine[mine.phase == "train"], mine[mine.phase == "eval"]
             axes.plot(train.step, train[column], color=colour, lw=1.4, label=objective)
             axes.plot(held_out.step, held_out[column], "o", color=colour, ms=6)
-    _axes(panels[0], "step", "ARM loss")
-    _axes(panels[1], "step", "pair accuracy")
+    label_axes(panels[0], "step", "ARM loss")
+    label_axes(panels[1], "step", "pair accuracy")
     panels[0].legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def sample_table(scored: pd.DataFrame, points: Sequence[str]) -> list[Row]:
@@ -194,14 +195,14 @@ def draw_ladder(table: pd.DataFrame, objective: str, path: Path) -> None:
                 for _, line in part.iterrows():
                     axes.annotate(
                         f"α = {line.alpha:g}", (line.kl, line[f"reward_{objective}"]), xytext=(7, -12),
-                        textcoords="offset points", fontsize=8, color=_INK,
+                        textcoords="offset points", fontsize=8, color=INK,
                     )  # fmt: skip
-        axes.set_title(base, fontsize=10, loc="left", color=_INK)
-        _axes(axes, "KL to the base, nats per response", objective if base == bases[0] else "")
+        axes.set_title(base, fontsize=10, loc="left", color=INK)
+        label_axes(axes, "KL to the base, nats per response", objective if base == bases[0] else "")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", ncol=len(labels), frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 0.93))
-    _save(figure, path)
+    save(figure, path)
 
 
 def write_ladder_html(
@@ -227,6 +228,44 @@ def write_ladder_html(
         "picture": _embedded(picture),
     }  # fmt: skip
     _write_page("weak_to_strong.html.j2", values, path)
+
+
+def write_comparison_html(
+    params: Params, tables: Mapping[str, pd.DataFrame], rows: pd.DataFrame, pictures: Path, path: Path
+) -> None:
+    """The comparison's page: what is compared, figures, tables and samples.
+
+    Args:
+        tables: table, fronts, matched and wins, as in the files of those names.
+        rows: all scored rows, with `line`.
+        pictures: the folder of the figures.
+        path: of the page.
+    """
+    points = rows.assign(point=rows.line)
+    everywhere = points[
+        points.prompt.isin(set.intersection(*(set(part.prompt) for _, part in points.groupby("point"))))
+    ]
+    shown = {name: found.astype(object).where(found.notna(), None).to_dict("records") for name, found in tables.items()}
+    values = {
+        "params": params, "objectives": list(params.objectives), "prompts": rows.prompt.nunique(), **shown,
+        "methods": list(params.comparison.methods), "against": params.comparison.against,
+        "won": {(line["method"], line["other"]): line for line in shown["wins"]},
+        "texts": sample_table(everywhere, list(points.point.unique())),
+        "pictures": {name: _embedded(pictures / f"{name}.png") for name in ("fronts", "reward_kl")},
+    }  # fmt: skip
+    _write_page("comparison.html.j2", values, path)
+
+
+def print_comparison(fronts: pd.DataFrame) -> None:
+    """fronts.csv in the terminal, best first."""
+    shown = Table(title="Hypervolume of every method, its difference [interval], and mean inner product")
+    for column in ("method", "hypervolume", "difference", "MIP", "prompts"):
+        shown.add_column(column, justify="left" if column == "method" else "right")
+    for line in fronts.sort_values("hypervolume", ascending=False).to_dict("records"):
+        difference = f"{line['delta_hv']:+.3f} [{line['delta_ci_low']:+.3f}, {line['delta_ci_high']:+.3f}]"
+        mip = f"{line['mip']:.3f}" if pd.notna(line["mip"]) else ""
+        shown.add_row(line["method"], f"{line['hypervolume']:.3f}", difference, mip, str(line["prompts"]))
+    Console().print(shown)
 
 
 def print_front(front: pd.DataFrame, objectives: Sequence[str], metrics: Row) -> None:

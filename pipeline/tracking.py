@@ -48,16 +48,16 @@ def training_logger(params: Params, job: Job, stage: str, workspace: Workspace) 
         yield False
         return
     config = {
-        "objective": job.objective,
+        "objectives": {name: {"beta": beta, "weight": weight} for name, (beta, weight) in job.pulls.items()},
+        "kind": job.kind,
         "base": job.start,
-        "beta": job.beta,
         "seed": job.seed,
         "arm": asdict(job.arm),
         "loss": asdict(job.loss),
         "trainer": asdict(job.trainer),
     }
     shared = _settings(params, workspace)
-    run = wandb.init(**shared, name=f"{stage}-{job.objective}", job_type=stage, config=config)
+    run = wandb.init(**shared, name=f"{stage}-{job.name}", job_type=stage, config=config)
     try:
         yield WandbLogger(experiment=run, log_model=False)
     finally:

@@ -1,22 +1,26 @@
 """One training run of an ARM, from its pairs to its best weights, on one device or many."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import ModelParallelStrategy
+from peft import PeftModel
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from pipeline import models, plan
 from pipeline.arm import ARM, ResponseModel, trainable
+from pipeline.baselines.parm import ConditionedARM, ConditionedModel
+from pipeline.baselines.reward_model import RewardModel
 from pipeline.checkpoints import RollingCheckpoint, load_trained, newest_checkpoint
 from pipeline.config import Arm, Loss, Params, Trainer, UserError, Workspace
 from pipeline.evaluation import HeldOut, evaluate
@@ -31,12 +35,13 @@ from pipeline.store import Row, digest
 class Job:
     """What is to be trained, and how."""
 
-    objective: str
+    name: str  # of an ARM its objective's
+    kind: Literal["arm", "dpo", "parm", "reward_model"]
+    pulls: Mapping[str, tuple[float, float]]  # for each objective that pairs are of: β, and how much the pairs count
     start: str  # the name of the model that it starts from
     source: Source  # that model
     arm: Arm
     loss: Loss
-    beta: float
     trainer: Trainer
     seed: int
     confidence: float  # of the intervals of held-out accuracies
@@ -47,24 +52,32 @@ class Job:
         source = Source.of(params, workspace, params.arm.base)
         if params.arm.quantisation is not None:
             source = replace(source, quantisation=params.arm.quantisation)
-        beta, confidence = params.objectives[objective].beta, params.judge.confidence
+        pulls = {objective: (params.objectives[objective].beta, 1.0)}
         return cls(
-            objective, params.arm.base, source, params.arm, params.loss, beta, params.trainer, params.seed, confidence
-        )
+            objective, "arm", pulls, params.arm.base, source, params.arm, params.loss, params.trainer, params.seed,
+            params.judge.confidence,
+        )  # fmt: skip
 
     @classmethod
-    def of_policy(cls, params: Params, workspace: Workspace, objective: str, base: str) -> "Job":
-        """DPO of a base for an objective, by a LoRA adapter."""
-        policy = params.weak_to_strong.policy
-        return replace(
-            cls.of(params, workspace, objective),
-            start=base,
-            source=Source.of(params, workspace, base),
-            arm=replace(params.arm, base=base, tuning="lora", quantisation=None),
-            loss=Loss(kind="dpo"),
-            beta=policy.beta,
-            trainer=replace(params.trainer, lr=policy.lr, epochs=policy.epochs),
-        )
+    def of_rival(cls, params: Params, workspace: Workspace, base: str, name: str) -> "Job":
+        """What `tune.rivals` says of that name, on a base."""
+        rival = params.tune.rivals[name]
+        pulls = {
+            objective: (params.objectives[objective].beta if rival.beta is None else rival.beta, weight)
+            for objective, weight in rival.weights.items()
+        }
+        arm = replace(params.arm, base=base, tuning="lora", quantisation=None)
+        trainer = replace(params.trainer, lr=rival.lr, epochs=rival.epochs)
+        return cls(
+            name, rival.kind, pulls, base, Source.of(params, workspace, base), arm,
+            Loss(kind="dpo" if rival.kind == "dpo" else "arm"), trainer, params.seed, params.judge.confidence,
+        )  # fmt: skip
+
+    def model(self, loaded: PreTrainedModel | PeftModel, dtype: torch.dtype) -> ResponseModel:
+        """What is trained, of a model that `trainable` made ready."""
+        if self.kind == "parm":
+            return ConditionedModel(loaded, dtype, tuple(self.pulls))
+        return RewardModel(loaded, dtype) if self.kind == "reward_model" else ResponseModel(loaded, dtype)
 
 
 @dataclass(frozen=True)
@@ -85,7 +98,7 @@ def train(job: Job, rows: Sequence[Row], identity: str, scratch: Path, logger: L
 
     Args:
         job: what is trained.
-        rows: pairs with their split.
+        rows: pairs with their split, and the place of their objective in `job.pulls` where there are several.
         identity: digest of the model it starts from and the pairs.
         scratch: the folder that checkpoints and references survive in.
         logger: Lightning's.
@@ -112,7 +125,7 @@ def train(job: Job, rows: Sequence[Row], identity: str, scratch: Path, logger: L
 
     def untrained(master: torch.dtype, place: torch.device) -> ResponseModel:
         loaded = models.load_model(source.folder, master, place, source.quantisation)
-        return ResponseModel(trainable(loaded, arm, job.seed, device, config.gradient_checkpointing), dtype)
+        return job.model(trainable(loaded, arm, job.seed, device, config.gradient_checkpointing), dtype)
 
     # What is sharded goes to its devices layer by layer: no device ever holds the whole of it.
     model = untrained(master, torch.device("cpu") if sharded else device)
@@ -122,9 +135,7 @@ def train(job: Job, rows: Sequence[Row], identity: str, scratch: Path, logger: L
     limits = config.max_length, reach.max_position_embeddings, getattr(reach, "sliding_window", None)
     max_length = min(limit for limit in limits if limit)
     splits = {
-        split: tokenise(
-            [row for row in rows if row["split"] == split], prompter, max_length, f"{job.objective}, {split}"
-        )
+        split: tokenise([row for row in rows if row["split"] == split], prompter, max_length, f"{job.name}, {split}")
         for split in SPLITS
     }
     size, computing = config.micro_batch_size or config.batch_size, [str(master), str(dtype), source.quantisation]
@@ -133,11 +144,13 @@ def train(job: Job, rows: Sequence[Row], identity: str, scratch: Path, logger: L
             key, store = digest([identity, computing]), scratch / "store"
             attach_reference(model, split.groups, key, store, size, prompter.eos)
     groups = splits["train"].groups
-    module = ARM(model, job.beta, job.loss, config, optimizer_steps(groups, config), job.seed)
-    run = [identity, computing, source.template, job.beta, *map(str, (arm, job.loss, config)), job.seed]
+    kind = ConditionedARM if job.kind == "parm" else ARM
+    pulls = balanced(list(job.pulls.values()), groups)
+    module = kind(model, pulls, job.loss, config, optimizer_steps(groups, config), job.seed)
+    run = [identity, computing, source.template, job.kind, pulls, *map(str, (arm, job.loss, config)), job.seed]
     own = digest([*run, _world_size(config, device)])
     validation, test = (eval_loader(splits[split].groups, size, prompter.eos) for split in ("validation", "test"))
-    checkpoints = scratch / "train" / f"{job.objective}-{own}"
+    checkpoints = scratch / "train" / f"{job.name}-{own}"
     trainer, best = fit(module, groups, validation, config, checkpoints, logger, job.seed, prompter.eos, device)
     if not trainer.is_global_zero:
         return None
@@ -146,6 +159,16 @@ def train(job: Job, rows: Sequence[Row], identity: str, scratch: Path, logger: L
     load_trained(module, best)
     found = evaluate(model, job.loss, test, device, job.confidence)
     return Trained(model, module.history, module.padding, found, splits, trainer.global_step, checkpoints)
+
+
+def balanced(pulls: Sequence[tuple[float, float]], groups: Sequence[PromptGroup]) -> list[tuple[float, float]]:
+    """β and weight of each objective's pairs.
+
+    Objectives count by their weights and not by how many pairs they have; pairs have weight 1 on average.
+    """
+    counts = Counter(objective for group in groups for objective in group.objectives or [0] * len(group.pairs))
+    share = sum(counts.values()) / sum(weight for _, weight in pulls)
+    return [(beta, weight * share / max(1, counts[place])) for place, (beta, weight) in enumerate(pulls)]
 
 
 def optimizer_steps(groups: Sequence[PromptGroup], config: Trainer) -> int:

@@ -30,13 +30,13 @@ def changed(tiny, arm):
 def test_an_arm_folder_is_what_others_load_with_a_card(tiny, smoke_params, prompter, workspace, tmp_path, tuning):
     arm = Arm("tiny", tuning, targets="all-linear")
     model, params = changed(tiny, arm), dataclasses.replace(smoke_params, arm=arm)
-    held_out = HeldOut(*(share([True, True, False], 0.95) for _ in range(3)), None)
+    held_out = HeldOut(*(share([True, True, False], 0.95) for _ in range(3)), None, 0.0, 1.0)
     splits = {"train": Tokenised([PromptGroup([5], [[1], [2]], [(0, 1)])])}
     trained = Trained(model, [], 0.0, held_out, splits, 1, tmp_path)
     card = export.model_card(Job.of(params, workspace, "positivity"), "mit", {"pairs digest": "abc"}, trained)
     with torch.no_grad():
         wanted = model(BATCH)
-    export.save_arm(model, prompter.tokenizer, tmp_path / "arm", "tiny", card)
+    export.save(model, prompter.tokenizer, tmp_path / "arm", "tiny", card, held_out)
     text = (tmp_path / "arm" / "README.md").read_text(encoding="utf-8")
     library = "peft" if tuning == "lora" else "transformers"
     assert all(

@@ -41,7 +41,7 @@ def curve(folder: Path) -> list[dict[str, str]]:
     groups = random_groups(10, 0)
     model = trainable(tiny_model(500).requires_grad_(False).eval(), Arm("tiny", targets="all-linear"), 0, CPU)
     steps = training.optimizer_steps(groups, CONFIG)
-    module = ARM(ResponseModel(model, torch.float32), 0.1, Loss(), CONFIG, steps, 0)
+    module = ARM(ResponseModel(model, torch.float32), [(0.1, 1.0)], Loss(), CONFIG, steps, 0)
     validation = training.eval_loader(random_groups(3, 1), 2, 0)
     training.fit(module, groups, validation, CONFIG, folder, False, 0, 0, CPU)
     return [{name: str(row[name]) for name in COLUMNS} for row in module.history]

@@ -31,7 +31,7 @@ def groups(prompter):
 def new_module(tiny, smoke_params, dropout=0.1, config=CONFIG, beta=0.1, loss=ARM_LOSS, tuning="lora"):
     arm = dataclasses.replace(smoke_params.arm, dropout=dropout, tuning=tuning)
     model = trainable(models.load_model(tiny, torch.float32, CPU), arm, 0, CPU, config.gradient_checkpointing)
-    return ARM(ResponseModel(model, torch.float32), beta, loss, config, 4 * config.epochs, 0)
+    return ARM(ResponseModel(model, torch.float32), [(beta, 1.0)], loss, config, 4 * config.epochs, 0)
 
 
 def fit(module, groups, folder, config=CONFIG):

@@ -25,9 +25,9 @@ def run(params: Params, workspace: Workspace, objective: str) -> None:
 def produce(params: Params, workspace: Workspace, job: Job, stage: str, folder: Path, out: Path) -> None:
     """Train a job on its objective's pairs; write the model to `folder`, metrics and curve to `out`."""
     started = time.monotonic()
-    pairs_file = workspace.results / "prepare" / "pairs" / f"{job.objective}.jsonl"
-    rows = [row for _, row in read_jsonl(pairs_file)]
-    digests = {"base digest": models.model_digest(job.source.folder), "pairs digest": file_digest(pairs_file)}
+    files = [workspace.results / "prepare" / "pairs" / f"{objective}.jsonl" for objective in job.pulls]
+    rows = [{**row, "objective": place} for place, file in enumerate(files) for _, row in read_jsonl(file)]
+    digests = {"base digest": models.model_digest(job.source.folder), "pairs digest": file_digest(*files)}
     with tracking.training_logger(params, job, stage, workspace) as logger:
         trained = training.train(job, rows, digest(digests), workspace.scratch, logger)
     if trained is None:  # another process writes
@@ -35,8 +35,8 @@ def produce(params: Params, workspace: Workspace, job: Job, stage: str, folder: 
     with replacing(out / "curve.csv") as stream:
         pd.DataFrame(trained.history).to_csv(stream, index=False)
     card = export.model_card(job, params.models[job.start].license, digests, trained)
-    export.save_arm(trained.model, job.source.prompter().tokenizer, folder, job.start, card)
-    write_json(out / "metrics.json", export.metrics(trained, round(time.monotonic() - started, 1)))
+    export.save(trained.model, job.source.prompter().tokenizer, folder, job.start, card, trained.held_out)
+    write_json(out / "metrics.json", export.metrics(trained, job.trainer.epochs, round(time.monotonic() - started, 1)))
     shutil.rmtree(trained.checkpoints, ignore_errors=True)
     print(f"{stage}: {out.name}: {trained.held_out.accuracy} after {trained.steps} steps")
 

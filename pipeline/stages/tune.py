@@ -1,18 +1,19 @@
-"""tune: what guidance saves, done for comparison: a base tuned for an objective (DPO), models/policies/<base>/."""
+"""tune: what ARMs are compared with, trained on the same pairs: an adapter of a base, models/arms/rivals/<base>/."""
 
 import sys
 
-from pipeline.config import Params, Workspace
+from pipeline.config import Params, UserError, Workspace
 from pipeline.stages import main
 from pipeline.stages.train import produce
 from pipeline.training import Job
 
 
-def run(params: Params, workspace: Workspace, base: str, objective: str) -> None:
-    """Tune one base for one objective; write its adapter and results/tune/<base>/<objective>/."""
-    job = Job.of_policy(params, workspace, objective, base)
-    out = workspace.results / "tune" / base / objective
-    produce(params, workspace, job, "tune", workspace.policy(base, objective), out)
+def run(params: Params, workspace: Workspace, base: str, rival: str) -> None:
+    """Train one rival on one base; write its adapter and results/tune/<base>/<rival>/."""
+    if rival not in params.tune.rivals:
+        raise UserError(f"there is no rival {rival}: choose one of {', '.join(params.tune.rivals) or 'none'}.")
+    job = Job.of_rival(params, workspace, base, rival)
+    produce(params, workspace, job, "tune", workspace.rival(base, rival), workspace.results / "tune" / base / rival)
 
 
 if __name__ == "__main__":

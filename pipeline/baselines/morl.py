@@ -1,0 +1,29 @@
+"""MORL by DPO: for each mix of objectives one policy, trained on the pairs of all of them, each weighing its share.
+
+The scalarised loss Σ_i w_i L_DPO,i (the DPO loss-weighting baseline of MODPO, Zhou et al. 2024).
+"""
+
+from pipeline.baselines import Law, Mix, Place
+from pipeline.config import UserError
+from pipeline.generation import policy_lane
+from pipeline.lanes import BASE
+
+
+def law(mix: Mix, place: Place) -> Law:
+    """The policy of the mix, and as much of the base as the strength leaves.
+
+    Raises:
+        UserError: no policy was trained for these weights.
+    """
+    rival = next(
+        (
+            name
+            for name, rival in place.params.tune.rivals.items()
+            if rival.kind == "dpo" and Mix(name, rival.weights, 1.0).shares == mix.shares
+        ),
+        None,
+    )
+    if rival is None:
+        raise UserError(f"no policy is trained for the weights of point {mix.point}: add it to tune.rivals.")
+    lane, folder = policy_lane(rival), place.rival(rival)
+    return Law({BASE: 1 - mix.strength, lane: mix.strength}, {lane: folder}, [folder])

@@ -1,0 +1,39 @@
+"""comparison: every method at every point of the sweep: tables, figures and page, results/comparison/."""
+
+import pandas as pd
+
+from pipeline import comparison, figures, report, standings
+from pipeline.config import Params, Workspace
+from pipeline.stages import main
+from pipeline.store import read_jsonl, replacing, write_json, write_jsonl
+
+
+def run(params: Params, workspace: Workspace) -> None:
+    """Ask every method of `params.comparison`, and compare."""
+    out = workspace.results / "comparison"
+    prompts = [row["prompt"] for _, row in read_jsonl(workspace.results / "prepare" / "prompts.jsonl")]
+    training = comparison.training_cost(params, workspace)  # refuses what is not trained before anything is generated
+    rows = comparison.generate(params, workspace, prompts)
+    speeds = comparison.tokens_per_second(params, workspace, prompts)
+    scored = pd.DataFrame(rows)
+    tables = {
+        "table": standings.table(params, scored, speeds, training),
+        "fronts": standings.fronts(params, scored),
+        "matched": standings.matched(params, scored),
+        "wins": standings.win_rates(params, scored),
+    }
+    write_jsonl(out / "rows.jsonl", rows)
+    for name, found in tables.items():
+        with replacing(out / f"{name}.csv") as stream:
+            found.to_csv(stream, index=False)
+    for line, answers in standings.alpaca_eval(scored).items():
+        write_json(out / "alpaca_eval" / f"{line.replace('/', '-').replace(' ', '-')}.json", answers)
+    figures.draw_fronts(params, tables["table"], out / "fronts.png")
+    figures.draw_reward_kl(params, tables["table"], out / "reward_kl.png")
+    report.write_comparison_html(params, tables, scored, out, out / "index.html")
+    report.print_comparison(tables["fronts"])
+    print(f"comparison: open {out / 'index.html'}")
+
+
+if __name__ == "__main__":
+    main(run)

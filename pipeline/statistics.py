@@ -1,0 +1,66 @@
+"""What a comparison may claim: differences with their intervals, prompts resampled together (paired bootstrap).
+
+Shapes: P prompts, N points of a method, M objectives, R resamples, K values of KL.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipeline.pareto import hypervolume
+
+
+def resampled_means(values_PX: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Means over prompts of every bootstrap sample: means_RX. Equal seeds and P draw the same prompts."""
+    prompts = len(values_PX)
+    drawn_RP = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
+    flat_RX = drawn_RP @ values_PX.reshape(prompts, -1) / prompts
+    return flat_RX.reshape(resamples, *values_PX.shape[1:])
+
+
+def interval(values_R: np.ndarray, confidence: float) -> tuple[float, float]:
+    """The percentile interval of resampled values: (low, high)."""
+    low, high = np.quantile(values_R, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def hypervolume_difference(
+    one_PNM: np.ndarray,
+    other_PNM: np.ndarray,
+    reference_M: Sequence[float],
+    confidence: float,
+    resamples: int,
+    seed: int,
+) -> tuple[float, float, float]:
+    """Hypervolume of one method's mean scores minus another's: (difference, low, high).
+
+    Both were asked the same prompts; the numbers of their points may differ.
+    """
+    difference = hypervolume(one_PNM.mean(0), reference_M) - hypervolume(other_PNM.mean(0), reference_M)
+    means = (resampled_means(values, resamples, seed) for values in (one_PNM, other_PNM))
+    differences = [
+        hypervolume(one_NM, reference_M) - hypervolume(other_NM, reference_M)
+        for one_NM, other_NM in zip(*means, strict=True)
+    ]
+    return difference, *interval(np.array(differences), confidence)
+
+
+def reward_at(kl_N: np.ndarray, reward_N: np.ndarray, kl_K: np.ndarray) -> np.ndarray:
+    """Reward at given KL on the line through a method's points, in order of their KL: reward_K, NaN beyond them."""
+    order = np.argsort(kl_N, kind="stable")
+    return np.interp(kl_K, kl_N[order], reward_N[order], left=np.nan, right=np.nan)
+
+
+def resampled_rewards(
+    kl_PN: np.ndarray, reward_PN: np.ndarray, kl_K: np.ndarray, resamples: int, seed: int
+) -> np.ndarray:
+    """`reward_at` of every bootstrap sample: rewards_RK; beyond a sample's last point, the reward of that point.
+
+    The KL of the points is resampled with their rewards: it is measured too.
+    """
+    both_RN2 = resampled_means(np.stack([kl_PN, reward_PN], axis=2), resamples, seed)
+    rows = []
+    for means_N2 in both_RN2:
+        order = np.argsort(means_N2[:, 0], kind="stable")
+        rows.append(np.interp(kl_K, means_N2[order, 0], means_N2[order, 1]))
+    return np.stack(rows)

@@ -1,0 +1,127 @@
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+from pipeline import export, models, training
+from pipeline.arm import ARM, trainable
+from pipeline.baselines.parm import ConditionedARM, ConditionedModel, adapter_at, collapse
+from pipeline.baselines.reading import TextReward
+from pipeline.baselines.reward_model import RewardModel
+from pipeline.config import Arm, Loss, Rival, Trainer, UserError
+from pipeline.evaluation import evaluate
+from pipeline.models import Source
+from pipeline.pairs import PromptGroup, collate
+from pipeline.stages import tune
+
+CPU = torch.device("cpu")
+ADAPTER = Arm("tiny", targets="q_proj,v_proj")
+GROUPS = [
+    PromptGroup([5 + place, 6, 7], [[8, 9, 20, 1], [10, 21, 1], [30 + place, 40]], [(0, 1), (0, 2), (1, 2)], [0, 1, 1])
+    for place in range(8)
+]
+CONFIG = Trainer(
+    lr=3e-2, batch_size=4, epochs=6, warmup_steps=1, evaluations_per_epoch=1, checkpoint_every=2, accelerator="cpu"
+)
+
+
+def ready(tiny):
+    return trainable(models.load_model(tiny, torch.float32, CPU), ADAPTER, 0, CPU)
+
+
+def fitted(module, folder, config=CONFIG):
+    training.fit(module, GROUPS, training.eval_loader(GROUPS, 4, 0), config, folder, False, 0, 0, CPU)
+    return [row["loss"] for row in module.history if row["phase"] == "eval"]
+
+
+@pytest.fixture(scope="module")
+def parm(tiny, tmp_path_factory):
+    model = ConditionedModel(ready(tiny), torch.float32, ["warm", "short"])
+    steps = training.optimizer_steps(GROUPS, CONFIG)
+    pulls = training.balanced([(0.5, 1.0), (0.5, 1.0)], GROUPS)
+    losses = fitted(ConditionedARM(model, pulls, Loss(), CONFIG, steps, 0), tmp_path_factory.mktemp("checkpoints"))
+    assert losses[-1] < losses[0]
+    return model.eval()
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.3, 0.7), (0.0, 1.0)])
+@torch.no_grad()
+def test_a_parm_at_given_weights_is_the_lora_adapter_that_is_written(parm, tiny, prompter, tmp_path, weights):
+    batch = collate(GROUPS[:3], 0)
+    parm.condition(torch.tensor(weights))
+    wanted = parm(batch)
+    parm.condition(torch.tensor([0.5, 0.5]))
+    assert not torch.allclose(parm(batch), wanted, atol=1e-4), "its weights change what it is"
+    written = ConditionedModel(ready(tiny), torch.float32, ["warm", "short"])
+    written.load_state_dict(parm.state_dict())
+    export.save(written, prompter.tokenizer, tmp_path / "parm", "tiny", "card", None)
+    adapter_at(tmp_path / "parm", {"warm": 2 * weights[0], "short": 2 * weights[1]}, tmp_path / "at")
+    for folder, expected in ((tmp_path / "at", wanted), (tmp_path / "parm", parm(batch))):
+        plain = PeftModel.from_pretrained(models.load_model(tiny, torch.float32, CPU), str(folder)).eval()
+        torch.testing.assert_close(training.ResponseModel(plain, torch.float32)(batch), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_parm_is_asked_for_objectives_that_it_knows(parm, tiny, prompter, tmp_path):
+    written = ConditionedModel(ready(tiny), torch.float32, ["warm", "short"])
+    export.save(written, prompter.tokenizer, tmp_path / "parm", "tiny", "card", None)
+    with pytest.raises(UserError, match="is conditioned on warm, short, not on plain"):
+        adapter_at(tmp_path / "parm", {"plain": 1.0}, tmp_path / "at")
+    with pytest.raises(UserError, match="holds no PARM"):
+        adapter_at(tmp_path, {"warm": 1.0}, tmp_path / "at")
+
+
+@given(st.floats(0, 1))
+@settings(deadline=None, max_examples=20)
+def test_the_factor_is_linear_in_the_weights_and_half_of_it_is_fixed(share):
+    generator = torch.Generator().manual_seed(0)
+    factor = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    cores = torch.randn(2, 2, 2, generator=generator, dtype=torch.float64)
+    ends = [collapse(factor, cores, torch.tensor(end, dtype=torch.float64)) for end in ([1.0, 0.0], [0.0, 1.0])]
+    mixed = collapse(factor, cores, torch.tensor([share, 1 - share], dtype=torch.float64))
+    torch.testing.assert_close(mixed[:2], factor[:2])
+    torch.testing.assert_close(mixed[2:], share * ends[0][2:] + (1 - share) * ends[1][2:])
+
+
+def test_a_reward_model_learns_and_is_what_others_load(tiny, prompter, tmp_path):
+    model = RewardModel(ready(tiny), torch.float32)
+    module = ARM(model, [(1.0, 1.0)], Loss(), CONFIG, training.optimizer_steps(GROUPS, CONFIG), 0)
+    for group in GROUPS:
+        group.objectives = []
+    losses = fitted(module, tmp_path / "checkpoints")
+    assert losses[-1] < losses[0]
+    loader = training.eval_loader(GROUPS, 4, 0)
+    found = evaluate(model.eval(), Loss(), loader, CPU, 0.95)
+    assert found.accuracy.value > 0.9
+    batch = collate(GROUPS[:1], 0)
+    with torch.no_grad():
+        wanted = model(batch)
+    assert "lm_head" not in str([name for name, p in model.named_parameters() if p.requires_grad])
+    export.save(model, prompter.tokenizer, tmp_path / "rm", "tiny", "card", found)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1, dtype=torch.float32)
+    again = PeftModel.from_pretrained(classifier, str(tmp_path / "rm")).eval()
+    group = GROUPS[0]
+    with torch.no_grad():
+        for response, reward in zip(group.responses, wanted, strict=True):
+            torch.testing.assert_close(again(torch.tensor([group.prompt + response])).logits[0, 0], reward)
+    loaded = TextReward.load(Source(tiny, dtype="float32"), tmp_path / "rm", CPU)
+    assert (loaded.mean, loaded.std) == (found.reward_mean, found.reward_std)
+
+
+def test_objectives_count_by_their_weights_not_by_their_pairs():
+    groups = [PromptGroup([5], [[1], [2]], [(0, 1)] * 4, [0, 0, 0, 1])]
+    (_, often), (_, seldom) = training.balanced([(0.1, 0.5), (0.1, 0.5)], groups)
+    assert 3 * often == pytest.approx(1 * seldom) and (3 * often + seldom) / 4 == pytest.approx(1)
+    (_, often), (_, seldom) = training.balanced([(0.1, 0.75), (0.1, 0.25)], groups)
+    assert 3 * often == pytest.approx(3 * seldom)
+
+
+def test_an_unknown_rival_is_refused(smoke_params, workspace):
+    params = dataclasses.replace(
+        smoke_params, tune=dataclasses.replace(smoke_params.tune, rivals={"mixed": Rival({"positivity": 1.0})})
+    )
+    with pytest.raises(UserError, match="there is no rival mix: choose one of mixed"):
+        tune.run(params, workspace, "tiny", "mix")
