@@ -195,14 +195,16 @@ class Rival(_Strict):
     """A LoRA adapter of a base to compare ARMs with, trained on the same pairs.
 
     `dpo`: the base as a policy tuned for the mix of objectives · `parm`: one ARM for all mixes · `reward_model`: a
-    scalar head that scores whole texts.
+    scalar head that scores whole texts · `rloo`: a policy trained on its own samples against the scorers, by TRL.
     """
 
     weights: Annotated[dict[str, Positive], Field(min_length=1)]  # how much the pairs of each objective count
-    kind: Literal["dpo", "parm", "reward_model"] = "dpo"
-    beta: Positive | None = 0.1  # null: each objective's own β_r
+    kind: Literal["dpo", "parm", "reward_model", "rloo"] = "dpo"
+    beta: Positive | None = 0.1  # null: each objective's own β_r; rloo: of the KL to the base
     lr: Positive = 1.0e-3
     epochs: Count = 1
+    samples: Annotated[int, Field(ge=2)] = 4  # rloo: responses to a prompt in a step, and their length
+    max_new_tokens: Count = 48
 
 
 @dataclass(frozen=True)
@@ -244,11 +246,12 @@ class GenArm(_Method):
 class Policies(_Method):
     """Adapters of the base.
 
-    `mod` mixes the objectives' policies token by token, `morl` trained one for each mix, `soup` and `soup_factors`
-    merge the objectives' policies; `parm` is one ARM for all mixes and guides the base.
+    `mod` mixes the objectives' policies token by token, `morl` trained one for each mix, `rloo` too, by reinforcement
+    learning; `soup` and `soup_factors` merge the objectives' policies; `parm` is one ARM for all mixes and guides the
+    base.
     """
 
-    kind: Literal["mod", "morl", "soup", "soup_factors", "parm"]
+    kind: Literal["mod", "morl", "rloo", "soup", "soup_factors", "parm"]
 
 
 @dataclass(frozen=True, kw_only=True)

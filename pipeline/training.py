@@ -62,6 +62,7 @@ class Job:
     def of_rival(cls, params: Params, workspace: Workspace, base: str, name: str) -> "Job":
         """What `tune.rivals` says of that name, on a base."""
         rival = params.tune.rivals[name]
+        assert rival.kind != "rloo", "which no pairs train"
         pulls = {
             objective: (params.objectives[objective].beta if rival.beta is None else rival.beta, weight)
             for objective, weight in rival.weights.items()

@@ -209,7 +209,7 @@ def place(smoke_params, workspace, arms):
 
 def test_soups_are_adapters_that_average_updates(place, base):
     mix = Mix("mixed", {"positivity": 0.25, "conciseness": 0.75}, 1.0)
-    law = soups.law("soup", mix, place)
+    law = soups.law(True, mix, place)
     assert law.forwards == 1 and law.weights == {"base": 0.0, "policy/soup-mixed": 1.0}
     merged = read_adapter(law.adapters["policy/soup-mixed"], base)
     apart = [read_adapter(place.rival(name), base) for name in ("positivity", "conciseness")]
@@ -218,7 +218,7 @@ def test_soups_are_adapters_that_average_updates(place, base):
             share * (found[name].a_DR @ found[name].b_RO) for share, found in zip((0.25, 0.75), apart, strict=True)
         )
         torch.testing.assert_close(update.a_DR @ update.b_RO, wanted, rtol=1e-4, atol=1e-5)
-    corner = soups.law("soup_factors", Mix("corner", {"positivity": 2.0}, 1.0), place)
+    corner = soups.law(False, Mix("corner", {"positivity": 2.0}, 1.0), place)
     same = read_adapter(corner.adapters["policy/soup_factors-corner"], base)
     for name, update in apart[0].items():
         torch.testing.assert_close(update.b_RO, same[name].b_RO)
@@ -228,10 +228,13 @@ def test_the_laws_by_lane(place, workspace):
     mix = Mix("mixed", {"positivity": 0.5, "conciseness": 0.5}, 0.5)
     assert mod.law(mix, place).weights == {"base": 0.5, "policy/positivity": 0.25, "policy/conciseness": 0.25}
     assert mod.law(dataclasses.replace(mix, strength=1.0), place).forwards == 2, "the base has no say"
-    assert morl.law(mix, place).weights == {"base": 0.5, "policy/even": 0.5}
-    assert morl.law(Mix("end", {"positivity": 3.0}, 1.0), place).weights == {"base": 0.0, "policy/positivity": 1.0}
-    with pytest.raises(UserError, match="no policy is trained for the weights of point odd"):
-        morl.law(Mix("odd", {"positivity": 0.9, "conciseness": 0.1}, 1.0), place)
+    assert morl.law("dpo", mix, place).weights == {"base": 0.5, "policy/even": 0.5}
+    assert morl.law("dpo", Mix("end", {"positivity": 3.0}, 1.0), place).weights == {
+        "base": 0.0,
+        "policy/positivity": 1.0,
+    }
+    with pytest.raises(UserError, match="no dpo policy is trained for the weights of point odd"):
+        morl.law("dpo", Mix("odd", {"positivity": 0.9, "conciseness": 0.1}, 1.0), place)
     plain = genarm.law(GenArm(kind="genarm", gate=1.5), mix, place)
     assert plain.weights == {"positivity": 0.25, "conciseness": 0.25} and plain.gate == 1.5 and plain.forwards == 3
     assert set(plain.trained) == {workspace.arm("positivity"), workspace.arm("conciseness")}

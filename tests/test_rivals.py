@@ -1,5 +1,7 @@
 import dataclasses
+import json
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from pipeline import export, models, training
+from pipeline.adapters import read_adapter
 from pipeline.arm import ARM, trainable
 from pipeline.baselines.parm import ConditionedARM, ConditionedModel, adapter_at, collapse
 from pipeline.baselines.reading import TextReward
@@ -17,6 +20,7 @@ from pipeline.evaluation import evaluate
 from pipeline.models import Source
 from pipeline.pairs import PromptGroup, collate
 from pipeline.stages import tune
+from pipeline.store import write_jsonl
 
 CPU = torch.device("cpu")
 ADAPTER = Arm("tiny", targets="q_proj,v_proj")
@@ -125,3 +129,25 @@ def test_an_unknown_rival_is_refused(smoke_params, workspace):
     )
     with pytest.raises(UserError, match="there is no rival mix: choose one of mixed"):
         tune.run(params, workspace, "tiny", "mix")
+
+
+def test_rloo_trains_a_policy_on_its_own_samples(smoke_params, workspace, tiny):
+    pytest.importorskip("trl")
+    rival = Rival({"conciseness": 1.0}, kind="rloo", beta=0.0, lr=3e-2, epochs=3, max_new_tokens=6)
+    params = dataclasses.replace(
+        smoke_params,
+        tune=dataclasses.replace(smoke_params.tune, bases=("tiny",), rivals={"short": rival}),
+        trainer=dataclasses.replace(smoke_params.trainer, batch_size=4),
+        decoding=dataclasses.replace(smoke_params.decoding, max_new_tokens=6),
+    )
+    workspace.models.mkdir(parents=True)
+    workspace.model("tiny").symlink_to(tiny)
+    pairs = [{"prompt": f"Why {word}?", "split": "train"} for word in ("tea", "rain", "good", "bad", "love", "sad")]
+    write_jsonl(workspace.results / "prepare/pairs/conciseness.jsonl", pairs)
+    tune.run(params, workspace, "tiny", "short")
+    curve = pd.read_csv(workspace.results / "tune/tiny/short/curve.csv")
+    assert len(curve) >= 3 and curve.reward.notna().all()
+    told = json.loads((workspace.results / "tune/tiny/short/metrics.json").read_text())
+    assert told["tokens"] > 0 and told["steps"] == curve.step.max()
+    assert read_adapter(workspace.rival("tiny", "short"), models.load_model(tiny, torch.float32, CPU))
+    assert not (workspace.scratch / "train").exists() or not any((workspace.scratch / "train").iterdir())

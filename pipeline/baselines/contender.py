@@ -111,9 +111,9 @@ def _law(method: GenArm | Policies, mix: Mix, place: Place) -> Law:
         return genarm.law(method, mix, place)
     if method.kind == "mod":
         return mod.law(mix, place)
-    if method.kind == "morl":
-        return morl.law(mix, place)
-    return parm.law(mix, place) if method.kind == "parm" else soups.law(method.kind, mix, place)
+    if method.kind in ("morl", "rloo"):
+        return morl.law("dpo" if method.kind == "morl" else "rloo", mix, place)
+    return parm.law(mix, place) if method.kind == "parm" else soups.law(method.kind == "soup", mix, place)
 
 
 def _reward_model(objective: str, place: Place) -> Path:

@@ -1,7 +1,10 @@
-"""MORL by DPO: for each mix of objectives one policy, trained on the pairs of all of them, each weighing its share.
+"""One policy for each mix of objectives.
 
-The scalarised loss Σ_i w_i L_DPO,i (the DPO loss-weighting baseline of MODPO, Zhou et al. 2024).
+MORL by DPO trains it on the pairs of all objectives, each weighing its share: the scalarised loss Σ_i w_i L_DPO,i (the
+DPO loss-weighting baseline of MODPO, Zhou et al. 2024). RLOO trains it on its own samples.
 """
+
+from typing import Literal
 
 from pipeline.baselines import Law, Mix, Place
 from pipeline.config import UserError
@@ -9,7 +12,7 @@ from pipeline.generation import policy_lane
 from pipeline.lanes import BASE
 
 
-def law(mix: Mix, place: Place) -> Law:
+def law(kind: Literal["dpo", "rloo"], mix: Mix, place: Place) -> Law:
     """The policy of the mix, and as much of the base as the strength leaves.
 
     Raises:
@@ -19,11 +22,11 @@ def law(mix: Mix, place: Place) -> Law:
         (
             name
             for name, rival in place.params.tune.rivals.items()
-            if rival.kind == "dpo" and Mix(name, rival.weights, 1.0).shares == mix.shares
+            if rival.kind == kind and Mix(name, rival.weights, 1.0).shares == mix.shares
         ),
         None,
     )
     if rival is None:
-        raise UserError(f"no policy is trained for the weights of point {mix.point}: add it to tune.rivals.")
+        raise UserError(f"no {kind} policy is trained for the weights of point {mix.point}: add it to tune.rivals.")
     lane, folder = policy_lane(rival), place.rival(rival)
     return Law({BASE: 1 - mix.strength, lane: mix.strength}, {lane: folder}, [folder])

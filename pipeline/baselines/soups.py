@@ -9,7 +9,6 @@ Shapes: R rank, D input and O output features.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,11 +23,11 @@ from pipeline.models import replacing_folder
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
-def law(kind: Literal["soup", "soup_factors"], mix: Mix, place: Place) -> Law:
+def law(products: bool, mix: Mix, place: Place) -> Law:
     """The merged policy, and as much of the base as the strength leaves."""
-    target = place.derived / f"{kind}-{mix.point}"
+    target = place.derived / f"{'soup' if products else 'soup_factors'}-{mix.point}"
     shares = {place.rival(name): share for name, share in mix.shares.items()}
-    merge(shares, target, products=kind == "soup")
+    merge(shares, target, products=products)
     lane = policy_lane(target.name)
     return Law({BASE: 1 - mix.strength, lane: mix.strength}, {lane: target}, shares.keys())
 
