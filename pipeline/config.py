@@ -296,12 +296,80 @@ class Comparison(_Strict):
     methods: dict[str, Method] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Judge(_Strict):
-    """How scores become intervals."""
+@dataclass(frozen=True, kw_only=True)
+class _Judge(_Strict):
+    """What all judges have in common."""
 
-    confidence: Share = 0.95
-    resamples: Count = 2000
+    confidence: Share = 0.95  # of every interval
+    resamples: Count = 2000  # of a bootstrap
+    card_pairs: Count = 100  # held-out pairs per objective that the judge is checked on first
+
+
+@dataclass(frozen=True, kw_only=True)
+class OracleJudge(_Judge):
+    """Every objective's own scorer."""
+
+    kind: Literal["oracle"]
+
+
+@dataclass(frozen=True)
+class Scoring(_Strict):
+    """A reward model: a sequence classifier with one label."""
+
+    source: Literal["hub", "path"]
+    location: str
+    revision: str | None = None
+    template: str | None = None  # text with {prompt} and {response}; null: the tokenizer's chat template
+    lower_is_better: bool = False  # a cost
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardJudge(_Judge):
+    """A reward model for each objective; pointwise."""
+
+    kind: Literal["reward_model"]
+    models: dict[str, Scoring]
+    batch_size: Count = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RubricJudge(_Judge):
+    """Whoever reads two responses and a rubric; pairwise, against the control."""
+
+    rubrics: dict[str, str]  # per objective, a file in pipeline/prompts/rubrics
+    orders: Literal["both", "seeded"] = "both"  # seeded: one order, drawn from the question itself
+    max_calls: Count | None = None  # answers to ask for in one run; what is answered is kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlmJudge(_RubricJudge):
+    """A model behind an endpoint that speaks OpenAI's chat protocol."""
+
+    kind: Literal["llm"]
+    base_url: str
+    model: str
+    api_key_env: str  # the environment variable that holds the key
+    max_tokens: Count = 200
+    max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = "max_completion_tokens"
+    temperature: NotNegative | None = None  # null: the endpoint's own
+    extra_body: dict[str, bool | int | float | str] = field(default_factory=dict)
+    concurrency: Count = 4
+    timeout: Positive = 60.0  # seconds
+    attempts: Count = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalJudge(_RubricJudge):
+    """A model of `models` that is at hand; its verdict is read from the probabilities of the next token."""
+
+    kind: Literal["local_llm"]
+    model: str
+    batch_size: Count = 8
+    least: Share = 0.05  # probability of all verdicts together, below which there is none
+
+
+Judge = Annotated[OracleJudge | RewardJudge | LlmJudge | LocalJudge, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)
@@ -405,8 +473,8 @@ def _missing(node: Any, path: str = "") -> list[str]:
 
 def _sentence(fault: Any) -> str:
     path = [str(part) for part in fault["loc"]]
-    if path[:2] == ["comparison", "methods"] and len(path) > 3:
-        path = [*path[:3], *path[4:]]  # after a method's name pydantic names its kind
+    tag = 3 if path[:2] == ["comparison", "methods"] else 1 if path[0] == "judge" else len(path)
+    path = [*path[:tag], *path[tag + 1 :]]  # where there are several kinds, pydantic names the kind as well
     where = ".".join(path)
     if fault["type"] == "unexpected_keyword_argument":
         close = get_close_matches(path[-1], _known_keys(path[:-1]), n=1, cutoff=0.0)
@@ -423,11 +491,11 @@ def _known_keys(path: list[str]) -> list[str]:
         if get_origin(kind) is dict:  # the part is the name of an entry, such as a point's
             kind = get_args(kind)[1]
             continue
-        kind = get_type_hints(kind, include_extras=kind is Comparison)[part]
+        kind = get_type_hints(kind, include_extras=kind is Comparison or part == "judge")[part]
         kind = next(
             (option for option in get_args(kind) if is_dataclass(option) and get_origin(kind) is not dict), kind
         )
-    kinds = get_args(get_args(kind)[0]) if kind == Method else [kind]
+    kinds = get_args(get_args(kind)[0]) if kind in (Method, Judge) else [kind]
     return [known.name for one in kinds for known in fields(one)]
 
 
@@ -452,6 +520,8 @@ def _check(params: Params, origin: str) -> None:
         raise UserError(f"{origin}: no model can be called arms and no objective rivals: those are folders' names.")
     if params.weak_to_strong.weak not in ((), (params.arm.base,)):
         raise UserError(f"{origin}: weak_to_strong.weak must be the ARM's model: set it to [{params.arm.base}].")
+    if isinstance(params.judge, LocalJudge) and params.judge.model not in params.fetch:
+        raise UserError(f"{origin}: judge.model {params.judge.model} is not among the models that fetch lists: add it.")
     compared = params.comparison
     if compared.bases not in ((), (params.base,)):
         raise UserError(f"{origin}: comparison.bases must be the base: set it to [{params.base}].")

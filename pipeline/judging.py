@@ -1,20 +1,35 @@
-"""Judges: scores of single responses, and win rates of each point against the control.
+"""What judges say of responses: scores, verdicts kept for good, the judge's own card, and win rates.
 
-The oracle judge scores with each objective's own scorer, so a pairwise verdict is a comparison of two scores.
+A pointwise judge scores a response; a pairwise one compares it with the control's to the same prompt, and its score is
+1 where it is better, 0 where the control is, 1/2 where they are equal, and none where the verdict is undetermined.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 
 import pandas as pd
 
-from pipeline.config import Judge, Objective, UserError
+from pipeline.config import (
+    Judge,
+    LlmJudge,
+    LocalJudge,
+    Objective,
+    OracleJudge,
+    Params,
+    RewardJudge,
+    UserError,
+    Workspace,
+)
+from pipeline.evaluation import share
+from pipeline.judges.reward_model import RewardModelJudge
+from pipeline.judges.verdicts import Pair, Verdicts
 from pipeline.pareto import bootstrap_mean
 from pipeline.scorers import scorer
-from pipeline.store import Row
+from pipeline.store import Row, RowStore, digest
 
 
 def score_rows(rows: Sequence[Row], objectives: Mapping[str, Objective]) -> list[Row]:
-    """The rows with one score per objective, under the objective's name.
+    """The rows with one score per objective by its own scorer, under the objective's name.
 
     Raises:
         UserError: an objective has no scorer.
@@ -27,6 +42,99 @@ def score_rows(rows: Sequence[Row], objectives: Mapping[str, Objective]) -> list
     return [{**row, **{name: score(row["response"]) for name, score in scorers.items()}} for row in rows]
 
 
+def judge_rows(rows: Sequence[Row], params: Params, workspace: Workspace) -> list[Row]:
+    """The rows with the configured judge's score per objective; None where a verdict is undetermined.
+
+    Raises:
+        UserError: the judge lacks what it needs, or stopped; verdicts so far are kept.
+    """
+    judge = params.judge
+    if isinstance(judge, OracleJudge):
+        return score_rows(rows, params.objectives)
+    if isinstance(judge, RewardJudge):
+        found = {name: _rewards(name, rows, judge, params, workspace) for name in params.objectives}
+        return [{**row, **{name: rewards[place] for name, rewards in found.items()}} for place, row in enumerate(rows)]
+    control = {(row["prompt"], row["sample"]): row["response"] for row in rows if row["point"] == params.sweep.control}
+    others = [row for row in rows if row["point"] != params.sweep.control]
+    pairs = [(row["prompt"], row["response"], control[row["prompt"], row["sample"]]) for row in others]
+    verdicts = {}
+    for name in params.objectives:
+        of_pairs = Verdicts(judge, params, workspace, name).of(pairs)
+        verdicts[name] = {id(row): _score(given) for row, given in zip(others, of_pairs, strict=True)}
+    return [{**row, **{name: given.get(id(row), 0.5) for name, given in verdicts.items()}} for row in rows]
+
+
+def judge_card(pairs: Mapping[str, Sequence[Row]], params: Params, workspace: Workspace) -> Row:
+    """How far the judge agrees with held-out labels, for every objective.
+
+    Per objective: `accuracy` with its Wilson interval over pairs with a verdict (a tie agrees with no label),
+    `undetermined` and `ties` as shares of the pairs asked, and of a judge that saw both orders `position_bias`, the
+    share of pairs whose verdict went with the place of a response and not with the response.
+
+    Args:
+        pairs: per objective, labelled pairs that nothing was trained on.
+        params: the experiment.
+        workspace: where models and stores are.
+    """
+    judge, card = params.judge, {}
+    for name, labelled in pairs.items():
+        taken = labelled[: judge.card_pairs]
+        asked = [(row["prompt"], row["chosen"], row["rejected"]) for row in taken]
+        given = list(_agreement(asked, name, params, workspace))
+        scores = [_score(one) for one in given]
+        decided = [score > 0.5 for score in scores if score is not None]
+        told = share(decided, judge.confidence)
+        turned = [one for one in given if len(one) == 2 and None not in one]
+        card[name] = {
+            "accuracy": asdict(told),
+            "ties": _rate(score == 0.5 for score in scores),
+            "undetermined": _rate(score is None for score in scores),
+            "position_bias": _rate(one[0] != one[1] and 0.5 not in one for one in turned) if turned else None,
+        }
+    return {"kind": judge.kind, "objectives": card}
+
+
+def _agreement(
+    asked: list[Pair], name: str, params: Params, workspace: Workspace
+) -> Iterator[tuple[float | None, ...]]:
+    """For each (prompt, chosen, rejected), the verdicts on the chosen one."""
+    judge = params.judge
+    if isinstance(judge, LlmJudge | LocalJudge):
+        yield from Verdicts(judge, params, workspace, name).of(asked)
+        return
+    rows = [{"prompt": prompt, "response": text} for prompt, *texts in asked for text in texts]
+    if isinstance(judge, RewardJudge):
+        scores = _rewards(name, rows, judge, params, workspace)
+    else:
+        scores = [row[name] for row in score_rows(rows, {name: params.objectives[name]})]
+    for chosen, rejected in zip(scores[::2], scores[1::2], strict=True):
+        yield (0.5 * (1 + (chosen > rejected) - (chosen < rejected)),)
+
+
+def _rewards(name: str, rows: Sequence[Row], judge: RewardJudge, params: Params, workspace: Workspace) -> list[float]:
+    """Rewards of an objective's model, from the store where they are there."""
+    model = RewardModelJudge(judge, params, workspace)
+    store, origin = RowStore(workspace.scratch / "store" / "rewards.jsonl"), model.identity(name)
+    keys = [digest([origin, row["prompt"], row["response"]]) for row in rows]
+    missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in store}
+    if missing:
+        scores = model.score(name, list(missing.values()))
+        store.add((key, {"reward": score}) for key, score in zip(missing, scores, strict=True))
+    store.close()
+    return [store[key]["reward"] for key in keys]
+
+
+def _score(given: Sequence[float | None]) -> float | None:
+    """The mean of the verdicts that were given."""
+    known = [one for one in given if one is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _rate(true: Iterable[bool]) -> float:
+    listed = list(true)
+    return sum(listed) / max(1, len(listed))
+
+
 def win_rates(scored: pd.DataFrame, control: str, objectives: Sequence[str], judge: Judge, seed: int) -> pd.DataFrame:
     """Win rate of every point against the control, prompt by prompt and sample by sample; a tie is half a win.
 
@@ -34,7 +142,8 @@ def win_rates(scored: pd.DataFrame, control: str, objectives: Sequence[str], jud
         scored: one row per response: `point`, `prompt`, `sample`, and a score per objective.
 
     Returns:
-        `point, objective, win_rate, ci_low, ci_high, ties, prompts`; intervals resample prompts.
+        `point, objective, win_rate, ci_low, ci_high, ties, undetermined, prompts`; intervals resample prompts, and
+        undetermined verdicts are left out of everything but their count.
     """
     keys = ["prompt", "sample"]
     against = scored[scored.point == control].set_index(keys)
@@ -42,11 +151,13 @@ def win_rates(scored: pd.DataFrame, control: str, objectives: Sequence[str], jud
     for point, mine in scored.groupby("point", sort=False):
         paired = mine.set_index(keys).join(against, rsuffix="_control", how="inner", validate="one_to_one")
         for name in objectives:
-            difference = paired[name] - paired[f"{name}_control"]
+            compared = paired[name].astype(float) - paired[f"{name}_control"].astype(float)
+            difference = compared.dropna()
             won = (difference > 0) + 0.5 * (difference == 0)
             by_prompt = won.groupby("prompt").mean().to_numpy()
             mean, low, high = bootstrap_mean(by_prompt, judge.confidence, judge.resamples, seed)
-            lines.append((point, name, mean, low, high, int((difference == 0).sum()), len(by_prompt)))
+            ties, undetermined = int((difference == 0).sum()), len(compared) - len(difference)
+            lines.append((point, name, mean, low, high, ties, undetermined, len(by_prompt)))
     return pd.DataFrame(
-        lines, columns=["point", "objective", "win_rate", "ci_low", "ci_high", "ties", "prompts"]
+        lines, columns=["point", "objective", "win_rate", "ci_low", "ci_high", "ties", "undetermined", "prompts"]
     )  # fmt: skip

@@ -100,7 +100,10 @@ def front_table(params: Params, scored: pd.DataFrame, wins: pd.DataFrame) -> pd.
         line["temperature"] = point_temperature(point, params)
         intervals = {
             objective: bootstrap_mean(
-                mine.groupby("prompt")[objective].mean().to_numpy(), judge.confidence, judge.resamples, params.seed
+                mine.groupby("prompt")[objective].mean().dropna().to_numpy(),
+                judge.confidence,
+                judge.resamples,
+                params.seed,
             )
             for objective in objectives
         }

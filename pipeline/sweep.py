@@ -29,7 +29,7 @@ def main(config: DictConfig) -> None:
     with guard():
         params = to_params(config)
         generate.run(params, workspace, prompts=prepared.results / "prepare" / "prompts.jsonl")
-        judge.run(params, workspace)
+        judge.run(params, workspace, prepared=prepared.results)
         pareto.run(params, workspace, trained=prepared.results)
 
 

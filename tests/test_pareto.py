@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline.config import Judge, Objective, UserError
+from pipeline.config import Objective, OracleJudge, UserError
 from pipeline.judging import score_rows, win_rates
 from pipeline.pareto import (
     bootstrap_mean,
@@ -20,7 +20,7 @@ from pipeline.pareto import (
 )
 
 QUICK = settings(max_examples=50, deadline=None, derandomize=True)
-JUDGE = Judge(confidence=0.95, resamples=100)
+JUDGE = OracleJudge(kind="oracle", confidence=0.95, resamples=100)
 GRID = st.integers(-4, 4).map(float)  # few values: many ties and duplicates
 SCORES = st.tuples(st.integers(1, 12), st.integers(2, 4)).flatmap(lambda shape: arrays(float, shape, elements=GRID))
 PLANE = st.integers(1, 12).flatmap(lambda count: arrays(float, (count, 2), elements=GRID))

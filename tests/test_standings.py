@@ -18,7 +18,7 @@ def params(compose_params):
 
 @pytest.fixture(scope="module")
 def rows(params):
-    """Every method trades one objective for the other; mod earns 0.1 more at half the KL; cards answers seven prompts."""
+    """Every method trades one objective for the other; mod earns more at half the KL; cards answers seven prompts."""
     generator, found = np.random.default_rng(0), []
     prompts = [f"prompt {number:02}" for number in generator.permutation(20)]
     levels = dict(zip(prompts, generator.normal(0, 0.2, 20), strict=True))

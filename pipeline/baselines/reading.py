@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, DynamicCache
+from transformers import DynamicCache
 
-from pipeline.baselines.reward_model import reward_scale
+from pipeline.baselines.reward_model import merged_classifier, reward_scale
 from pipeline.lanes import left_pad
 from pipeline.models import Source, resolve_dtype
 
@@ -92,10 +91,7 @@ class TextReward:
     def load(cls, base: Source, folder: Path, device: torch.device) -> "TextReward":
         """The adapter of a folder on its base, merged into it."""
         scale = reward_scale(folder)
-        classifier: Any = AutoModelForSequenceClassification.from_pretrained(
-            base.folder, num_labels=1, dtype=torch.float32, use_safetensors=True, local_files_only=True
-        )
-        merged: Any = PeftModel.from_pretrained(classifier, str(folder)).merge_and_unload()
+        merged = merged_classifier(folder, base.folder)
         merged = merged.to(device=device, dtype=resolve_dtype(base.dtype, device)).eval().requires_grad_(False)
         return cls(merged.base_model, merged.score, *scale)
 

@@ -12,10 +12,11 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from pipeline.arm import ResponseModel
 from pipeline.config import UserError
+from pipeline.models import load_model
 from pipeline.store import write_json
 
 SCALE = "reward_scale.json"  # mean and standard deviation of held-out rewards: those of two objectives are on no scale
@@ -69,3 +70,18 @@ def reward_scale(folder: Path) -> tuple[float, float]:
         raise UserError(
             f"{folder / SCALE} is missing or damaged: train the reward model again (stage tune)."
         ) from error
+
+
+def merged_classifier(folder: Path, base: Path) -> Any:
+    """The sequence classifier of one label that an adapter makes of a base, merged, in float32 on the CPU.
+
+    Args:
+        folder: of the adapter, as `RewardModel.write` leaves it.
+        base: folder of the causal LM that it was trained on.
+    """
+    config = AutoConfig.from_pretrained(base, local_files_only=True, num_labels=1)
+    classifier: Any = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    causal: Any = load_model(base, torch.float32, torch.device("cpu"))  # its files hold no head of that kind
+    classifier.base_model.load_state_dict(causal.base_model.state_dict())
+    adapted: Any = PeftModel.from_pretrained(classifier, str(folder))
+    return adapted.merge_and_unload()

@@ -1,24 +1,38 @@
 """judge: a score per objective for every row, and win rates against the control, results/judge/."""
 
+from pathlib import Path
+
 import pandas as pd
 
 from pipeline import judging
 from pipeline.config import Params, Workspace
 from pipeline.stages import main
-from pipeline.store import read_jsonl, replacing, write_jsonl
+from pipeline.store import Row, read_jsonl, replacing, write_json, write_jsonl
 
 
-def run(params: Params, workspace: Workspace) -> None:
-    """Judge what generate wrote."""
+def run(params: Params, workspace: Workspace, prepared: Path | None = None) -> None:
+    """Judge what generate wrote; `prepared` is the results folder that holds prepare/, by default the same one."""
+    held_out = (prepared or workspace.results) / "prepare" / "pairs"
     out = workspace.results / "judge"
     rows = [row for _, row in read_jsonl(workspace.results / "generate" / "rows.jsonl")]
-    scored = judging.score_rows(rows, params.objectives)
+    pairs = {name: _test_pairs(held_out / f"{name}.jsonl") for name in params.objectives}
+    card = judging.judge_card(pairs, params, workspace)
+    for name, told in card["objectives"].items():
+        accuracy = told["accuracy"]["value"]
+        shown = "no pairs to agree with" if accuracy is None else f"{accuracy:.3f} of held-out pairs as labelled"
+        print(f"judge: {params.judge.kind}: {name}: {shown}, undetermined {told['undetermined']:.3f}")
+    scored = judging.judge_rows(rows, params, workspace)
     control, objectives = params.sweep.control, list(params.objectives)
     wins = judging.win_rates(pd.DataFrame(scored), control, objectives, params.judge, params.seed)
+    write_json(out / "card.json", card)
     write_jsonl(out / "scores.jsonl", scored)
     with replacing(out / "wins.csv") as stream:
         wins.round(4).to_csv(stream, index=False)
     print(f"judge: {len(scored)} rows scored on {', '.join(params.objectives)}")
+
+
+def _test_pairs(file: Path) -> list[Row]:
+    return [row for _, row in read_jsonl(file) if row["split"] == "test"]
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ def run(params: Params, workspace: Workspace, trained: Path | None = None) -> No
     scored = pd.DataFrame([row for _, row in read_jsonl(results / "judge" / "scores.jsonl")])
     wins = pd.read_csv(results / "judge" / "wins.csv")
     front = pareto.front_table(params, scored, wins)
+    card = json.loads((results / "judge" / "card.json").read_text())
     arms = {name: json.loads((trained / name / "metrics.json").read_text()) for name in params.objectives}
     curves = pd.concat([pd.read_csv(trained / name / "curve.csv").assign(objective=name) for name in arms])
-    metrics = {**pareto.front_metrics(params, front), "arms": arms}
+    metrics = {**pareto.front_metrics(params, front), "arms": arms, "judge": card}
     tables = {
         "front.csv": front,
         "scores.csv": pareto.long_scores(front, list(params.objectives)),

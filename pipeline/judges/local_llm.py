@@ -1,0 +1,78 @@
+"""A local causal LM as judge: the verdict is what it finds likeliest to say next, and needs no server.
+
+Shapes: B questions, V vocabulary.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from pipeline.config import LocalJudge, Params, UserError, Workspace
+from pipeline.judges.rubric import Question
+from pipeline.lanes import left_pad
+from pipeline.models import Prompter, Source, resolve_device
+
+_WORDS = ("A", "B", "TIE")
+
+
+class LocalAsked:
+    """The model's replies, each the probabilities of the verdicts and the line that says the likeliest.
+
+    Raises:
+        UserError: it could not be loaded.
+    """
+
+    def __init__(self, judge: LocalJudge, params: Params, workspace: Workspace) -> None:
+        self._judge, self._device = judge, resolve_device(params.decoding.device)
+        self._source = Source.of(params, workspace, judge.model)
+        self._model: Any = None
+
+    @property
+    def identity(self) -> list[Any]:
+        """What its replies depend on beside the question."""
+        return ["local_llm", *self._source.identity(self._device), self._judge.least]
+
+    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, str]]:
+        """Yield (index, raw reply), the shortest questions first.
+
+        Raises:
+            UserError: a question exceeds the model's context.
+        """
+        prompter = self._source.prompter()
+        if self._model is None:
+            self._model = self._source.load(self._device)
+        first = [prompter.tokenizer(f" {word}", add_special_tokens=False).input_ids[0] for word in _WORDS]
+        asked = [_ids(prompter, question) for question in questions]
+        context = int(self._model.config.max_position_embeddings)
+        order = sorted(range(len(asked)), key=lambda place: len(asked[place]))
+        if order and len(asked[order[-1]]) > context:
+            raise UserError(
+                f"a question of {len(asked[order[-1]])} tokens exceeds the context {context} of {self._judge.model}: "
+                "choose another judge.model."
+            )
+        for start in range(0, len(order), self._judge.batch_size):
+            places = order[start : start + self._judge.batch_size]
+            ids_BT, mask_BT = left_pad([asked[place] for place in places], prompter.eos, self._device)
+            with torch.inference_mode():
+                positions_BT = (mask_BT.cumsum(-1) - 1).clamp_min(0)
+                said = self._model(
+                    input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, logits_to_keep=1
+                )
+            probs_B3 = said.logits[:, -1].float().softmax(-1)[:, first]
+            for place, probs in zip(places, probs_B3.tolist(), strict=True):
+                yield place, self._reply(questions[place], probs)
+
+    def _reply(self, question: Question, probs: list[float]) -> str:
+        told = json.dumps(dict(zip(_WORDS, (round(value, 6) for value in probs), strict=True)))
+        if sum(probs) < self._judge.least:
+            return told
+        return f"{told}\nVERDICT {question.code}: {_WORDS[probs.index(max(probs))]}"
+
+
+def _ids(prompter: Prompter, question: Question) -> list[int]:
+    """The question as the model reads it, up to where the verdict's letter comes."""
+    text = "\n\n".join(message["content"] for message in question.messages())
+    verdict = prompter.tokenizer(f"VERDICT {question.code}:", add_special_tokens=False).input_ids
+    return [*prompter.prompt_ids(text), *verdict]

@@ -1,0 +1,108 @@
+"""A reward model as judge: a sequence classifier with one label, of the hub, of a folder, or trained here.
+
+Shapes: B rows.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from pipeline.baselines.reward_model import merged_classifier
+from pipeline.config import Params, RewardJudge, Scoring, UserError, Workspace
+from pipeline.models import resolve_device, resolve_dtype
+from pipeline.store import Row, digest
+
+_SCORE_MODEL = {r"^score_head\.": "score."}  # safe-rlhf's score models are classifiers under another name
+
+
+class RewardModelJudge:
+    """Scores of every response by one reward model per objective.
+
+    Raises:
+        UserError: an objective has no reward model, or one could not be loaded.
+    """
+
+    def __init__(self, judge: RewardJudge, params: Params, workspace: Workspace) -> None:
+        self._judge, self._params, self._workspace = judge, params, workspace
+        if lacking := [name for name in params.objectives if name not in judge.models]:
+            raise UserError(f"judge.models has no reward model for {lacking[0]}: add judge.models.{lacking[0]}.")
+
+    def identity(self, objective: str) -> str:
+        """What its scores of an objective depend on."""
+        spec = self._judge.models[objective]
+        folder = Path(spec.location)
+        files = sorted(folder.glob("*.safetensors")) if spec.source == "path" else []
+        return digest([repr(spec), [file.stat().st_size for file in files], [_tail(file) for file in files]])
+
+    def score(self, objective: str, rows: Sequence[Row]) -> list[float]:
+        """The reward of every response, higher is better."""
+        spec = self._judge.models[objective]
+        model, tokenizer = _load(spec, self._params, self._workspace)
+        order = sorted(range(len(rows)), key=lambda place: len(rows[place]["response"]))
+        found = [0.0] * len(rows)
+        size = self._judge.batch_size
+        for start in tqdm(range(0, len(rows), size), desc=f"judge {objective}", unit="batch"):
+            places = order[start : start + size]
+            texts = [_text(spec, tokenizer, rows[place]) for place in places]
+            batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=spec.template is not None)
+            with torch.inference_mode():
+                rewards = model(**batch.to(model.device)).logits[:, 0].float().tolist()
+            for place, reward in zip(places, rewards, strict=True):
+                found[place] = -reward if spec.lower_is_better else reward
+        return found
+
+
+def _tail(file: Path) -> str:
+    with file.open("rb") as stream:
+        stream.seek(max(0, file.stat().st_size - 2**16))
+        return digest(stream.read().hex())
+
+
+def _text(spec: Scoring, tokenizer: Any, row: Row) -> str:
+    if spec.template is not None:
+        return spec.template.replace("{prompt}", row["prompt"]).replace("{response}", row["response"])
+    chat = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
+    return str(tokenizer.apply_chat_template(chat, tokenize=False))
+
+
+def _load(spec: Scoring, params: Params, workspace: Workspace) -> tuple[Any, Any]:
+    """The classifier in eval mode on its device, and its tokenizer.
+
+    Raises:
+        UserError: it cannot be had, or is no sequence classifier with one label.
+    """
+    device = resolve_device(params.decoding.device)
+    where: dict[str, Any] = {"revision": spec.revision} if spec.source == "hub" else {"local_files_only": True}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(spec.location, **where)
+        if spec.source == "path" and (Path(spec.location) / "adapter_config.json").is_file():
+            name = PeftConfig.from_pretrained(spec.location).base_model_name_or_path  # as stage tune writes it
+            model = merged_classifier(Path(spec.location), workspace.model(str(name)))
+        else:
+            config = AutoConfig.from_pretrained(spec.location, **where)
+            kind = (config.architectures or ["a model without architecture"])[0]
+            classifies = kind.endswith("ForSequenceClassification") and config.num_labels == 1
+            if not (classifies or kind.endswith("ForScore")):
+                raise UserError(
+                    f"{spec.location} is {kind} with {config.num_labels} labels: use a sequence classifier with one "
+                    "label, or a score model."
+                )
+            model, found = AutoModelForSequenceClassification.from_pretrained(
+                spec.location, num_labels=1, use_safetensors=True, key_mapping=_SCORE_MODEL, output_loading_info=True,
+                dtype=torch.float32, **where,
+            )  # fmt: skip
+            if found["missing_keys"]:
+                raise UserError(f"{spec.location} lacks the weights {min(found['missing_keys'])}: use a whole model.")
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the reward model {spec.location} could not be loaded ({reason}): check the name.") from error
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model.to(device=device, dtype=resolve_dtype(spec.dtype, device)).eval(), tokenizer
