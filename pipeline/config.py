@@ -292,6 +292,7 @@ class Comparison(_Strict):
     """GenARM beside other methods, at the weights of the sweep."""
 
     bases: tuple[str, ...] = ()  # the one that is steered, `base`; empty: no such comparison
+    prompts: Count | None = None  # only the first so many of those that prepare wrote; a method may have fewer still
     against: str = ""  # the method that the others' differences are from
     methods: dict[str, Method] = field(default_factory=dict)
 

@@ -12,6 +12,7 @@ def run(params: Params, workspace: Workspace) -> None:
     """Ask every method of `params.comparison`, and compare."""
     out = workspace.results / "comparison"
     prompts = [row["prompt"] for _, row in read_jsonl(workspace.results / "prepare" / "prompts.jsonl")]
+    prompts = prompts[: params.comparison.prompts]
     training = comparison.training_cost(params, workspace)  # refuses what is not trained before anything is generated
     rows = comparison.generate(params, workspace, prompts)
     speeds = comparison.tokens_per_second(params, workspace, prompts)
