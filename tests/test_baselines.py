@@ -240,6 +240,10 @@ def test_the_laws_by_lane(place, workspace):
     assert set(plain.trained) == {workspace.arm("positivity"), workspace.arm("conciseness")}
     ratio = genarm.law(GenArm(kind="genarm", form="log_ratio"), mix, place)
     assert ratio.weights == {"positivity": 0.25, "conciseness": 0.25, "base": 0.5}
+    tuned = genarm.law(GenArm(kind="genarm", arms="policies"), mix, place)
+    assert tuned.weights == {"policy/positivity": 0.25, "policy/conciseness": 0.25} and tuned.forwards == 3
+    ratio = genarm.law(GenArm(kind="genarm", arms="policies", form="log_ratio"), mix, place)
+    assert ratio.weights == mod.law(mix, place).weights, "which is MOD"
 
 
 def test_where_the_base_is_sure_the_gate_lets_it_go_on_alone(decoder):

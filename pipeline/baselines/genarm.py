@@ -5,11 +5,20 @@ The gate is that of SIA: at tokens the base is sure of, it goes on alone.
 
 from pipeline.baselines import Law, Mix, Place
 from pipeline.config import GenArm, Point
-from pipeline.generation import point_weights
+from pipeline.generation import point_weights, policy_lane
+from pipeline.lanes import BASE
 
 
 def law(method: GenArm, mix: Mix, place: Place) -> Law:
-    """log π_base + Σ α_i log π_r,i, α_i being weight times strength; its log-ratio form; either of them gated."""
+    """log π_base + Σ α_i log π_r,i, α_i being weight times strength; its log-ratio form; either of them gated.
+
+    With policies in the place of the ARMs the loss that trained them can be told from the law that decodes.
+    """
     alphas = {name: weight * mix.strength for name, weight in mix.weights.items()}
+    if method.arms == "policies":
+        folders = {policy_lane(name): place.rival(name) for name in alphas}
+        rest = {} if method.form == "plain" else {BASE: 1 - sum(alphas.values())}
+        lanes = {policy_lane(name): alpha for name, alpha in alphas.items()}
+        return Law({**rest, **lanes}, folders, folders.values(), method.gate)
     weights = point_weights(Point(alphas, form=method.form), place.params, place.params.base)
     return Law(weights, trained=[place.workspace.arm(name) for name in alphas], gate=method.gate)

@@ -37,9 +37,8 @@ class _Conditioned(nn.Linear):
         super().__init__(plain.in_features, plain.out_features, bias=False, device="meta")
         self.weight = plain.weight
         size = plain.out_features // 2
-        start_OCC = torch.eye(size).expand(objectives, size, size) + 0.1 * torch.randn(
-            objectives, size, size, generator=generator
-        )
+        # Drawn for each objective by itself: cores that begin alike leave all mixes one adapter for too long.
+        start_OCC = torch.randn(objectives, size, size, generator=generator) * size**-0.5
         self.cores_OCC = nn.Parameter(start_OCC.to(plain.weight))
         self.weights_O: Tensor = torch.full((objectives,), 1 / objectives)
 
