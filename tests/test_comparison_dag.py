@@ -8,8 +8,8 @@ import pytest
 from tests.test_dag import checked_out, compose, run
 
 METHODS = [
-    "base", "genarm", "log_ratio", "gated", "genarm_dpo", "parm", "mod", "morl", "soup", "soup_factors", "best_of_n", "args",
-    "transfer_q", "cards",
+    "base", "genarm", "log_ratio", "gated", "genarm_dpo", "parm", "mod", "morl", "soup", "soup_factors", "best_of_n",
+    "args", "transfer_q", "cards",
 ]  # fmt: skip
 FEWER = [f"~{section}.p{mix}" for section in ("tune.rivals", "sweep.points") for mix in ("075_c025", "025_c075")]
 
