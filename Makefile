@@ -29,11 +29,11 @@ repro: install  ## the main job: data, two ARMs, the sweep, the front, the repor
 test: install  ## all tests, offline
 	python -m pytest -n auto --dist loadfile
 
-params: install  ## compose conf/ into params.yaml (ARGS="data=jsonl data.path=mine.jsonl" to override)
+params: install  ## compose conf/ into params.yaml (ARGS="data=own data.path=mine.jsonl" to override)
 	python -m pipeline.sweep --cfg job --resolve $(ARGS) > .params.partial && mv .params.partial params.yaml
 
-plan: install  ## parameters, memory and least time of a run, before anything is loaded (ARGS as for params)
-	python -m pipeline.sweep --cfg job --resolve $(ARGS) | python -m pipeline.plan -
+plan: install  ## memory, forwards, time and judge calls of a run, before anything is loaded (EXPERIMENT=hh_rlhf, ARGS as for params)
+	python -m pipeline.sweep --cfg job --resolve $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(ARGS) | python -m pipeline.plan - $(PLAN)
 
 lint: install  ## ruff and mypy
 	ruff check . && ruff format --check . && mypy

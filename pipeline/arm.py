@@ -143,6 +143,9 @@ _METRICS = (
 )  # fmt: skip
 
 
+CURVE = ("step", "phase", "pairs", *(name for name in _METRICS if name != "pairs"))  # columns of the history
+
+
 class ARM(L.LightningModule):
     """Trains one ARM; metrics carry TRL's names (`rewards/margins`, `rewards/accuracies`, …).
 
@@ -287,8 +290,9 @@ class ARM(L.LightningModule):
         config = self._config
         learning = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(learning, lr=config.lr, weight_decay=config.weight_decay)
+        warmup = config.warmup_steps if config.warmup_steps >= 1 else config.warmup_steps * self._steps
         schedule = get_scheduler(
-            config.scheduler, optimizer, num_warmup_steps=min(config.warmup_steps, self._steps // 2),
+            config.scheduler, optimizer, num_warmup_steps=min(round(warmup), self._steps // 2),
             num_training_steps=self._steps,
         )  # fmt: skip
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -18,6 +18,11 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Split = Literal["train", "validation", "test"]
+Column = Literal[
+    "id", "split", "prompt", "response_0", "response_1", "chosen", "rejected", "objective", "score_chosen",
+    "score_rejected",
+]  # fmt: skip
 
 
 class UserError(Exception):
@@ -72,19 +77,34 @@ class Sampling(_Strict):
 
 
 @dataclass(frozen=True)
+class Download(_Strict):
+    """A dataset repository of the Hub, and the folder that its files go to."""
+
+    repository: str
+    revision: str
+    folder: str
+    files: tuple[str, ...] = ()  # patterns of those wanted; empty: all that can be read
+
+
+@dataclass(frozen=True)
 class Data(_Strict):
     """Preference rows, or prompts to sample and label (`sampling` set)."""
 
-    path: str
+    path: str  # a file (JSON Lines, JSON, Parquet, CSV), or a folder of such
     sampler: str  # the model that writes the responses where they are sampled, whatever base is steered later
     prompts: str  # where the prompts to generate from are: `path` is its test split, another file all of its prompts
+    download: tuple[Download, ...] = ()  # what must be fetched first
+    files: dict[Split, str] = field(default_factory=dict)  # which files of a folder are which split, as patterns;
+    # a split of none is drawn from train; empty: all files, whose rows say their splits or have them drawn by prompt
+    columns: dict[Column, str] = field(default_factory=dict)  # of the files, where they are called otherwise
+    strict: bool = False  # whether a row that cannot be used stops the run
     sampling: Sampling | None = None
     label_noise: Annotated[float, Field(ge=0, lt=0.5)] = (
         0.0  # share of training and validation labels flipped; test labels stay clean
     )
-    validation_fraction: Share = 0.1  # for rows without a split
+    validation_fraction: Share = 0.1  # of prompts without a split
     test_fraction: Share = 0.1
-    limit: Count | None = None  # keep the first prompts of each split only
+    limits: dict[Split, Count] = field(default_factory=dict)  # only the first so many prompts of a split
 
 
 @dataclass(frozen=True)
@@ -96,6 +116,7 @@ class Objective(_Strict):
     tie: NotNegative = 0.0  # sampled responses whose scores are closer make no pair
     beta: Positive = 0.1
     reference: float = 0.0  # the objective's coordinate of the hypervolume reference point
+    pretrained: Model | None = None  # an ARM that is there already, whole or an adapter of arm.base; null: train one
 
 
 @dataclass(frozen=True)
@@ -126,7 +147,7 @@ class Trainer(_Strict):
 
     lr: Positive = 5.0e-4
     scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] = 5
+    warmup_steps: Annotated[int, Field(ge=0)] | Share = 5  # below 1: that share of all steps
     weight_decay: NotNegative = 0.05
     epochs: Count = 1
     batch_size: Count = 8  # per optimizer step, over all devices

@@ -11,8 +11,7 @@ from pipeline.arm import ResponseModel
 from pipeline.baselines.parm import ConditionedModel
 from pipeline.baselines.reward_model import RewardModel
 from pipeline.evaluation import HeldOut
-from pipeline.models import replacing_folder
-from pipeline.store import Row
+from pipeline.store import Row, replacing_folder
 from pipeline.training import Job, Trained
 
 _KINDS = {  # what a folder holds: a title, a tag, and what it is for
@@ -56,17 +55,21 @@ def save(
         (unfinished / "README.md").write_text(card, encoding="utf-8")
 
 
-def metrics(trained: Trained, epochs: int, seconds: float) -> Row:
-    """metrics.json of a training run; tokens are those that training computed, prompts included, each time."""
-    found, share = trained.held_out, trained.held_out.accuracy
+def metrics(found: HeldOut, trained: Trained | None = None, epochs: int = 0, seconds: float = 0.0) -> Row:
+    """metrics.json of an ARM; tokens are those that its training computed, prompts included, each time.
+
+    Without a training run, of an ARM that came from elsewhere, what training counts is 0.
+    """
+    share, splits = found.accuracy, {} if trained is None else trained.splits
     return {
         "accuracy": share.value, "ci_low": share.ci_low, "ci_high": share.ci_high, "pairs": share.pairs,
         "length_matched": asdict(found.length_matched), "chosen_longer": asdict(found.chosen_longer),
         "length_correlation": found.length_correlation,
-        "dropped_pairs": {split: part.dropped for split, part in trained.splits.items()},
-        "truncated_prompts": {split: part.truncated for split, part in trained.splits.items()},
-        "tokens": epochs * sum(map(len, trained.splits["train"].groups)),
-        "padding": round(trained.padding, 4), "steps": trained.steps, "seconds": seconds,
+        "dropped_pairs": {split: part.dropped for split, part in splits.items()},
+        "truncated_prompts": {split: part.truncated for split, part in splits.items()},
+        "tokens": epochs * sum(len(group) for group in splits["train"].groups) if splits else 0,
+        "padding": round(trained.padding, 4) if trained else 0.0,
+        "steps": trained.steps if trained else 0, "seconds": seconds,
     }  # fmt: skip
 
 

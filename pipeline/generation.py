@@ -1,15 +1,16 @@
 """Prompts × points to rows, resumable: finished rows come from the store, the others from the decoder."""
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from pipeline import plan
-from pipeline.config import Params, Point, Workspace
+from pipeline import memory
+from pipeline.config import Params, Point, UserError, Workspace
 from pipeline.decoder import Generation, GuidedDecoder, Request
 from pipeline.lanes import BASE, REFERENCE
 from pipeline.models import Source, resolve_device
@@ -68,11 +69,45 @@ def point_temperature(point: Point, params: Params) -> float:
     return params.decoding.temperature if point.temperature is None else point.temperature
 
 
+@dataclass(frozen=True)
+class Shard:
+    """The part of the prompts that one of several processes generates for: every `count`-th, from `index` on."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """From `shard=0/4`.
+
+        Raises:
+            UserError: it is written otherwise, or there is no such part.
+        """
+        found = re.fullmatch(r"shard=(\d+)/(\d+)", text)
+        if found is None or not int(found[1]) < int(found[2]):
+            raise UserError(f"{text} is no part of the prompts: write shard=0/4, shard=1/4, … shard=3/4.")
+        return cls(int(found[1]), int(found[2]))
+
+
 def generate_sweep(params: Params, workspace: Workspace, base: str, prompts: Sequence[str]) -> list[Row]:
     """Every prompt at every point of the sweep on a base, in the order of `point_requests`, each row with its point."""
     wanted = list(point_requests(params, base, prompts))
     rows = generate_stored([request for _, request in wanted], params, workspace, base, "generate")
     return [{"point": point, **row} for (point, _), row in zip(wanted, rows, strict=True)]
+
+
+def generate_shard(
+    params: Params, workspace: Workspace, base: str, prompts: Sequence[str], shard: Shard
+) -> tuple[int, Path]:
+    """Put the rows of some of the prompts into a store of their own, where `generate_sweep` finds them.
+
+    A file per process, so that processes on several machines need nothing from the file system they share. Returns how
+    many rows there are, and the file.
+    """
+    wanted = list(point_requests(params, base, prompts[shard.index :: shard.count]))
+    name = f"generate.{shard.index}-of-{shard.count}"
+    rows = generate_stored([request for _, request in wanted], params, workspace, base, "generate", store=name)
+    return len(rows), store_file(workspace, name)
 
 
 def generate_stored(
@@ -82,6 +117,7 @@ def generate_stored(
     base: str,
     title: str,
     adapters: Mapping[str, Path] | None = None,
+    store: str | None = None,
 ) -> list[Row]:
     """The rows of the requests, in their order; what the store lacks is generated and kept there, chunk by chunk.
 
@@ -95,6 +131,7 @@ def generate_stored(
         base: the model that is steered.
         title: of the progress bar, and of the store's file.
         adapters: further adapters of the base, by lane.
+        store: the name of the file that new rows go to, where that is another.
     """
     device = resolve_device(params.decoding.device)
     used = {name for request in requests for name in request.arms}
@@ -108,7 +145,7 @@ def generate_stored(
     def decoder() -> GuidedDecoder:
         return models.decoder(params.decoding.device, params.decoding.batch_size)
 
-    return stored(requests, [key(request) for request in requests], decoder, workspace, title)
+    return stored(requests, [key(request) for request in requests], decoder, workspace, title, store)
 
 
 def request_key(request: Request) -> dict[str, Any]:
@@ -127,9 +164,15 @@ class Decoder(Protocol):
         """Yield (index, generation) as rows finish."""
 
 
+def store_file(workspace: Workspace, name: str) -> Path:
+    """The file of a row store."""
+    return workspace.scratch / "store" / f"{name}.jsonl"
+
+
 def stored(
-    requests: Sequence[Request], keys: Sequence[str], load: Callable[[], Decoder], workspace: Workspace, title: str
-) -> list[Row]:
+    requests: Sequence[Request], keys: Sequence[str], load: Callable[[], Decoder], workspace: Workspace, title: str,
+    name: str | None = None,
+) -> list[Row]:  # fmt: skip
     """The rows of the requests, from the store or from a decoder that is loaded only if the store lacks some.
 
     Args:
@@ -138,8 +181,12 @@ def stored(
         load: the decoder.
         workspace: where the store is.
         title: of the progress bar, and of the store's file.
+        name: of the store's file, where that is another.
     """
-    store = RowStore(workspace.scratch / "store" / f"{title}.jsonl")
+    file = store_file(workspace, name or title)
+    whole = store_file(workspace, title)
+    known = {*whole.parent.glob(f"{title}.*-of-*.jsonl"), *([whole] if whole.exists() else [])} - {file}
+    store = RowStore(file, sorted(known))
     first = {wanted: index for index, wanted in reversed(list(enumerate(keys)))}  # equal requests are one row
     todo = [index for index, wanted in enumerate(keys) if wanted not in store and first[wanted] == index]
     print(f"{title}: {len(first) - len(todo)} of {len(first)} rows are in the store already")
@@ -195,8 +242,8 @@ class Served:
             UserError: the models cannot fit into memory (nothing is loaded then), or do not fit each other.
         """
         counted = len(self.arms), len(self.policies), REFERENCE in self._used
-        needs = plan.needs_of(self._params, self._workspace, plan.served(self._params, self._base, *counted))
-        plan.refuse_too_large(needs, resolve_device(device), self.strong.device_map is not None)
+        needs = memory.needs_of(self._params, self._workspace, memory.served(self._params, self._base, *counted))
+        memory.refuse_too_large(needs, resolve_device(device), self.strong.device_map is not None)
         return GuidedDecoder.load(
             self.strong, self.arms, arm_base=self.weak, policies=self.policies, reference=REFERENCE in self._used,
             device=device, batch_size=batch_size,

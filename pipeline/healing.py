@@ -30,7 +30,7 @@ from pipeline.generation import generate_stored
 from pipeline.losses import all_finite, distillation
 from pipeline.models import Prompter, Source
 from pipeline.pairs import PromptGroup, ResumableLoader, StepBatches, collate
-from pipeline.preferences import read_prompts
+from pipeline.preferences.reading import read_prompts
 from pipeline.store import digest
 
 _GROUP = 8  # responses that share one prompt's row
@@ -190,7 +190,7 @@ def _written(params: Params, parents: Workspace, name: str, prompter: Prompter, 
     groups = []
     for start in range(0, len(rows), samples):
         texts = [
-            prompter.response_ids(row["response"], row["finish"] == "eos")
+            prompter.response_ids(row["prompt"], row["response"], row["finish"] == "eos")
             for row in rows[start : start + samples]
             if row["response"]
         ]

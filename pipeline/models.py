@@ -4,8 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +22,8 @@ from transformers import (
 )
 
 from pipeline.config import Model, Params, UserError, Workspace
-from pipeline.store import file_digest, write_json
+from pipeline.preferences.dialogues import is_dialogue, turns_of
+from pipeline.store import file_digest, replacing_folder, write_json
 
 ORIGIN = "origin.json"  # beside the weights: where they came from, and the digest rows are keyed by
 _FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -78,20 +77,6 @@ def shape(folder: Path) -> dict[str, int]:
     }
 
 
-@contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` once it is complete."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def _fetch_wheel(spec: Model, folder: Path) -> None:
     package, _, inside = spec.location.partition("/")
     found = find_spec(package)  # locates without importing: the package's own dependencies are not needed
@@ -131,7 +116,7 @@ def _fetch_hub(spec: Model, folder: Path) -> None:
 
 def _fetch_path(spec: Model, folder: Path) -> None:
     source = Path(spec.location)
-    if not (source / "config.json").is_file():
+    if not any((source / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise UserError(f"{source} is no model folder (no config.json): correct the model's location.")
     for pattern in _FILES:
         for file in source.glob(pattern):
@@ -263,17 +248,42 @@ class Prompter:
         return len(self.tokenizer)
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Token ids of the prompt inside its template, ready for the response's first token."""
-        if self.template is not None:  # a plain text: the tokenizer adds its own special tokens, such as BOS
-            return list(self.tokenizer(self.template.replace("{prompt}", prompt)).input_ids)
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        """Token ids of the prompt inside its template, ready for the response's first token.
 
-    def response_ids(self, response: str, ended: bool = True) -> list[int]:
-        """Token ids of a response, end-of-sequence included unless it was cut off."""
-        return [*self.tokenizer(response, add_special_tokens=False).input_ids, *([self.eos] if ended else [])]
+        Raises:
+            UserError: a dialogue of several turns, and a template with room for one.
+        """
+        return self._ids(self._asked(prompt))
+
+    def response_ids(self, prompt: str, response: str, ended: bool = True) -> list[int]:
+        """Token ids of a response as the tokenizer spells it behind the prompt, end-of-sequence included.
+
+        Args:
+            ended: False if the response was cut off and so has no end-of-sequence token.
+        """
+        asked = self._asked(prompt)
+        if self.template is None and is_dialogue(prompt):  # its turns are stripped, and so is the answer
+            response = response.lstrip()
+        before, whole = self._ids(asked), self._ids(asked + response)
+        # Some tokenizers mark the beginning of a text, so a response is no text of its own; but where its first
+        # letters would merge with the prompt's last token, it has to be.
+        joined = whole[: len(before)] == before
+        ids = whole[len(before) :] if joined else self.tokenizer(response, add_special_tokens=False).input_ids
+        return [*ids, *([self.eos] if ended else [])]
+
+    def _asked(self, prompt: str) -> str:
+        if self.template is None:
+            return str(self.tokenizer.apply_chat_template(turns_of(prompt), tokenize=False, add_generation_prompt=True))
+        if is_dialogue(prompt) and self.template != "{prompt}":
+            raise UserError(
+                f"the template {self.template!r} has room for one turn, and a prompt is a dialogue: set the model's "
+                "template to null, for the tokenizer's chat template, or to '{prompt}', for the dialogue as it is."
+            )
+        return self.template.replace("{prompt}", prompt)
+
+    def _ids(self, text: str) -> list[int]:
+        """A template that is a plain text leaves it to the tokenizer to add its special tokens, such as BOS."""
+        return list(self.tokenizer(text, add_special_tokens=self.template is not None).input_ids)
 
     def spell(self, ids: list[int]) -> str:
         """The text that token ids spell, special tokens left out."""

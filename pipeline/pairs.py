@@ -63,7 +63,8 @@ def tokenise(pairs: Sequence[Row], prompter: Prompter, max_length: int, origin: 
     current: dict[str, tuple[PromptGroup, dict[tuple[int, ...], int]]] = {}
     for pair in pairs:
         chosen, rejected = (
-            tuple(prompter.response_ids(pair[side], pair.get(f"{side}_ended", True))) for side in ("chosen", "rejected")
+            tuple(prompter.response_ids(pair["prompt"], pair[side], pair.get(f"{side}_ended", True)))
+            for side in ("chosen", "rejected")
         )
         if max(len(chosen), len(rejected)) > max_length - 2:
             found.dropped += 1

@@ -1,194 +1,63 @@
-"""What a run will need, by arithmetic on model configs alone, and the refusal of one that cannot fit.
+"""What a run will need: memory, forwards, time, answers of a judge; and whether it can fit. Nothing is loaded.
 
-    python -m pipeline.plan                                # of params.yaml
-    make plan ARGS="base=tulu2-70b arm.base=tulu2-7b"      # of any composition
-
-Nothing is loaded: configs come from fetched folders or, for models of the hub not yet fetched, from there.
+python -m pipeline.plan                                                    # of params.yaml
+make plan EXPERIMENT=pku_saferlhf_65b ARGS="decoding.batch_size=4"         # of any composition
+make plan EXPERIMENT=hh_rlhf PLAN="--tokens-per-second 900 --price 0.15 0.60"
 """
 
 import sys
 import time
-from collections.abc import Sequence
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import psutil
 import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.config import Model, Params, UserError, Workspace, load_params, to_params
+from pipeline import memory
+from pipeline.config import LlmJudge, Params, UserError, Workspace, load_params, to_params
+from pipeline.judges.rubric import RUBRICS
+from pipeline.memory import PROMPT, Need
 from pipeline.models import Source, resolve_device, resolve_dtype
 
-_PROMPT = 128  # tokens of a prompt that the cache is reckoned with
-_SLACK = 1.1  # what buffers and the allocator take on top
-_BITS = {"nf4": 4.5, "int8": 8.0}  # per weight, the scales of nf4 included
+_CHARACTERS = 4  # of a token of a rubric
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What a config says about a model's size."""
+class Rows:
+    """How many texts a run generates."""
 
-    parameters: int  # shared ones once
-    matrices: int  # of them, those of the layers, which is what a format of few bits packs
-    layers: int
-    cached: int  # numbers of the key-value cache per token
-    vocabulary: int
-    packed_bits: int | None  # of weights that are packed on disk (GPTQ, AWQ)
+    prompts: int
+    known: bool  # whether the prompts are there, or only a thousand of them assumed
+    points: int
+    samples: int
 
-
-def shape_of(config: Any) -> Shape:
-    """The shape of a causal LM of transformers, built without memory for its weights."""
-    packed = getattr(config, "quantization_config", None)
-    if packed is not None:
-        config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
-        packed = packed if isinstance(packed, dict) else packed.to_dict()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Shape(
-        parameters=sum(weight.numel() for weight in model.parameters()),
-        matrices=sum(w.numel() for name, w in model.named_parameters() if ".layers." in name and w.dim() == 2),
-        layers=int(config.num_hidden_layers),
-        cached=2 * int(config.num_hidden_layers * heads * size),
-        vocabulary=int(config.vocab_size),
-        packed_bits=None if packed is None else int(packed.get("bits", 4)),
-    )
-
-
-def config_of(name: str, spec: Model, folder: Path) -> Any:
-    """The config of a model: from its fetched folder, from its source folder, or from the hub.
-
-    Raises:
-        UserError: none can be had, or the model is one that only fetching tells the shape of.
-    """
-    places = [folder, *([Path(spec.location)] if spec.source == "path" else [])]
-    for place in places:
-        if (place / "config.json").is_file():
-            return AutoConfig.from_pretrained(place, local_files_only=True)
-    if spec.source != "hub":
-        raise UserError(f"{name} has to be fetched before it can be planned with: run `dvc repro fetch@{name}`.")
-    try:
-        return AutoConfig.from_pretrained(spec.location, revision=spec.revision)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{name}: its config could not be read ({reason}): check the network, or fetch it.") from error
-
-
-def weight_bytes(shape: Shape, dtype: torch.dtype, quantisation: str | None) -> float:
-    """Bytes of the weights in memory."""
-    bits = _BITS[quantisation] if quantisation else shape.packed_bits or 8 * dtype.itemsize
-    return shape.matrices * bits / 8 + (shape.parameters - shape.matrices) * dtype.itemsize
-
-
-def cache_bytes(shape: Shape, rows: int, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values of so many rows of so many tokens."""
-    return rows * tokens * shape.cached * dtype.itemsize
-
-
-def available_bytes(device: torch.device, spread: bool) -> int:
-    """Free memory of the device, or of all GPUs of the machine together."""
-    if device.type != "cuda":
-        return int(psutil.virtual_memory().available)
-    places = range(torch.cuda.device_count()) if spread else [device.index or 0]
-    return sum(torch.cuda.mem_get_info(place)[0] for place in places)
-
-
-@dataclass(frozen=True)
-class Need:
-    """What one model needs while decoding, in bytes."""
-
-    name: str
-    shape: Shape
-    weights: float
-    cache: float
+    @classmethod
+    def of(cls, params: Params, workspace: Workspace) -> "Rows":
+        """From what prepare wrote, else from the limit of test prompts."""
+        file, limit = workspace.results / "prepare" / "prompts.jsonl", params.data.limits.get("test")
+        prompts = limit or (len(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else None)
+        return cls(prompts or 1000, prompts is not None, len(params.sweep.points), params.decoding.samples_per_prompt)
 
     @property
-    def total(self) -> float:
-        """All of it, with what buffers take."""
-        return _SLACK * (self.weights + self.cache)
+    def total(self) -> int:
+        """All rows."""
+        return self.prompts * self.points * self.samples
+
+    def __str__(self) -> str:
+        assumed = "" if self.known else " (assumed)"
+        return f"{self.prompts} prompts{assumed} x {self.points} points x {self.samples} samples = {self.total} rows"
 
 
-def served(params: Params, base: str, arms: int, policies: int, reference: bool) -> list[tuple[str, int]]:
-    """The models that decoding on a base loads, with their lanes: each adapter that has a say has a cache of its own.
-
-    Args:
-        params: the experiment.
-        base: the model that is steered.
-        arms: how many ARMs guide it.
-        policies: how many adapters of the base itself are sampled from.
-        reference: whether what the ARMs were made from has a say.
-    """
-    start, another = params.arm.base, params.arm.base != base
-    if params.arm.tuning == "full":
-        return [(base, 1 + policies)] + [(start, 1)] * (arms + (reference and another))
-    if another and (arms or reference):
-        return [(base, 1 + policies), (start, arms + reference)]
-    return [(base, 1 + policies + arms)]
-
-
-def needs_of(params: Params, workspace: Workspace, models: Sequence[tuple[str, int]]) -> list[Need]:
-    """What decoding needs.
-
-    Args:
-        params: the experiment.
-        workspace: where fetched models are.
-        models: each with its lanes, as `served` tells them.
-    """
-    decoding, device = params.decoding, resolve_device(params.decoding.device)
-    found = []
-    for name, count in models:
-        source = Source.of(params, workspace, name)
-        shape = shape_of(config_of(name, params.models[name], source.folder))
-        dtype = resolve_dtype(source.dtype, device)
-        cache = cache_bytes(shape, decoding.batch_size * count, _PROMPT + decoding.max_new_tokens, dtype)
-        found.append(Need(name, shape, weight_bytes(shape, dtype, source.quantisation), cache))
-    return found
-
-
-def refuse_too_large(needs: Sequence[Need], device: torch.device, spread: bool) -> None:
-    """Stop before anything is loaded that cannot fit.
-
-    Raises:
-        UserError: weights and caches exceed the free memory.
-    """
-    wanted, free = sum(each.total for each in needs), available_bytes(device, spread)
-    if wanted > free:
-        listed = " and ".join(f"{each.name} ({each.total / 1e9:.1f} GB)" for each in needs)
-        raise UserError(
-            f"{listed} need {wanted / 1e9:.1f} GB and {device} has {free / 1e9:.1f} free: lower decoding.batch_size, "
-            "set models.<name>.quantisation or device_map, or choose a smaller model."
-        )
-
-
-def refuse_training_too_large(
-    shape: Shape,
-    name: str,
-    dtype: torch.dtype,
-    quantisation: str | None,
-    whole: bool,
-    shards: int,
-    device: torch.device,
-) -> None:
-    """Stop before a model is loaded for training that cannot fit, activations not counted.
-
-    Trained whole it takes 16 bytes per parameter (weights, gradient and two moments in float32), dealt out over
-    `shards` devices where it is sharded; under a LoRA adapter its weights.
-
-    Raises:
-        UserError: that exceeds the free memory.
-    """
-    wanted = 16 * shape.parameters / shards if whole else weight_bytes(shape, dtype, quantisation)
-    free = available_bytes(device, False)
-    if wanted > free:
-        raise UserError(
-            f"training {name} needs {wanted / 1e9:.1f} GB beside its activations, {device} has {free / 1e9:.1f} free: "
-            "use arm=lora, arm=qlora or trainer=fsdp, or a smaller arm.base."
-        )
+def calls(judge: LlmJudge, params: Params, rows: Rows) -> tuple[int, int, int]:
+    """Answers that an endpoint is asked for at most, and the tokens it reads and writes for them."""
+    orders, objectives = (2 if judge.orders == "both" else 1), len(params.objectives)
+    asked = orders * objectives * ((rows.points - 1) * rows.prompts * rows.samples + judge.card_pairs)
+    rubrics = [len((RUBRICS / f"{name}.md").read_text(encoding="utf-8")) for name in set(judge.rubrics.values())]
+    question = max(rubrics) // _CHARACTERS + PROMPT + 2 * params.decoding.max_new_tokens
+    return asked, asked * question, asked * judge.max_tokens
 
 
 def multiplications_per_second(dtype: torch.dtype, device: torch.device, rows: int) -> float:
@@ -204,15 +73,92 @@ def multiplications_per_second(dtype: torch.dtype, device: torch.device, rows: i
     return rows * 4096 * 4096 / min(seconds)
 
 
-def print_plan(params: Params, workspace: Workspace, console: Console) -> list[Need]:
-    """Print what generating the sweep needs; the base, and what its ARMs were made from where that is another."""
+def print_plan(
+    params: Params,
+    workspace: Workspace,
+    console: Console,
+    tokens_per_second: float | None = None,
+    price: tuple[float, float] | None = None,
+) -> bool:
+    """Print what training, generating the sweep and judging need; return whether it fits into memory.
+
+    Args:
+        params: the experiment.
+        workspace: where fetched models are.
+        console: what it is printed on.
+        tokens_per_second: of guided decoding, if it was measured; else the bound that arithmetic sets is printed.
+        price: of a million tokens that the judge reads, and writes.
+    """
+    rows = Rows.of(params, workspace)
+    console.print(f"[bold]{params.base}[/bold] guided by {', '.join(params.objectives)}: {rows}")
+    fits = _training(params, workspace, console)
+    fits &= _decoding(params, workspace, console, rows, tokens_per_second)
+    if isinstance(params.judge, LlmJudge):
+        asked, read, written = calls(params.judge, params, rows)
+        cost = ""
+        if price is not None:
+            cost = f", at most {(read * price[0] + written * price[1]) / 1e6:.2f} at {price[0]:g} and {price[1]:g}"
+        console.print(
+            f"judging: at most {asked} answers of {params.judge.model} (judge.max_calls: {params.judge.max_calls}), "
+            f"{read / 1e6:.3g} M tokens read and {written / 1e6:.3g} M written{cost}"
+        )
+    if not fits:
+        console.print("[bold]this does not fit, and would be refused before anything is loaded[/bold]")
+    return fits
+
+
+def _training(params: Params, workspace: Workspace, console: Console) -> bool:
+    config, name = params.trainer, params.arm.base
+    source, device = Source.of(params, workspace, name), resolve_device(config.accelerator)
+    shape = memory.shape_of(memory.config_of(name, params.models[name], source.folder))
+    dtype, whole = resolve_dtype(source.dtype, device), params.arm.tuning == "full"
+    each = config.devices if isinstance(config.devices, int) else max(1, torch.cuda.device_count())
+    shards = config.num_nodes * each if config.strategy == "fsdp" else 1
+    packed = params.arm.quantisation or source.quantisation
+    wanted, free = memory.training_bytes(shape, dtype, packed, whole, shards), memory.available_bytes(device, False)
+    how = "all weights, with gradients and optimizer" if whole else f"LoRA of rank {params.arm.rank}, weights"
+    over = f" on each of {shards} devices" if shards > 1 else ""
+    console.print(
+        f"training: {len(params.objectives)} ARMs of {name} one after the other, {how}: {_size(wanted)}{over} beside "
+        f"activations, {_size(free)} free on {device}"
+    )
+    return wanted <= free
+
+
+def _decoding(
+    params: Params, workspace: Workspace, console: Console, rows: Rows, tokens_per_second: float | None
+) -> bool:
     decoding, device = params.decoding, resolve_device(params.decoding.device)
-    rows, tokens = decoding.batch_size, _PROMPT + decoding.max_new_tokens
+    tokens = PROMPT + decoding.max_new_tokens
     forms = {point.form for point in params.sweep.points.values() if point.guided}
     policies = len(params.objectives) if "dpo" in forms else 0
-    models = served(params, params.base, len(params.objectives), policies, "log_ratio" in forms)
-    needs = needs_of(params, workspace, models)
-    table = Table(title=f"{rows} rows of {tokens} tokens ({_PROMPT} of them prompt) on {device}")
+    models = memory.served(params, params.base, len(params.objectives), policies, "log_ratio" in forms)
+    needs = memory.needs_of(params, workspace, models)
+    console.print(_table(params, needs, f"{decoding.batch_size} rows of {tokens} tokens ({PROMPT} of them prompt)"))
+    spread = params.models[params.base].device_map is not None
+    wanted, free = sum(each.total for each in needs), memory.available_bytes(device, spread)
+    console.print(f"generating: {_size(wanted)} with a tenth for buffers, {_size(free)} free on {device}")
+    base, arm = needs[0].shape.parameters, needs[-1].shape.parameters
+    console.print(
+        f"forwards per token: {len(needs)}; parameters multiplied per token: {base / 1e9:.3g} B unguided, "
+        f"{(base + arm) / 1e9:.3g} B guided by one ARM ({1 + arm / base:.2f} times)"
+    )
+    new = rows.total * decoding.max_new_tokens
+    if tokens_per_second is not None:
+        console.print(f"time: {_time(new / tokens_per_second)} at most, at {tokens_per_second:g} tokens/s")
+        return wanted <= free
+    dtype = resolve_dtype(params.models[params.base].dtype, device)
+    rate = multiplications_per_second(dtype, device, decoding.batch_size)
+    for what, cost in (("unguided", base), ("guided by one ARM", base + arm)):
+        console.print(
+            f"at most {rate / cost:.3g} tokens/s {what}, by {rate / 1e9:.3g} G multiply-adds/s measured here: "
+            f"{_time(new * cost / rate)} or more for all rows at full length"
+        )
+    return wanted <= free
+
+
+def _table(params: Params, needs: list[Need], title: str) -> Table:
+    table, device = Table(title=title), resolve_device(params.decoding.device)
     for column in ("model", "parameters", "layers", "dtype", "weights", "KV cache"):
         table.add_column(column, justify="left" if column in ("model", "dtype") else "right")
     for found in needs:
@@ -223,36 +169,34 @@ def print_plan(params: Params, workspace: Workspace, console: Console) -> list[N
             found.name, f"{found.shape.parameters / 1e9:.3g} B", str(found.shape.layers),
             spec.quantisation or kind + packed, _size(found.weights), _size(found.cache),
         )  # fmt: skip
-    console.print(table)
-    spread = params.models[params.base].device_map is not None
-    wanted, free = sum(each.total for each in needs), available_bytes(device, spread)
-    console.print(f"memory: {_size(wanted)} with a tenth for buffers, {_size(free)} free")
-    base, arm = needs[0].shape.parameters, needs[-1].shape.parameters
-    console.print(
-        f"forwards per token: {len(needs)}; parameters multiplied per token: {base / 1e9:.3g} B unguided, "
-        f"{(base + arm) / 1e9:.3g} B guided by one ARM ({1 + arm / base:.2f} times)"
-    )
-    rate = multiplications_per_second(resolve_dtype(params.models[params.base].dtype, device), device, rows)
-    for what, cost in (("unguided", base), ("guided by one ARM", base + arm)):
-        speed = rate / cost
-        minutes = 1000 * decoding.max_new_tokens / speed / 60
-        console.print(
-            f"at most {speed:.3g} tokens/s {what}, by {rate / 1e9:.3g} G multiply-adds/s measured here: at least "
-            f"{minutes:.3g} minutes for 1000 rows of {decoding.max_new_tokens} tokens"
-        )
-    if wanted > free:
-        console.print("[bold]this does not fit, and would be refused before anything is loaded[/bold]")
-    return needs
+    return table
 
 
 def _size(amount: float) -> str:
     return f"{amount / 1e9:.3g} GB"
 
 
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.3g} minutes" if seconds < 7200 else f"{seconds / 3600:.3g} hours"
+
+
+def main() -> None:
+    """Plan params.yaml, or the composition that comes on standard input."""
+    parser = ArgumentParser("python -m pipeline.plan", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("params", nargs="?", default="params.yaml", help="a file, or - for standard input")
+    parser.add_argument("--tokens-per-second", type=float, help="of guided decoding at that batch, as it was measured")
+    parser.add_argument("--price", type=float, nargs=2, metavar=("READ", "WRITTEN"), help="of a million tokens each")
+    given = parser.parse_args()
+    if given.params == "-":
+        params = to_params(OmegaConf.create(sys.stdin.read()), "the composition")
+    else:
+        params = load_params(Path(given.params))
+    if not print_plan(params, Workspace(), Console(), given.tokens_per_second, given.price):
+        raise UserError("this run cannot fit here: see above.")
+
+
 if __name__ == "__main__":
     from pipeline.stages import guard
 
     with guard():
-        given = sys.argv[1:] == ["-"]
-        wanted_params = to_params(OmegaConf.create(sys.stdin.read()), "the composition") if given else load_params()
-        print_plan(wanted_params, Workspace(), Console())
+        main()

@@ -101,7 +101,7 @@ def curve_table(curves: pd.DataFrame) -> pd.DataFrame:
                 }
             )
         )
-    return pd.concat(parts)
+    return pd.concat(parts) if parts else pd.DataFrame(columns=["objective", "phase", "step", "loss", "accuracy"])
 
 
 def draw_curves(curves: pd.DataFrame, path: Path) -> None:
@@ -114,7 +114,8 @@ def draw_curves(curves: pd.DataFrame, path: Path) -> None:
             axes.plot(held_out.step, held_out[column], "o", color=colour, ms=6)
     label_axes(panels[0], "step", "ARM loss")
     label_axes(panels[1], "step", "pair accuracy")
-    panels[0].legend(frameon=False)
+    if not curves.empty:
+        panels[0].legend(frameon=False)
     save(figure, path)
 
 
@@ -135,8 +136,8 @@ def sample_table(scored: pd.DataFrame, points: Sequence[str]) -> list[Row]:
 
 
 def write_html(
-    params: Params, front: pd.DataFrame, wins: pd.DataFrame, metrics: Row, scored: pd.DataFrame, pictures: Path,
-    path: Path,
+    params: Params, front: pd.DataFrame, wins: pd.DataFrame, metrics: Row, data: Row, scored: pd.DataFrame,
+    pictures: Path, path: Path,
 ) -> None:  # fmt: skip
     """One file that opens from disk without a network: figures embedded, every value escaped."""
     values = {
@@ -145,6 +146,7 @@ def write_html(
         "front": front.to_dict("records"),
         "wins": {(row["point"], row["objective"]): row for row in wins.to_dict("records")},
         "metrics": metrics,
+        "data": data,
         "samples": sample_table(scored, list(front.point)),
         "prompts": scored.prompt.nunique(),
         "pictures": {name: _embedded(pictures / f"{name}.png") for name in ("front", "curves")},

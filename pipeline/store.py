@@ -4,11 +4,16 @@ The store is what survives: DVC deletes a stage's outputs before it runs the sta
 outside the outputs, keyed by a digest of everything that determines them.
 """
 
+import bz2
 import errno
+import fcntl
+import gzip
 import hashlib
 import json
+import lzma
 import os
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +21,9 @@ from typing import IO, Any
 from pipeline.config import UserError
 
 Row = dict[str, Any]
+
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+JSONL = (".jsonl", *(f".jsonl{packed}" for packed in _OPENERS))
 
 
 def digest(value: Any) -> str:
@@ -34,7 +42,7 @@ def file_digest(*paths: Path) -> str:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
-    """Yield (line number from 1, object) of a JSON Lines file.
+    """Yield (line number from 1, object) of a JSON Lines file, packed or not, as its lines are read.
 
     Raises:
         UserError: the file is missing or empty, or a line is blank, not UTF-8, or not a JSON object.
@@ -42,8 +50,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
     if not path.is_file():
         raise UserError(f"{path} is missing: check the path, or run the stage that writes it with `dvc repro`.")
     number = 0
-    with path.open("rb") as stream:
-        for number, raw in enumerate(stream, 1):
+    with _OPENERS.get(path.suffix, open)(path, "rb") as stream:
+        for number, raw in enumerate(_unpacked(stream, path), 1):
             where = f"{path}, line {number}"
             try:
                 line = raw.decode("utf-8")
@@ -62,6 +70,13 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
         raise UserError(f"{path} is empty: it needs at least one row.")
 
 
+def _unpacked(stream: Iterable[bytes], path: Path) -> Iterator[bytes]:
+    try:
+        yield from stream
+    except (EOFError, lzma.LZMAError, OSError) as error:
+        raise UserError(f"{path} cannot be unpacked ({error}): fetch the file again.") from error
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[str]]:
     """Open a text file that appears under its name only when it is complete (temporary name, then rename)."""
@@ -75,6 +90,20 @@ def replacing(path: Path) -> Iterator[IO[str]]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` once it is complete."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
@@ -92,22 +121,44 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class RowStore:
-    """Finished rows by digest, one append-only JSON Lines file.
+    """Finished rows by digest, one append-only JSON Lines file that several processes may write to.
 
     The rows of one `add` are written with one system call and flushed to the disk, so a killed run loses at most what
     it had not added; a torn last line is dropped when the store is opened again.
+
+    Args:
+        path: the file.
+        beside: files of other stores whose rows are known here as well.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, beside: Iterable[Path] = ()) -> None:
         self._path = path
         self._rows: dict[str, Row] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            self._load()
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            with self._locked():
+                content = path.read_bytes()
+                whole = self._load(path, content)
+                if whole < len(content):
+                    os.ftruncate(self._file, whole)
+            for other in beside:
+                self._load(other, other.read_bytes())
+        except BaseException:
+            os.close(self._file)
+            raise
 
-    def _load(self) -> None:
-        content = self._path.read_bytes()
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """No other process reads half a line, or takes a line that is being written for a torn one."""
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def _load(self, path: Path, content: bytes) -> int:
+        """Know the rows of a file; return how many bytes of it are whole lines."""
         whole = content[: content.rfind(b"\n") + 1]
         for number, line in enumerate(whole.splitlines(), 1):
             try:
@@ -115,10 +166,9 @@ class RowStore:
                 self._rows.setdefault(entry["digest"], entry["row"])
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
-                    f"{self._path}, line {number}: not a row of this store: remove the line to regenerate its row."
+                    f"{path}, line {number}: not a row of this store: remove the line to regenerate its row."
                 ) from error
-        if len(whole) < len(content):
-            os.truncate(self._path, len(whole))
+        return len(whole)
 
     def __contains__(self, key: str) -> bool:
         return key in self._rows
@@ -137,11 +187,13 @@ class RowStore:
             if key not in self._rows:
                 fresh.setdefault(key, row)
         lines = [json.dumps({"digest": key, "row": row}, ensure_ascii=False) + "\n" for key, row in fresh.items()]
-        block, start = "".join(lines).encode(), os.fstat(self._file).st_size
-        if os.write(self._file, block) < len(block):
-            os.ftruncate(self._file, start)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
-        os.fsync(self._file)
+        block = "".join(lines).encode()
+        with self._locked():
+            start = os.fstat(self._file).st_size
+            if os.write(self._file, block) < len(block):
+                os.ftruncate(self._file, start)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+            os.fsync(self._file)
         self._rows |= fresh
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig, PreTrainedModel
 
-from pipeline import models, plan
+from pipeline import memory, models
 from pipeline.arm import ARM, ResponseModel, trainable
 from pipeline.baselines.parm import ConditionedARM, ConditionedModel
 from pipeline.baselines.reward_model import RewardModel
@@ -120,9 +120,9 @@ def train(job: Job, rows: Sequence[Row], identity: str, scratch: Path, logger: L
     # What is trained whole, or sharded over devices, keeps float32 master weights and computes in the base's dtype.
     master = torch.float32 if arm.tuning == "full" or sharded else dtype
 
-    shape = plan.shape_of(AutoConfig.from_pretrained(source.folder, local_files_only=True))
+    shape = memory.shape_of(AutoConfig.from_pretrained(source.folder, local_files_only=True))
     shards = _world_size(config, device) if sharded else 1
-    plan.refuse_training_too_large(shape, job.start, dtype, source.quantisation, arm.tuning == "full", shards, device)
+    memory.refuse_training_too_large(shape, job.start, dtype, source.quantisation, arm.tuning == "full", shards, device)
 
     def untrained(master: torch.dtype, place: torch.device) -> ResponseModel:
         loaded = models.load_model(source.folder, master, place, source.quantisation)
@@ -131,10 +131,7 @@ def train(job: Job, rows: Sequence[Row], identity: str, scratch: Path, logger: L
     # What is sharded goes to its devices layer by layer: no device ever holds the whole of it.
     model = untrained(master, torch.device("cpu") if sharded else device)
     prompter = source.prompter()
-    reach = model.causal.config
-    # Within a sliding window all layers see all of a row: beyond it training would show them more than decoding does.
-    limits = config.max_length, reach.max_position_embeddings, getattr(reach, "sliding_window", None)
-    max_length = min(limit for limit in limits if limit)
+    max_length = longest(model.causal.config, config)
     splits = {
         split: tokenise([row for row in rows if row["split"] == split], prompter, max_length, f"{job.name}, {split}")
         for split in SPLITS
@@ -160,6 +157,18 @@ def train(job: Job, rows: Sequence[Row], identity: str, scratch: Path, logger: L
     load_trained(module, best)
     found = evaluate(model, job.loss, test, device, job.confidence)
     return Trained(model, module.history, module.padding, found, splits, trainer.global_step, checkpoints)
+
+
+def longest(reach: Any, config: Trainer) -> int:
+    """Tokens of a prompt and a response together, at most.
+
+    Within a sliding window all layers see all of a row: beyond it training would show them more than decoding does.
+
+    Args:
+        reach: the config of the model.
+    """
+    limits = config.max_length, reach.max_position_embeddings, getattr(reach, "sliding_window", None)
+    return min(limit for limit in limits if limit)
 
 
 def balanced(pulls: Sequence[tuple[float, float]], groups: Sequence[PromptGroup]) -> list[tuple[float, float]]:

@@ -42,7 +42,7 @@ from pipeline.generation import point_requests
 from pipeline.guidance import draw, guided_logps, kl_divergence
 from pipeline.lanes import Backbone, left_pad
 from pipeline.models import Prompter, Source, load_model, resolve_device, resolve_dtype
-from pipeline.preferences import read_prompts
+from pipeline.preferences.reading import read_prompts
 from pipeline.processor import GuidanceProcessor
 from pipeline.store import replacing, write_json
 

@@ -15,10 +15,15 @@ OPTIONS = sorted(
     (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in ("experiment", "hydra")
 )
 ONE_POINT = ("~sweep.points", "+sweep.points={plain: {weights: {}}}", "sweep.control=plain")
+UNSCORED = ("data=own", "data.path=mine.jsonl")
 NEEDED = {
-    ("data", "jsonl"): ("data.path=mine.jsonl",),
+    ("data", "own"): ("data.path=mine.jsonl",),
     ("sweep", "simplex3"): ("objectives=three",),
     ("sweep", "weak_to_strong"): ("objectives=positivity",),
+    ("objectives", "human_preference"): ("sweep=human_preference", *UNSCORED),
+    ("objectives", "pku"): ("sweep=pku", *UNSCORED),
+    ("sweep", "human_preference"): ("objectives=human_preference", *UNSCORED),
+    ("sweep", "pku"): ("objectives=pku", *UNSCORED),
     ("objectives", "positivity"): ONE_POINT,
     ("objectives", "conciseness"): ONE_POINT,
     ("objectives", "simplicity"): ONE_POINT,
@@ -162,7 +167,7 @@ def test_a_whole_number_will_do_for_a_float(compose_params):
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
-        (("data=jsonl",), "data.path"),
+        (("data=own",), "data.path"),
         (("seed=???",), "seed"),
     ],
 )
@@ -201,7 +206,7 @@ def test_sampling_needs_a_scorer_for_every_objective(compose_params):
 
 
 def test_own_preference_rows_need_no_scorer(compose_params):
-    params = compose_params("data=jsonl", "data.path=mine.jsonl", "objectives.conciseness.scorer=null")
+    params = compose_params("data=own", "data.path=mine.jsonl", "objectives.conciseness.scorer=null")
     assert params.data.sampling is None
     assert params.objectives["conciseness"].scorer is None
 

@@ -160,7 +160,7 @@ def test_own_jsonl_goes_from_rows_to_front(copy):
     ]
     (copy / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     labels = ["objectives.positivity.label=warm", "objectives.conciseness.label=short"]
-    compose(copy, "experiment=smoke", "data=jsonl", "data.path=mine.jsonl", *labels)
+    compose(copy, "experiment=smoke", "data=own", "data.path=mine.jsonl", *labels)
     run(copy, "dvc", "repro", "-q")
     assert len(pd.read_csv(copy / "results/pareto/front.csv")) == 7
 

@@ -4,8 +4,9 @@ import json
 import pytest
 
 from pipeline import decoder, generation, models
-from pipeline.config import Objective, Point, Workspace
+from pipeline.config import Objective, Point, UserError, Workspace
 from pipeline.decoder import GuidedDecoder, Request
+from pipeline.generation import Shard
 
 PROMPTS = ["Describe a rainy Monday.", "Why?", "Tell me about tea."]
 
@@ -23,14 +24,20 @@ def sweep(smoke_params):
     )
 
 
-def rows_of(params, tiny, arms, store):
-    """Rows of the tiny base in a workspace of their own around the store's file."""
-    workspace = Workspace(store.parent / "models", store.parent / "results", store.parent / "scratch")
+def furnished(folder, tiny, arms):
+    """A workspace with the tiny base and the ARMs in it."""
+    workspace = Workspace(folder / "models", folder / "results", folder / "scratch")
     places = {workspace.model("tiny"): tiny, **{workspace.arm(name): folder for name, folder in arms.items()}}
     for place, folder in places.items():
         place.parent.mkdir(parents=True, exist_ok=True)
         place.unlink(missing_ok=True)
         place.symlink_to(folder)
+    return workspace
+
+
+def rows_of(params, tiny, arms, store):
+    """Rows of the tiny base in a workspace of their own around the store's file."""
+    workspace = furnished(store.parent, tiny, arms)
     wanted = [request for _, request in generation.point_requests(params, "tiny", PROMPTS)]
     return generation.generate_stored(wanted, params, workspace, "tiny", store.stem)
 
@@ -123,3 +130,23 @@ def test_rows_sampled_otherwise_are_other_rows(sweep, tiny, arms, tmp_path, caps
     changed = dataclasses.replace(sweep, decoding=dataclasses.replace(sweep.decoding, **change))
     assert rows_of(changed, tiny, arms, tmp_path / "store.jsonl") != before
     assert capsys.readouterr().out.count(": 0 of 9 rows") == 2
+
+
+def test_shards_in_any_order_are_merged_into_what_one_process_writes(sweep, tiny, arms, tmp_path, monkeypatch, capsys):
+    exact = dataclasses.replace(sweep.models["tiny"], dtype="float32")  # where rows do not depend on their neighbours
+    sweep = dataclasses.replace(sweep, models={**sweep.models, "tiny": exact})
+    alone, parted = (furnished(tmp_path / name, tiny, arms) for name in ("alone", "parted"))
+    whole = generation.generate_sweep(sweep, alone, "tiny", PROMPTS)
+    for part in (1, 0):
+        count, file = generation.generate_shard(sweep, parted, "tiny", PROMPTS, Shard(part, 2))
+        assert (count, len(file.read_text().splitlines())) == ([6, 3][part], [6, 3][part])
+    monkeypatch.setattr(GuidedDecoder, "load", None)  # nothing is left to decode
+    assert generation.generate_sweep(sweep, parted, "tiny", PROMPTS) == whole
+    assert "generate: 9 of 9 rows are in the store already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["3/8", "shard=8/8", "shard=-1/8", "shard=a/b", "shard=0/0"])
+def test_a_shard_that_is_none_is_refused(text):
+    assert Shard.parse("shard=7/8") == Shard(7, 8)
+    with pytest.raises(UserError, match="is no part of the prompts: write shard=0/4"):
+        Shard.parse(text)

@@ -21,7 +21,9 @@ def test_path_base_brings_weights_tokenizer_template_and_origin(tiny, tmp_path):
     assert origin["digest"] == models.model_digest(tiny), "equal weights have equal digests"
     prompter = models.Prompter.load(tmp_path / "base", None)
     assert prompter.tokenizer.decode(prompter.prompt_ids("Hi")) == "<user>Hi<end><reply>"
-    assert prompter.response_ids("good")[-1] == prompter.eos != prompter.response_ids("good", ended=False)[-1]
+    assert (
+        prompter.response_ids("Hi", "good")[-1] == prompter.eos != prompter.response_ids("Hi", "good", ended=False)[-1]
+    )
 
 
 def test_hub_base_asks_for_the_revision_and_for_safe_files_only(tiny, tmp_path, monkeypatch):

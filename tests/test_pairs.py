@@ -34,7 +34,7 @@ def test_a_prompt_and_each_of_its_responses_are_tokenised_once(groups, prompter)
     assert [group.pairs for group in groups] == [[(0, 1), (2, 0)], [(0, 1), (0, 2)]]
     assert groups[0].prompt == prompter.prompt_ids("Describe a rainy Monday in detail.")
     texts = (("happy", True), ("sad and terrible", False), ("awful", True))
-    assert groups[1].responses == [prompter.response_ids(*text) for text in texts]
+    assert groups[1].responses == [prompter.response_ids("Why?", *text) for text in texts]
     assert [response[-1] == prompter.eos for response in groups[1].responses] == [True, False, True]
 
 
@@ -106,8 +106,10 @@ def test_a_prompt_with_many_responses_is_split_into_groups_of_at_most_eight(prom
     groups = tokenise(pairs, prompter, 256, "pairs.jsonl").groups
     assert [len(group.responses) for group in groups] == [8, 8, 6, 2]
     assert [len(group.pairs) for group in groups] == [4, 4, 3, 1]
-    told = [(group.responses[good], group.responses[bad]) for group in groups for good, bad in group.pairs]
-    assert told == [(prompter.response_ids(row["chosen"]), prompter.response_ids(row["rejected"])) for row in pairs]
+    told = [[group.responses[good], group.responses[bad]] for group in groups for good, bad in group.pairs]
+    assert told == [
+        [prompter.response_ids(row["prompt"], row[side]) for side in ("chosen", "rejected")] for row in pairs
+    ]
 
 
 def test_a_group_of_seven_responses_takes_no_further_pair(prompter):
@@ -118,7 +120,7 @@ def test_a_group_of_seven_responses_takes_no_further_pair(prompter):
 def test_a_long_prompt_keeps_its_end_and_a_pair_that_cannot_fit_is_dropped_and_counted(prompter):
     rows = [pair("Describe a rainy Monday in detail.", "good", "bad bad"), pair("Why?", "good", "bad " * 20)]
     prompt = prompter.prompt_ids(rows[0]["prompt"])
-    longest = max(len(prompter.response_ids(rows[0][side])) for side in ("chosen", "rejected"))
+    longest = max(len(prompter.response_ids(rows[0]["prompt"], rows[0][side])) for side in ("chosen", "rejected"))
     whole = tokenise(rows, prompter, 256, "pairs.jsonl")
     assert (whole.pairs, whole.truncated, whole.dropped) == (2, 0, 0)
     exact = tokenise(rows[:1], prompter, len(prompt) + longest, "pairs.jsonl")
@@ -136,7 +138,7 @@ def test_a_cut_prompt_keeps_its_beginning_of_sequence_token(prompter):
     prompt = prompter.prompt_ids(row["prompt"])
     tokenizer = copy.deepcopy(prompter.tokenizer)
     tokenizer.bos_token = tokenizer.convert_ids_to_tokens(prompt[0])
-    longest = max(len(prompter.response_ids(row[side])) for side in ("chosen", "rejected"))
+    longest = max(len(prompter.response_ids(row["prompt"], row[side])) for side in ("chosen", "rejected"))
     cut = tokenise([row], Prompter(tokenizer, prompter.template), longest + 5, "x")
     assert cut.groups[0].prompt == [prompt[0], *prompt[-4:]]
 

@@ -2,68 +2,21 @@ import dataclasses
 import io
 
 import pytest
-import torch
 from rich.console import Console
-from transformers import AutoConfig, LlamaConfig
+from transformers import LlamaConfig
 
-from pipeline import models, plan
-from pipeline.config import UserError
-from tests.tiny import tiny_model
-
-SEVEN = LlamaConfig(vocab_size=32001)  # the defaults are Llama-7B's
-SEVENTY = LlamaConfig(
-    vocab_size=32000, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-    num_key_value_heads=8,
-)  # fmt: skip
+from pipeline import plan
+from pipeline.plan import Rows
+from tests.test_memory import SEVEN, SEVENTY, planned
 
 
-def test_parameters_and_cache_are_those_of_published_models():
-    seven, seventy = plan.shape_of(SEVEN), plan.shape_of(SEVENTY)
-    assert seven.parameters == pytest.approx(6.738e9, rel=1e-3)
-    assert seventy.parameters == pytest.approx(68.98e9, rel=1e-3)
-    # Two tensors of 32 heads of 128 numbers in 32 layers; of 8 heads in 80 layers.
-    assert plan.cache_bytes(seven, 1, 1, torch.float16) == 2 * 32 * 32 * 128 * 2
-    assert plan.cache_bytes(seventy, 3, 5, torch.bfloat16) == 3 * 5 * 2 * 80 * 8 * 128 * 2
+def printed(params, workspace, *options):
+    out = io.StringIO()
+    fits = plan.print_plan(params, workspace, Console(file=out, width=300), *options)
+    return fits, out.getvalue()
 
 
-def test_the_shape_is_that_of_the_model_itself(tiny):
-    model = models.load_model(tiny, torch.float32, torch.device("cpu"))
-    shape = plan.shape_of(AutoConfig.from_pretrained(tiny))
-    assert shape.parameters == sum(weight.numel() for weight in model.parameters())
-    cache = model(torch.arange(5, 12)[None], use_cache=True).past_key_values
-    held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
-    assert shape.cached * 7 == held
-
-
-def test_few_bits_pack_the_layers_only():
-    shape = plan.shape_of(tiny_model(500).config)
-    rest = shape.parameters - shape.matrices
-    assert plan.weight_bytes(shape, torch.bfloat16, None) == 2 * shape.parameters
-    assert plan.weight_bytes(shape, torch.bfloat16, "int8") == shape.matrices + 2 * rest
-    packed = LlamaConfig(**SEVEN.to_diff_dict(), quantization_config={"quant_method": "gptq", "bits": 4})
-    seven = plan.shape_of(packed)
-    wanted = seven.matrices / 2 + 2 * (seven.parameters - seven.matrices)
-    assert plan.weight_bytes(seven, torch.float16, None) == wanted < 4e9
-
-
-def planned(params, workspace, base, **changes):
-    place = workspace.model(base)
-    place.mkdir(parents=True, exist_ok=True)
-    spec = dataclasses.replace(params.models["tiny"], **changes)
-    return dataclasses.replace(params, base=base, models={**params.models, base: spec})
-
-
-def test_what_cannot_fit_is_refused_before_it_loads(smoke_params, workspace, tiny, monkeypatch):
-    params = planned(smoke_params, workspace, "large")
-    SEVENTY.save_pretrained(workspace.model("large"))
-    needs = plan.needs_of(params, workspace, [("large", 2)])
-    with pytest.raises(UserError, match=r"large \(\d+\.\d GB\) need .* GB and cpu has .* free: lower decoding"):
-        plan.refuse_too_large(needs, torch.device("cpu"), False)
-    monkeypatch.setattr(plan, "available_bytes", lambda *_: 1e15)
-    plan.refuse_too_large(needs, torch.device("cpu"), False)
-
-
-def test_the_plan_prints_what_it_reckons(smoke_params, workspace, tiny):
+def test_the_plan_prints_what_it_reckons(smoke_params, workspace):
     params = planned(smoke_params, workspace, "large", dtype="bfloat16")
     SEVENTY.save_pretrained(workspace.model("large"))
     workspace.model("small").mkdir(parents=True)
@@ -72,36 +25,45 @@ def test_the_plan_prints_what_it_reckons(smoke_params, workspace, tiny):
     params = dataclasses.replace(
         params, models={**params.models, "small": spec}, arm=dataclasses.replace(params.arm, base="small")
     )
-    out = io.StringIO()
-    needs = plan.print_plan(params, workspace, Console(file=out, width=200))
-    assert [need.name for need in needs] == ["large", "small"]
-    assert "forwards per token: 2" in out.getvalue() and "(1.10 times)" in out.getvalue()
-    assert "this does not fit" in out.getvalue()
+    fits, told = printed(params, workspace)
+    assert not fits and "this does not fit" in told
+    assert "forwards per token: 2" in told and "(1.10 times)" in told
+    assert "2 ARMs of small one after the other, LoRA of rank 8, weights: 13.5 GB beside activations" in told
+    assert "6 prompts x 7 points x 1 samples = 42 rows" in told
+    assert "judging" not in told, "the oracle asks nobody"
 
 
-def test_a_model_without_a_config_at_hand_says_what_to_do(smoke_params, workspace):
-    spec = dataclasses.replace(smoke_params.models["tiny"], source="wheel", location="gone/model.gguf")
-    with pytest.raises(UserError, match=r"tiny has to be fetched before it can be planned with: run `dvc repro fetch@"):
-        plan.config_of("tiny", spec, workspace.model("tiny"))
-    hub = dataclasses.replace(spec, source="hub", location="org/name", revision="main")
-    with pytest.raises(UserError, match="tiny: its config could not be read"):
-        plan.config_of("tiny", hub, workspace.model("tiny"))
+def test_time_and_judges_are_reckoned_from_rows(compose_params, workspace):
+    params = compose_params("experiment=hh_rlhf", "decoding.batch_size=1")
+    workspace.model("llama-7b-sft").mkdir(parents=True)
+    LlamaConfig(num_hidden_layers=1, vocab_size=64, hidden_size=64, intermediate_size=64).save_pretrained(
+        workspace.model("llama-7b-sft")
+    )
+    fits, told = printed(params, workspace, 900.0, (1.0, 10.0))
+    assert fits
+    assert "300 prompts x 3 points x 1 samples = 900 rows" in told
+    assert "time: 2.13 minutes at most, at 900 tokens/s" in told  # 900 rows of 128 tokens
+    calls, read, written = plan.calls(params.judge, params, Rows.of(params, workspace))
+    assert calls == 2 * 300 + 50, "two points beside the control, and the card; one order each"
+    assert f"at most {calls} answers of gpt-4o-mini" in told
+    assert f"at most {(read + 10 * written) / 1e6:.2f} at 1 and 10" in told
+    both = dataclasses.replace(params.judge, orders="both")
+    assert plan.calls(both, params, Rows.of(params, workspace))[0] == 2 * calls
 
 
-def test_what_is_loaded_depends_on_what_guides(smoke_params):
-    params = dataclasses.replace(smoke_params, arm=dataclasses.replace(smoke_params.arm, base="small"))
-    assert plan.served(params, "large", 0, 0, False) == [("large", 1)]
-    assert plan.served(params, "large", 2, 1, True) == [("large", 2), ("small", 3)]
-    assert plan.served(params, "small", 2, 1, False) == [("small", 4)], "ARMs of the base share it"
-    whole = dataclasses.replace(params, arm=dataclasses.replace(params.arm, tuning="full"))
-    assert plan.served(whole, "large", 2, 0, True) == [("large", 1), *[("small", 1)] * 3]
-    assert plan.served(whole, "small", 2, 0, True) == [("small", 1), *[("small", 1)] * 2]
+def test_rows_come_from_prepare_or_are_assumed(smoke_params, workspace):
+    unlimited = dataclasses.replace(smoke_params, data=dataclasses.replace(smoke_params.data, limits={}))
+    assert "1000 prompts (assumed) x 7 points" in str(Rows.of(unlimited, workspace))
+    file = workspace.results / "prepare" / "prompts.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    assert Rows.of(unlimited, workspace).prompts == 2
 
 
-def test_training_a_whole_model_counts_its_optimizer(monkeypatch):
-    shape, cpu = plan.shape_of(SEVEN), torch.device("cpu")
-    monkeypatch.setattr(plan, "available_bytes", lambda *_: 60e9)
-    plan.refuse_training_too_large(shape, "seven", torch.bfloat16, None, False, 1, cpu)
-    plan.refuse_training_too_large(shape, "seven", torch.bfloat16, None, True, 2, cpu)
-    with pytest.raises(UserError, match=r"training seven needs 107\.8 GB beside its activations, cpu has 60\.0 free"):
-        plan.refuse_training_too_large(shape, "seven", torch.bfloat16, None, True, 1, cpu)
+@pytest.mark.parametrize("options", [["--help"], ["params.yaml", "--price", "1"]])
+def test_the_command_line_explains_itself(options, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["plan", *options])
+    with pytest.raises(SystemExit):
+        plan.main()
+    shown = capsys.readouterr()
+    assert "--tokens-per-second" in shown.out + shown.err

@@ -8,19 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import preferences
 from pipeline.config import Data, Objective, UserError
 from pipeline.pairs import tokenise
-from pipeline.preferences import (
-    SPLITS,
-    label_samples,
-    limited,
-    pairs_of,
-    read_prompts,
-    read_rows,
-    split_of,
-    unseen_prompts,
-)
+from pipeline.preferences import SPLITS, split_of
+from pipeline.preferences.card import DataCard
+from pipeline.preferences.labelling import label_samples, pair_of
+from pipeline.preferences.reading import Prompts, read_prompts, read_rows
 from tests.tiny import ROOT
 
 QUICK = settings(max_examples=50, deadline=None, derandomize=True)
@@ -50,9 +43,23 @@ def read(tmp_path):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         data = Data(path=str(path), sampler="", prompts=str(path), **options)
-        return reader(data, 0) if reader is read_prompts else reader(data, objectives, 0)
+        if reader is read_prompts:
+            return read_prompts(data, 0)
+        run.card = DataCard(objectives, data.strict)
+        return list(read_rows(data, objectives, 0, run.card))
 
     return run
+
+
+def pairs_of(rows, name, objective, noise, seed):
+    return [pair for row in rows if (pair := pair_of(row, name, objective, noise, seed)) is not None]
+
+
+def unseen(data, rows):
+    prompts = Prompts()
+    for row in rows:
+        prompts.add(row)
+    return prompts.unseen(data)
 
 
 def test_labelled_rows_are_read_with_every_objective_and_ties(read):
@@ -79,23 +86,17 @@ def test_a_single_objective_need_not_be_named(read):
     ("row", "reason"),
     [
         (labelled(shorter=...), "the objective short has no label column shorter"),
-        (labelled(id="first"), "the id first of line 1 again"),
-        (labelled(response_1="yes"), "the two responses are equal"),
-        (labelled(response_1="  yes\n"), "the two responses are equal"),
-        (labelled(prompt="  "), "prompt must be a non-empty text"),
-        (labelled(prompt=3), "prompt must be a non-empty text"),
-        (labelled(response_0=""), "response_0 must be a non-empty text"),
-        (labelled(response_1=...), "response_1 must be a non-empty text"),
+        (labelled(id="first"), "the id first was there before"),
+        (labelled(prompt=3), "prompt is 3: it must be a text or a list of messages"),
+        (labelled(response_1=...), "no column response_1, only prompt, response_0"),
+        (labelled(response_1=["no"]), "response_1 is ['no']: it must be a text"),
         (labelled(warmer=True), "warmer is True: use 0, 1, or null"),
         (labelled(warmer=2), "warmer is 2: use 0, 1, or null"),
         (labelled(warmer="x"), "warmer is 'x': use 0, 1, or null"),
         (labelled(warmer=[0]), "warmer is [0]: use 0, 1, or null"),
         (labelled(split="dev"), "split is 'dev': use one of train, validation, test"),
-        (labelled("Once?", split="test"), "its prompt is in split train at line 1 and in test here"),
         (chosen(objective="kind"), "objective is 'kind': use one of warm, short"),
-        (chosen(chosen=""), "chosen must be a non-empty text"),
-        (chosen(rejected=None), "rejected must be a non-empty text"),
-        (chosen(rejected="yes"), "the two responses are equal"),
+        (chosen(rejected=3), "rejected is 3: it must be a text"),
     ],
 )
 def test_a_faulty_row_is_named_by_file_and_line(read, tmp_path, row, reason):
@@ -103,6 +104,43 @@ def test_a_faulty_row_is_named_by_file_and_line(read, tmp_path, row, reason):
     with pytest.raises(UserError) as refused:
         read(good, row)
     assert str(refused.value).startswith(f"{tmp_path / 'rows.jsonl'}, line 2: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (labelled(response_1="yes"), "equal responses"),
+        (labelled(response_1="  yes\n"), "equal responses"),
+        (labelled(prompt="  "), "an empty prompt"),
+        (labelled(response_0=""), "an empty response"),
+        (labelled(response_1=None), "an empty response"),
+        (chosen(chosen=""), "an empty chosen"),
+        (chosen(rejected=None), "an empty rejected"),
+        (chosen(rejected="yes"), "equal responses"),
+        (labelled("Once?"), "a row that was there before"),
+        (labelled("Once?", response_0="no", response_1="yes", warmer=1), "a row that was there before"),
+        (labelled("Held out?", split="train", response_1="maybe"), "a prompt that is in split test as well"),
+        (chosen(prompt=None), "texts that share no prompt"),
+        (chosen(prompt=None, chosen="\n\nHuman: a", rejected="\n\nHuman: b"), "transcripts that share no answer"),
+        (chosen(prompt=[{"role": "tool", "content": "x"}]), "a message of the role tool"),
+        (chosen(prompt=[{"role": "assistant", "content": "x"}]), "a prompt that no user asks"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_left_out_counted_and_with_strict_refused(read, tmp_path, row, reason):
+    good = labelled("Once?", id="first", split="train"), labelled("Held out?", split="test")
+    assert [kept["prompt"] for kept in read(*good, row)] == ["Once?", "Held out?"]
+    counted = read.card.summary()["dropped"]
+    assert counted == {reason: {"rows": 1, "such as": [f"{tmp_path / 'rows.jsonl'}, line 3"]}}
+    with pytest.raises(UserError, match=rf"rows\.jsonl, line 3: {reason}: correct or remove it, or set data\.strict"):
+        read(*good, row, strict=True)
+
+
+def test_a_prompt_that_is_held_out_later_is_not_trained_on_earlier(read):
+    early, held_out = labelled("Why?", split="train"), labelled("Why?", split="validation", response_1="maybe")
+    assert [row["split"] for row in read(early, held_out)] == ["validation"]
+    most = labelled("Why?", split="test", response_0="perhaps")
+    assert [row["response_0"] for row in read(early, held_out, most)] == ["perhaps"]
+    assert [row["split"] for row in read(labelled("Why?"), held_out)] == ["validation"] * 2, "no statement, no leak"
 
 
 @pytest.mark.parametrize("label", [0.0, 1.0])
@@ -132,7 +170,8 @@ def test_prompts_are_read_with_stable_ids(read):
     ("row", "reason"),
     [
         ({"prompt": "Why?"}, "line 3: the prompt of line 1 again"),
-        ({"text": "x"}, "line 3: prompt must be"),
+        ({"text": "x"}, "line 3: no column prompt, only text"),
+        ({"prompt": " "}, "line 3: an empty prompt: correct or remove the line"),
         ({"prompt": "x", "split": "dev"}, "line 3: split is 'dev'"),
     ],
 )
@@ -147,13 +186,14 @@ def test_splits_are_stable_and_shared_by_all_rows_of_a_prompt(tmp_path_factory, 
     def splits(rows):
         path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        found = read_rows(
-            Data(path=str(path), sampler="", prompts=str(path), validation_fraction=0.3, test_fraction=0.3), BOTH, 0
-        )
+        data = Data(path=str(path), sampler="", prompts=str(path), validation_fraction=0.3, test_fraction=0.3)
+        found = list(read_rows(data, BOTH, 0, DataCard(BOTH)))
+        assert len(found) == len(rows)
         return {(row["prompt"], row["split"]) for row in found}
 
     few = [labelled(prompt) for prompt in prompts[:-1]]
-    more = data.draw(st.permutations([*few, *few, labelled(prompts[-1])]))
+    others = [labelled(prompt, response_1="maybe") for prompt in prompts[:-1]]
+    more = data.draw(st.permutations([*few, *others, labelled(prompts[-1])]))
     assert splits(few) <= splits(more)
     assert len(splits(more)) == len(prompts)
 
@@ -268,21 +308,50 @@ def test_whether_a_response_ended_goes_with_its_text_into_the_tokens(prompter, t
     assert cut == prompter.tokenizer("hate", add_special_tokens=False).input_ids
 
 
-def test_limited_keeps_all_rows_of_the_first_prompts_of_each_split():
+def test_limits_keep_all_rows_of_the_first_prompts_of_a_split(read):
+    told = ("a1", "a2", "b1", "a3", "a1", "c1", "b1", "a2", "a3")
     rows = [
-        {"prompt": prompt, "split": SPLITS["abc".index(prompt[0])]}
-        for prompt in ("a1", "a2", "b1", "a3", "a1", "c1", "b1", "a2", "a3")
+        labelled(prompt, response_0=f"text {n}", split=SPLITS["abc".index(prompt[0])]) for n, prompt in enumerate(told)
     ]
-    assert [row["prompt"] for row in limited(rows, 2)] == ["a1", "a2", "b1", "a1", "c1", "b1", "a2"]
-    assert [row["prompt"] for row in limited(rows, 1)] == ["a1", "b1", "a1", "c1", "b1"]
-    assert limited(rows, None) == rows
+    two = dict.fromkeys(SPLITS, 2)
+    assert [row["prompt"] for row in read(*rows, limits=two)] == ["a1", "a2", "b1", "a1", "c1", "b1", "a2"]
+    assert [row["prompt"] for row in read(*rows, limits={"train": 1})] == ["a1", "b1", "a1", "c1", "b1"]
+    assert len(read(*rows)) == len(rows)
 
 
-def test_the_data_card_counts_rows_prompts_pairs_and_ties():
-    rows = [labelled(id=str(n), split="train", warmer=label) for n, label in enumerate((1, None, 0))]
-    card = preferences.data_card(rows, {"warm": pairs_of(rows, "warm", WARM, 0.0, 0)})
-    assert (card["rows"], card["prompts"]) == ({"train": 3}, {"train": 1})
-    assert card["objectives"]["warm"] == {"pairs": {"train": 2}, "ties": 1, "longer_preferred": 0.5}
+def carded(*rows, objectives=BOTH):
+    card = DataCard(objectives)
+    for row in rows:
+        card.keep(row, {name: pair_of(row, name, objective, 0.0, 0) for name, objective in objectives.items()})
+    return card.summary()
+
+
+def test_the_data_card_counts_rows_prompts_pairs_ties_conflicts_and_what_is_longer():
+    labels = enumerate(((1, 1), (None, 1), (0, 1), (1, 0)))
+    card = carded(*(labelled(id=str(n), split="train", warmer=warm, shorter=short) for n, (warm, short) in labels))
+    assert (card["read"], card["rows"], card["prompts"]) == (4, {"train": 4}, {"train": 1})
+    assert card["objectives"]["warm"] == {"pairs": {"train": 3}, "ties": 1, "longer_preferred": 0.3333}
+    assert card["conflicts"] == {"warm, short": {"rows": 3, "rate": 0.6667}}
+    assert card["characters"] == {
+        "prompt": {"median": 4, "p99": 4, "longest": 4},
+        "response": {"median": 2, "p99": 3, "longest": 3},
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "oddity"),
+    [
+        ("caf\ufffd", "replacement characters"),
+        ("a\x00b", "control characters"),
+        ("cafÃ©", "wrongly decoded text"),
+        ("I hope itâ€™s clear enough", "wrongly decoded text"),
+        ("這是一個中文的回答", "mostly other than Latin letters"),
+        ("naïve café, “quoted”, 3 €\n\tdone", None),
+    ],
+)
+def test_oddities_are_counted(text, oddity):
+    card = carded(labelled(id="x", response_0=text, response_1=text + "!", split="train"))
+    assert card["oddities"] == ({} if oddity is None else {oddity: 1})
 
 
 def test_the_embedded_prompts_are_many_and_their_splits_share_nothing():
@@ -311,19 +380,19 @@ def test_prompts_to_generate_from_are_the_test_split_or_those_of_another_file(tm
         {"prompt": "How?", "split": "test"},
         {"prompt": "How?", "split": "test"},
     ]
-    assert unseen_prompts(data, rows) == ["How?"]
+    assert unseen(data, rows) == ["How?"]
     file = tmp_path / "more.jsonl"
     other = dataclasses.replace(data, prompts=str(file))
     file.write_text('{"prompt": "Who?"}\n{"prompt": "How?"}\n')
-    assert unseen_prompts(other, rows) == ["Who?", "How?"]
+    assert unseen(other, rows) == ["Who?", "How?"]
     file.write_text('{"prompt": "Who?"}\n{"prompt": "Why?"}\n')
     with pytest.raises(UserError, match=r"more\.jsonl, line 2: the ARMs have seen this prompt in data\.jsonl"):
-        unseen_prompts(other, rows)
+        unseen(other, rows)
     file.write_text('{"prompt": "Who?"}\n{"prompt": "Who?"}\n')
     with pytest.raises(UserError, match=r"more\.jsonl, line 2: the prompt is there already"):
-        unseen_prompts(other, rows)
+        unseen(other, rows)
 
 
 def test_the_prompts_of_the_ladder_are_unknown_to_the_embedded_data():
     embedded = Data(path=str(EVERYDAY), sampler="", prompts=str(EVERYDAY.with_name("unseen.jsonl")))
-    assert len(unseen_prompts(embedded, read_prompts(embedded, 0))) == 200
+    assert len(unseen(embedded, read_prompts(embedded, 0))) == 200

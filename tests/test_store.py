@@ -1,6 +1,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from pipeline.config import UserError
 from pipeline.stages import guard
 from pipeline.store import RowStore, digest, file_digest, read_jsonl, replacing, write_json, write_jsonl
+from tests.tiny import ROOT
 
 QUICK = settings(max_examples=50, deadline=None, derandomize=True)
 JSON = st.recursive(
@@ -280,3 +283,34 @@ def test_a_user_error_ends_in_its_sentence_and_other_errors_pass_through():
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "x")
     with pytest.raises(ZeroDivisionError), guard():
         _ = 1 / 0
+
+
+def test_a_store_knows_the_rows_of_others_beside_it_and_leaves_them_alone(tmp_path, store_path):
+    torn = tmp_path / "torn.jsonl"
+    torn.write_bytes(store_path.read_bytes() + b'{"digest": "half')
+    before = torn.read_bytes()
+    store = RowStore(tmp_path / "mine.jsonl", [torn])
+    assert all(key in store for key in "abc")
+    assert torn.read_bytes() == before, "another process may be writing it"
+    store.add([("mine", {"text": "x"})])
+    store.close()
+    assert len((tmp_path / "mine.jsonl").read_text().splitlines()) == 1
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from pipeline.store import RowStore
+for turn in range(30):
+    store = RowStore(Path(sys.argv[1]))
+    store.add([(f"{sys.argv[2]} {turn} {n}", {"text": "x" * 20000}) for n in range(5)])
+    store.close()
+"""
+
+
+def test_processes_that_open_and_write_one_store_lose_nothing(tmp_path):
+    path = tmp_path / "store.jsonl"
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), name], cwd=ROOT) for name in "ab"]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert len(path.read_text().splitlines()) == 300
+    assert len({json.loads(line)["digest"] for line in path.read_text().splitlines()}) == 300

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline import plan
+from pipeline import memory
 from pipeline.baselines import Law, Mix, Place, genarm, mod, morl, parm, soups
 from pipeline.baselines.args import Args
 from pipeline.baselines.best_of_n import BestOfN
@@ -90,8 +90,8 @@ class Contender:
             used = {lane for law in self._laws.values() for lane, weight in law.weights.items() if weight}
             return Served(params, workspace, params.base, used, self._adapters).decoder(place, size)
         device = resolve_device(place)
-        needs = plan.needs_of(params, workspace, [(params.base, 1)] * (1 + len(self._rewards)))
-        plan.refuse_too_large(needs, device, False)
+        needs = memory.needs_of(params, workspace, [(params.base, 1)] * (1 + len(self._rewards)))
+        memory.refuse_too_large(needs, device, False)
         rewards = {name: TextReward.load(self._source, folder, device) for name, folder in self._rewards.items()}
         prompter, method = self._source.prompter(), self._method
         if isinstance(method, BestOf):

@@ -24,7 +24,7 @@ from pipeline.arm import ARM, ResponseModel
 from pipeline.baselines import Law, Mix, Place
 from pipeline.config import UserError
 from pipeline.generation import policy_lane
-from pipeline.models import replacing_folder
+from pipeline.store import replacing_folder
 
 _CORES = "preference_cores.safetensors"  # A and the M_i of every adapted layer
 _FACTOR = ".lora_A.weight"

@@ -11,9 +11,9 @@ import torch
 from peft import LoraConfig
 
 from pipeline.config import Arm, Params, Rival, UserError
-from pipeline.models import Source, replacing_folder, resolve_device, resolve_dtype
+from pipeline.models import Source, resolve_device, resolve_dtype
 from pipeline.scorers import scorer
-from pipeline.store import Row
+from pipeline.store import Row, replacing_folder
 
 
 def train(

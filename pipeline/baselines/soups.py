@@ -18,7 +18,7 @@ from pipeline.baselines import Law, Mix, Place
 from pipeline.config import UserError
 from pipeline.generation import policy_lane
 from pipeline.lanes import BASE
-from pipeline.models import replacing_folder
+from pipeline.store import replacing_folder
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 

@@ -1,19 +1,29 @@
-"""generate: every test prompt at every point of the sweep, results/generate/rows.jsonl."""
+"""generate: every test prompt at every point of the sweep, results/generate/rows.jsonl.
 
+python -m pipeline.stages.generate shard=3/8   # one of eight processes; `dvc repro` then finds the rows of all
+"""
+
+import sys
 from pathlib import Path
 
 from pipeline import generation
 from pipeline.config import Params, Workspace
+from pipeline.generation import Shard
 from pipeline.stages import main
 from pipeline.store import read_jsonl, write_jsonl
 
 
-def run(params: Params, workspace: Workspace, prompts: Path | None = None) -> None:
-    """Generate the sweep; `prompts` defaults to those that prepare wrote."""
-    prompts = prompts or workspace.results / "prepare" / "prompts.jsonl"
-    rows = generation.generate_sweep(params, workspace, params.base, [row["prompt"] for _, row in read_jsonl(prompts)])
-    write_jsonl(workspace.results / "generate" / "rows.jsonl", rows)
+def run(params: Params, workspace: Workspace, shard: str | None = None, *, prompts: Path | None = None) -> None:
+    """Generate the sweep, or a shard of it into the row store; `prompts` defaults to those that prepare wrote."""
+    file = prompts or workspace.results / "prepare" / "prompts.jsonl"
+    asked = [row["prompt"] for _, row in read_jsonl(file)]
+    if shard is None:
+        rows = generation.generate_sweep(params, workspace, params.base, asked)
+        write_jsonl(workspace.results / "generate" / "rows.jsonl", rows)
+    else:
+        count, store = generation.generate_shard(params, workspace, params.base, asked, Shard.parse(shard))
+        print(f"generate: the {count} rows of {shard} are in {store}; when all shards are there, run `dvc repro`")
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, *sys.argv[1:])

@@ -12,9 +12,11 @@ from pipeline.store import digest, read_jsonl, replacing, write_json
 
 
 def run(params: Params, workspace: Workspace, trained: Path | None = None) -> None:
-    """Draw the front; `trained` is the results folder that holds train/, by default the same one."""
+    """Draw the front; `trained` is the results folder that holds prepare/ and train/, by default the same one."""
     results, out = workspace.results, workspace.results / "pareto"
-    trained = (trained or results) / "train"
+    shared = trained or results
+    trained = shared / "train"
+    data = json.loads((shared / "prepare" / "data_card.json").read_text())
     scored = pd.DataFrame([row for _, row in read_jsonl(results / "judge" / "scores.jsonl")])
     wins = pd.read_csv(results / "judge" / "wins.csv")
     front = pareto.front_table(params, scored, wins)
@@ -33,7 +35,7 @@ def run(params: Params, workspace: Workspace, trained: Path | None = None) -> No
     write_json(out / "metrics.json", metrics)
     report.draw_front(front, list(params.objectives), params.sweep.control, out / "front.png")
     report.draw_curves(tables["curves.csv"], out / "curves.png")
-    report.write_html(params, front, wins, metrics, scored, out, results / "report" / "index.html")
+    report.write_html(params, front, wins, metrics, data, scored, out, results / "report" / "index.html")
     group = f"{params.base}-{digest(scored.response.tolist())[:8]}"
     tracking.log_points(params, workspace, group, front.to_dict("records"), scored.to_dict("records"))
     report.print_front(front, list(params.objectives), metrics)

@@ -1,42 +1,76 @@
 """prepare: preference rows, one file of pairs per objective, and the prompts to generate from."""
 
-from pipeline import generation, preferences
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
 from pipeline.config import Params, Sampling, UserError, Workspace
-from pipeline.decoder import Request
+from pipeline.preferences import SPLITS, reading
+from pipeline.preferences.card import DataCard
+from pipeline.preferences.labelling import label_samples, pair_of
 from pipeline.stages import main
-from pipeline.store import Row, write_json, write_jsonl
+from pipeline.store import Row, replacing, write_json, write_jsonl
 
 
 def run(params: Params, workspace: Workspace) -> None:
     """Read rows, or sample and label responses; write results/prepare/."""
     data, out = params.data, workspace.results / "prepare"
+    card = DataCard(params.objectives, data.strict)
     if data.sampling is None:
-        rows = preferences.read_rows(data, params.objectives, params.seed)
+        rows = reading.read_rows(data, params.objectives, params.seed, card)
     else:
-        prompts = preferences.read_prompts(data, params.seed)
-        samples = sample(prompts, params, data.sampling, workspace)
-        rows = list(preferences.label_samples(prompts, samples, params.objectives))
-    pairs = {
-        name: preferences.pairs_of(rows, name, objective, data.label_noise, params.seed)
-        for name, objective in params.objectives.items()
-    }
-    for name, found in pairs.items():
-        if missing := set(preferences.SPLITS) - {pair["split"] for pair in found}:
-            raise UserError(f"{data.path}: no pair for {name} in split {min(missing)}: add rows with that label.")
-    write_jsonl(out / "rows.jsonl", rows)
-    for name, found in pairs.items():
-        write_jsonl(out / "pairs" / f"{name}.jsonl", found)
-    unseen = preferences.unseen_prompts(data, rows)
-    write_jsonl(out / "prompts.jsonl", ({"prompt": prompt} for prompt in unseen))
-    write_json(out / "data_card.json", card := preferences.data_card(rows, pairs))
-    for name, counts in card["objectives"].items():
+        asked = reading.read_prompts(data, params.seed)
+        samples = sample(asked, params, data.sampling, workspace)
+        rows = label_samples(asked, samples, params.objectives)
+    prompts = write_pairs(rows, params, out, card)
+    write_jsonl(out / "prompts.jsonl", ({"prompt": prompt} for prompt in prompts.unseen(data)))
+    write_json(out / "data_card.json", told := card.summary())
+    for reason, count in told["dropped"].items():
+        print(f"prepare: {count['rows']} of {told['read']} rows left out: {reason}")
+    for name, counts in told["objectives"].items():
         print(f"prepare: {name}: pairs {counts['pairs']}, ties {counts['ties']}")
+
+
+def write_pairs(rows: Iterator[Row], params: Params, out: Path, card: DataCard) -> reading.Prompts:
+    """Write rows.jsonl and pairs/<objective>.jsonl as the rows come; their prompts are returned.
+
+    Raises:
+        UserError: an objective has no pair in some split; nothing is written then.
+    """
+    prompts = reading.Prompts()
+    missing = {(name, split) for name in params.objectives for split in SPLITS}
+    with ExitStack() as stack:
+        whole = stack.enter_context(replacing(out / "rows.jsonl"))
+        files = {name: stack.enter_context(replacing(out / "pairs" / f"{name}.jsonl")) for name in params.objectives}
+        for row in rows:
+            pairs = {
+                name: pair_of(row, name, objective, params.data.label_noise, params.seed)
+                for name, objective in params.objectives.items()
+            }
+            card.keep(row, pairs)
+            prompts.add(row)
+            whole.write(json.dumps(row, ensure_ascii=False) + "\n")
+            for name, pair in pairs.items():
+                if pair is not None:
+                    missing.discard((name, pair["split"]))
+                    files[name].write(json.dumps(pair, ensure_ascii=False) + "\n")
+        if missing:
+            name, split = min(missing)
+            raise UserError(
+                f"{params.data.path}: no pair for {name} in split {split}: add rows with that label, or hold out a "
+                "larger share of them (data.test_fraction, data.validation_fraction)."
+            )
+    return prompts
 
 
 def sample(
     prompts: list[Row], params: Params, sampling: Sampling, workspace: Workspace
 ) -> dict[str, list[tuple[str, bool]]]:
     """Responses of the unguided base by prompt id, in the order drawn, and whether each ended by itself."""
+    from pipeline import generation  # seconds and memory that rows which are there already do without
+    from pipeline.decoder import Request
+
     wanted = {
         (prompt["id"], number): Request(
             prompt["prompt"],

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline import export, models, tracking, training
+from pipeline import export, hub, models, tracking, training
+from pipeline.arm import CURVE
 from pipeline.config import Params, UserError, Workspace
 from pipeline.stages import main
 from pipeline.store import digest, file_digest, read_jsonl, replacing, write_json
@@ -18,8 +19,17 @@ def run(params: Params, workspace: Workspace, objective: str) -> None:
     """Train the ARM of one objective; write models/arms/<objective> and results/train/<objective>/."""
     if objective not in params.objectives:
         raise UserError(f"there is no objective {objective}: choose one of {', '.join(params.objectives)}.")
-    job = Job.of(params, workspace, objective)
-    produce(params, workspace, job, "train", workspace.arm(objective), workspace.results / "train" / objective)
+    job, out = Job.of(params, workspace, objective), workspace.results / "train" / objective
+    pretrained = params.objectives[objective].pretrained
+    if pretrained is None:
+        produce(params, workspace, job, "train", workspace.arm(objective), out)
+        return
+    pairs = [row for _, row in read_jsonl(workspace.results / "prepare" / "pairs" / f"{objective}.jsonl")]
+    found = hub.adopt(job, pretrained, pairs, workspace.arm(objective))
+    with replacing(out / "curve.csv") as stream:
+        pd.DataFrame(columns=CURVE).to_csv(stream, index=False)
+    write_json(out / "metrics.json", export.metrics(found))
+    print(f"train: {objective}: {found.accuracy}, as it came from {pretrained.location}")
 
 
 def produce(params: Params, workspace: Workspace, job: Job, stage: str, folder: Path, out: Path) -> None:
@@ -36,7 +46,8 @@ def produce(params: Params, workspace: Workspace, job: Job, stage: str, folder: 
         pd.DataFrame(trained.history).to_csv(stream, index=False)
     card = export.model_card(job, params.models[job.start].license, digests, trained)
     export.save(trained.model, job.source.prompter().tokenizer, folder, job.start, card, trained.held_out)
-    write_json(out / "metrics.json", export.metrics(trained, job.trainer.epochs, round(time.monotonic() - started, 1)))
+    told = export.metrics(trained.held_out, trained, job.trainer.epochs, round(time.monotonic() - started, 1))
+    write_json(out / "metrics.json", told)
     shutil.rmtree(trained.checkpoints, ignore_errors=True)
     print(f"{stage}: {out.name}: {trained.held_out.accuracy} after {trained.steps} steps")
 

@@ -1,0 +1,27 @@
+"""Preference data: read from files, checked, split by prompt, labelled and paired.
+
+A row holds `id`, `prompt`, `split`, `response_0`, `response_1` and for each objective a label: which of the two it
+prefers (0, 1, or None for a tie). A pair is what one objective makes of a row: `chosen` and `rejected`. A prompt is
+text: a question, or a dialogue as `dialogues` spells it.
+"""
+
+from typing import Any
+
+from pipeline.config import Data
+from pipeline.store import digest
+
+SPLITS = ("train", "validation", "test")
+RESPONSES = ("response_0", "response_1")
+
+
+def uniform_of(*key: Any) -> float:
+    """A uniform in [0, 1) that is a function of the key alone: stable when rows are added or reordered."""
+    return int(digest(list(key))[:13], 16) / 16**13
+
+
+def split_of(prompt: str, data: Data, seed: int) -> str:
+    """The split of a prompt that names none; every row of a prompt falls into the same one."""
+    place = uniform_of("split", seed, prompt)
+    if place < data.test_fraction:
+        return "test"
+    return "validation" if place < data.test_fraction + data.validation_fraction else "train"
