@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
@@ -136,15 +137,49 @@ def test_a_new_point_and_a_third_objective_retrain_nothing(copy):
     assert "Running stage 'train@simplicity'" in printed and "42 of 42 rows" in printed
 
 
-def test_multirun_writes_a_folder_per_job(copy):
-    compose(copy, "experiment=smoke")
+def fronts_of(copy, folder, *launcher):
+    """The front of each job of a sweep of two, whose rows no store knows."""
+    (copy / "scratch/store/generate.jsonl").rename(copy / "scratch/known.jsonl")
     printed = run(
         copy, sys.executable, "-m", "pipeline.sweep", "--multirun", "experiment=smoke", "decoding.temperature=0.8,1.0",
-        "hydra.sweep.dir=scratch/sweep",
+        f"hydra.sweep.dir=scratch/{folder}", *launcher,
     )  # fmt: skip
-    fronts = sorted((copy / "scratch/sweep").glob("*/pareto/front.csv"))
-    assert len(fronts) == 2, printed[-2000:]
-    assert fronts[0].read_text() != fronts[1].read_text()
+    (copy / "scratch/known.jsonl").replace(copy / "scratch/store/generate.jsonl")
+    fronts = sorted((copy / f"scratch/{folder}").glob("*/pareto/front.csv"))
+    assert len(fronts) == 2, printed[-3000:]
+    return [front.read_text() for front in fronts]
+
+
+@pytest.fixture(scope="module")
+def serial(copy):
+    compose(copy, "experiment=smoke")
+    return fronts_of(copy, "serial")
+
+
+def test_multirun_writes_a_folder_per_job(serial):
+    assert serial[0] != serial[1]
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
+def test_jobs_of_a_sweep_in_two_workers_equal_those_one_after_the_other(copy, serial, launcher):
+    plugin = f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher"
+    if find_spec("hydra_plugins") is None or find_spec(plugin) is None:
+        pytest.skip(f"{plugin} is not installed: pip install 'genarm-pipeline[ray]'")
+    workers = {"joblib": ["hydra.launcher.n_jobs=2"], "ray": ["+hydra.launcher.ray.init.num_cpus=2"]}
+    assert fronts_of(copy, launcher, f"hydra/launcher={launcher}", *workers.get(launcher, [])) == serial
+
+
+def test_a_remote_brings_back_what_a_lost_cache_held(copy, tmp_path):
+    run(copy, "dvc", "remote", "add", "-d", "store", str(tmp_path / "remote"))
+    compose(copy, "experiment=smoke")
+    run(copy, "dvc", "repro", "-q")
+    run(copy, "dvc", "push", "-q")
+    for lost in (".dvc/cache", "models", "results/prepare", "results/train", "results/generate", "results/judge"):
+        shutil.rmtree(copy / lost)
+    run(copy, "dvc", "pull", "-q")
+    printed = run(copy, "dvc", "repro")
+    assert "Running stage" not in printed and "up to date" in printed
+    run(copy, "dvc", "remote", "remove", "store")
 
 
 def test_own_jsonl_goes_from_rows_to_front(copy):
