@@ -44,6 +44,7 @@ smoke: install  ## the whole DAG on a tiny random model, in a throw-away copy
 bench: install  ## speed of guided decoding against the unguided base, and of training against TRL
 	python -m tests.bench_decoding
 	python -m tests.bench_training
+	python -m tests.bench_prepare
 
 report: install  ## where to look at the results
 	@python -m pipeline.report

@@ -23,6 +23,7 @@ NEEDED = {
     ("objectives", "human_preference"): ("sweep=human_preference", *UNSCORED),
     ("objectives", "pku"): ("sweep=pku", *UNSCORED),
     ("sweep", "human_preference"): ("objectives=human_preference", *UNSCORED),
+    ("tune", "human_preference"): ("objectives=human_preference", "sweep=human_preference", *UNSCORED),
     ("sweep", "pku"): ("objectives=pku", *UNSCORED),
     ("objectives", "positivity"): ONE_POINT,
     ("objectives", "conciseness"): ONE_POINT,

@@ -49,7 +49,7 @@ def pair_of(row: Row, name: str, objective: Objective, noise: float, seed: int) 
     preferred = row[objective.label]
     if preferred is None:
         return None
-    if row["split"] != "test" and uniform_of("noise", seed, name, row["id"]) < noise:
+    if noise and row["split"] != "test" and uniform_of("noise", seed, name, row["id"]) < noise:
         preferred = 1 - preferred
     return (
         {key: row[key] for key in ("id", "prompt", "split")}

@@ -48,7 +48,7 @@ def read_rows(data: Data, objectives: Mapping[str, Objective], seed: int, card: 
     limited = _Limit(data.limits)
     carved = {split for split in _HELD_OUT if data.files and split not in data.files}
     for where, raw, stated in _raw_rows(data, "rows of"):
-        row: Row = {"id": str(raw.get("id") or _place(where, data))}
+        row: Row = {"id": _place(where, data) if raw.get("id") is None else str(raw["id"])}
         if not known.fresh("id", row["id"]):
             raise UserError(f"{where}: the id {row['id']} was there before: make ids unique.")
         try:
