@@ -90,6 +90,7 @@ class Row:
     prompts: tuple[tuple[int, ...], ...]  # token ids per backbone: each has its own template
     tokens: list[int] = field(default_factory=list)
     ended: bool = False
+    watched: frozenset[str] = frozenset()  # ARMs that read it, whatever their weight
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -134,7 +135,9 @@ class Batch:
         kept = [place for place, row in enumerate(self.rows) if not row.ended]
         for number, lanes in enumerate(self._lanes):
             prompts = sorted({row.prompts[number] for row in newcomers})
-            served = [(prompts.index(row.prompts[number]), {BASE, *row.request.arms}) for row in newcomers]
+            served = [
+                (prompts.index(row.prompts[number]), {BASE, *row.request.arms, *row.watched}) for row in newcomers
+            ]
             lanes.seat(kept, prompts, served)
         kept_b = torch.tensor(kept, dtype=torch.long, device=self._device)
         self._last_B = torch.cat([self._last_B[kept_b], self._last_B.new_zeros(len(newcomers))])
@@ -159,8 +162,12 @@ class Batch:
     def _tensor(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._device)
 
-    def step(self) -> list[tuple[Row, Generation]]:
-        """Draw one token per row; return the rows that ended."""
+    def read(self) -> tuple[Tensor, Tensor, Mapping[str, tuple[Tensor, Tensor, Tensor]]]:
+        """Let all models read the rows' last tokens: the guided law, the base's logits, and those of the ARMs.
+
+        Returns:
+            logps_BV, base_BV, and per ARM the rows it serves, its α there, and its logits there.
+        """
         for lanes in self._lanes:
             if lanes.rows:
                 lanes.step(self._last_B)
@@ -174,6 +181,15 @@ class Batch:
         if self._cutting is not None:
             at = self._cutting
             logps_BV[at] = truncate(logps_BV[at], self._top_k_B[at], self._top_p_B[at], self._min_p_B[at])
+        return logps_BV, base_BV, arms
+
+    def append(self, tokens_B: Tensor) -> None:
+        """Make these the rows' last tokens."""
+        self._last_B = tokens_B.to(self._device)
+
+    def step(self) -> list[tuple[Row, Generation]]:
+        """Draw one token per row; return the rows that ended."""
+        logps_BV, base_BV, arms = self.read()
         places = [min(len(row.tokens), row.request.max_new_tokens - 1) for row in self.rows]
         uniforms = [row.uniforms[place] for row, place in zip(self.rows, places, strict=True)]
         tokens_B = draw(logps_BV, torch.tensor(uniforms, dtype=torch.float64, device=self._device))
@@ -190,7 +206,7 @@ class Batch:
         if not bool(new_B3.isfinite().all()):
             self._blame(base_BV, arms)
         self._sums_B3 += new_B3
-        self._last_B = tokens_B
+        self.append(tokens_B)
         return self._ended(tokens_B.tolist())
 
     def _logits(self) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor, Tensor]]]:

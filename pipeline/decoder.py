@@ -12,10 +12,12 @@ from tqdm import tqdm
 
 from pipeline.batch import Batch, Generation, Request, Row
 from pipeline.config import UserError
+from pipeline.guidance import normalised
 from pipeline.lanes import BASE, REFERENCE, Backbone, common_vocabulary
 from pipeline.models import Source, resolve_device
+from pipeline.trace import GUIDED, Trace
 
-__all__ = ["Generation", "GuidedDecoder", "Request"]
+__all__ = ["Generation", "GuidedDecoder", "Request", "Trace"]
 
 _ROUNDS = 4  # batches' worth of rows that are planned together: see `GuidedDecoder.plan`
 _SLACK = 8  # finished rows are let go once they are one in so many
@@ -105,6 +107,39 @@ class GuidedDecoder:
                 for index, generation in self._chunk(chunk):
                     bar.update()
                     yield index, generation
+
+    @torch.inference_mode()
+    def trace(self, request: Request, tokens: Sequence[int]) -> Trace:
+        """What base, ARMs and the guided law say of each token of a response to the request's prompt.
+
+        Args:
+            request: the prompt at a point; ARMs that it weighs with 0 are asked as well.
+            tokens: the response, by the base's tokenizer; a generation's `tokens` are one.
+
+        Raises:
+            UserError: as `generate`; or there is no token.
+        """
+        if not tokens:
+            raise UserError("an empty response has no tokens to explain: give it a text.")
+        asked = replace(request, max_new_tokens=len(tokens))
+        row = self._rows([replace(asked, weights=dict.fromkeys(request.weights, 1.0))])[0]  # all ARMs must be there
+        row = Row(0, asked, row.prompts, watched=frozenset(request.weights) - {BASE})
+        batch = Batch(self._backbones, self._vocab_size)
+        batch.seat([row])
+        laws: dict[str, list[Tensor]] = {}
+        for token in tokens:
+            guided_1V, base_1V, arms = batch.read()
+            said = {BASE: base_1V, **{name: values for name, (_, _, values) in arms.items()}}
+            for name, logits_1V in said.items():
+                laws.setdefault(name, []).append(normalised(logits_1V).cpu())
+            laws.setdefault(GUIDED, []).append(guided_1V.cpu())
+            batch.append(torch.tensor([token]))
+        spell = self._backbones[0].prompter
+        return Trace(asked, list(tokens), {name: torch.cat(parts) for name, parts in laws.items()}, spell)
+
+    def response_ids(self, prompt: str, response: str) -> list[int]:
+        """The tokens of a text as a response to a prompt, end-of-sequence included."""
+        return self._backbones[0].prompter.response_ids(prompt, response)
 
     def plan(self, requests: Sequence[Request]) -> list[list[int]]:
         """The chunks that `generate` works off one after the other, as indices into `requests`.

@@ -12,9 +12,9 @@ from pipeline.report import INK, label_axes, save
 
 _COLOURS = (
     "#0b6e99", "#3f7d20", "#14a3a3", "#7a3e9d", "#c2540a", "#8a6d00", "#d1437a", "#e39bb8", "#4b5563", "#b91c1c",
-    "#9a7b4f", "#5b6ee1",
+    "#9a7b4f", "#5b6ee1", "#22c55e", "#f59e0b",
 )  # fmt: skip
-_MARKERS = "oDvPsX*hd^<>"
+_MARKERS = "oDvPsX*hd^<>p8"
 
 
 def _styles(table: pd.DataFrame) -> dict[str, dict[str, str]]:

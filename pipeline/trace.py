@@ -1,0 +1,95 @@
+"""The token rewards of a response: what each ARM wanted more or less of than the base, token by token.
+
+Shapes: T tokens of the response, V vocabulary of the base's tokenizer.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.batch import Request
+from pipeline.lanes import BASE
+from pipeline.models import Prompter
+
+GUIDED = "guided"  # the law that the weights make of base and ARMs
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A token that might have stood at a position, with its probability under every law."""
+
+    text: str
+    chosen: bool  # whether it is the one that does stand there
+    probabilities: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The next-token laws at every position of a response.
+
+    Args:
+        request: the prompt at its point.
+        tokens: the response.
+        logps: per law, `base`, each ARM and `guided`, log-probabilities of the next token: logps_TV.
+        prompter: spells tokens.
+    """
+
+    request: Request
+    tokens: Sequence[int]
+    logps: Mapping[str, Tensor]
+    prompter: Prompter
+
+    @property
+    def arms(self) -> list[str]:
+        """The ARMs that were asked."""
+        return [name for name in self.logps if name not in (BASE, GUIDED)]
+
+    @property
+    def texts(self) -> list[str]:
+        """What each token adds to the text; together they are the text, special tokens by their names.
+
+        A token may be a part of a character: it adds nothing, and the last part adds the whole.
+        """
+        texts, spelled = [], ""
+        special = set(self.prompter.tokenizer.all_special_ids)
+        for place, token in enumerate(self.tokens):
+            if token in special:
+                texts.append(str(self.prompter.tokenizer.convert_ids_to_tokens(token)))
+                continue
+            whole = self.prompter.spell(list(self.tokens[: place + 1]))
+            whole = whole.removesuffix("\ufffd") if place + 1 < len(self.tokens) else whole
+            texts.append(whole[len(spelled) :])
+            spelled = whole if len(whole) > len(spelled) else spelled
+        return texts
+
+    def token_logps(self, law: str) -> list[float]:
+        """log π(y_t | x, y_<t) of a law at every position, in nats; their sum is log π(y|x)."""
+        index_T1 = torch.tensor(self.tokens)[:, None]
+        found: list[float] = self.logps[law].gather(1, index_T1)[:, 0].tolist()
+        return found
+
+    def rewards(self, arm: str) -> list[float]:
+        """log π_r(y_t | x, y_<t) − log π_base(y_t | x, y_<t) at every position, in nats.
+
+        Above 0 where the ARM wants the token more than the base does. The token's reward in GenARM is log π_r alone;
+        the base's share is taken off, because what every language model finds likely is no preference.
+        """
+        pairs = zip(self.token_logps(arm), self.token_logps(BASE), strict=True)
+        return [wanted - plain for wanted, plain in pairs]
+
+    def alternatives(self, position: int, count: int = 5) -> list[Alternative]:
+        """The `count` likeliest tokens of every law at a position, and the one that stands there; likeliest first."""
+        at = {name: logps_TV[position] for name, logps_TV in self.logps.items()}
+        found = {int(token) for logps_V in at.values() for token in logps_V.topk(min(count, len(logps_V))).indices}
+        chosen = int(self.tokens[position])
+        ordered = sorted(found | {chosen}, key=lambda token: -float(at[GUIDED][token]))
+        return [
+            Alternative(
+                str(self.prompter.tokenizer.decode([token])),
+                token == chosen,
+                {name: float(logps_V[token].exp()) for name, logps_V in at.items()},
+            )
+            for token in ordered
+        ]
