@@ -93,6 +93,11 @@ class Row:
     watched: frozenset[str] = frozenset()  # ARMs that read it, whatever their weight
 
     @property
+    def lanes(self) -> set[str]:
+        """The models that read it."""
+        return {BASE, *self.request.arms, *self.watched}
+
+    @property
     def ids(self) -> tuple[int, ...]:
         """The prompt as the base reads it."""
         return self.prompts[0]
@@ -135,9 +140,7 @@ class Batch:
         kept = [place for place, row in enumerate(self.rows) if not row.ended]
         for number, lanes in enumerate(self._lanes):
             prompts = sorted({row.prompts[number] for row in newcomers})
-            served = [
-                (prompts.index(row.prompts[number]), {BASE, *row.request.arms, *row.watched}) for row in newcomers
-            ]
+            served = [(prompts.index(row.prompts[number]), row.lanes) for row in newcomers]
             lanes.seat(kept, prompts, served)
         kept_b = torch.tensor(kept, dtype=torch.long, device=self._device)
         self._last_B = torch.cat([self._last_B[kept_b], self._last_B.new_zeros(len(newcomers))])

@@ -126,7 +126,7 @@ class GuidedDecoder:
         row = Row(0, asked, row.prompts, watched=frozenset(request.weights) - {BASE})
         batch = Batch(self._backbones, self._vocab_size)
         batch.seat([row])
-        laws: dict[str, list[Tensor]] = {}
+        laws: dict[str, list[torch.Tensor]] = {}
         for token in tokens:
             guided_1V, base_1V, arms = batch.read()
             said = {BASE: base_1V, **{name: values for name, (_, _, values) in arms.items()}}

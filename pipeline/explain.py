@@ -1,7 +1,7 @@
 """Why this text: the token rewards of a response in the terminal.
 
     python -m pipeline.explain "Describe a rainy Monday." --weights positivity=1 conciseness=0.5
-    python -m pipeline.explain "Describe a rainy Monday." --response "It rains. Lovely!" --weights positivity=1 --position 2
+    python -m pipeline.explain "Describe a rainy Monday." --response "It rains. Lovely!" --position 2
 
 Without a response one is generated at the weights. Every ARM of the objectives is shown, whether it guides or not.
 """
