@@ -79,8 +79,7 @@ def judge_card(pairs: Mapping[str, Sequence[Row]], params: Params, workspace: Wo
     judge, card = params.judge, {}
     for name, labelled in pairs.items():
         taken = labelled[: judge.card_pairs]
-        asked = [(row["prompt"], row["chosen"], row["rejected"]) for row in taken]
-        given = list(_agreement(asked, name, params, workspace))
+        given = list(_agreement(taken, name, params, workspace))
         scores = [_score(one) for one in given]
         decided = [score > 0.5 for score in scores if score is not None]
         told = share(decided, judge.confidence)
@@ -95,14 +94,20 @@ def judge_card(pairs: Mapping[str, Sequence[Row]], params: Params, workspace: Wo
 
 
 def _agreement(
-    asked: list[Pair], name: str, params: Params, workspace: Workspace
+    pairs: Sequence[Row], name: str, params: Params, workspace: Workspace
 ) -> Iterator[tuple[float | None, ...]]:
-    """For each (prompt, chosen, rejected), the verdicts on the chosen one."""
+    """For each pair, the verdicts on the chosen response."""
     judge = params.judge
     if isinstance(judge, LlmJudge | LocalJudge):
+        asked: list[Pair] = [(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in pairs]
         yield from Verdicts(judge, params, workspace, name).of(asked)
         return
-    rows = [{"prompt": prompt, "response": text} for prompt, *texts in asked for text in texts]
+    rows = [
+        {"prompt": pair["prompt"], "response": pair[side], "finish": finish}
+        for pair in pairs
+        for side in ("chosen", "rejected")
+        for finish in ["eos" if pair.get(f"{side}_ended", True) else "length"]
+    ]
     if isinstance(judge, RewardJudge):
         scores = _rewards(name, rows, judge, params, workspace)
     else:
@@ -115,7 +120,7 @@ def _rewards(name: str, rows: Sequence[Row], judge: RewardJudge, params: Params,
     """Rewards of an objective's model, from the store where they are there."""
     model = RewardModelJudge(judge, params, workspace)
     store, origin = RowStore(workspace.scratch / "store" / "rewards.jsonl"), model.identity(name)
-    keys = [digest([origin, row["prompt"], row["response"]]) for row in rows]
+    keys = [digest([origin, row["prompt"], row["response"], row.get("finish") == "length"]) for row in rows]
     missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in store}
     if missing:
         scores = model.score(name, list(missing.values()))

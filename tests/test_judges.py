@@ -7,11 +7,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from pipeline import judging, models
+from pipeline import export, judging, models
+from pipeline.arm import trainable
+from pipeline.baselines.reward_model import RewardModel
 from pipeline.config import LlmJudge, LocalJudge, Model, RewardJudge, Scoring, UserError
+from pipeline.evaluation import HeldOut, share
 from pipeline.judges import llm
 from pipeline.judges.rubric import Question, read_rubric
 from pipeline.judges.verdicts import Verdicts
+from pipeline.pairs import collate, tokenise
 from pipeline.stages import judge as stage
 from pipeline.store import write_jsonl
 from tests.endpoint import KEY, Server, longer, parts
@@ -305,6 +309,34 @@ def test_a_reward_model_scores_every_response(smoke_params, workspace, tmp_path,
         ids = torch.tensor([tokenizer(text).input_ids])
         assert row["positivity"] == pytest.approx(float(plain(ids).logits), abs=1e-4)
         assert row["conciseness"] == pytest.approx(-row["positivity"], abs=1e-5)
+
+
+def test_a_reward_model_of_ours_judges_as_it_was_trained(smoke_params, workspace, tmp_path, tiny, prompter):
+    torch.manual_seed(0)
+    loaded = models.load_model(tiny, torch.float32, torch.device("cpu"))
+    model = RewardModel(trainable(loaded, smoke_params.arm, 0, torch.device("cpu"), False), torch.float32).eval()
+    unknown = HeldOut(*[share([], 0.95)] * 3, None, 0.0, 1.0)
+    export.save(model, prompter.tokenizer, tmp_path / "rm", "tiny", "card", unknown)
+    workspace.models.mkdir(parents=True, exist_ok=True)
+    workspace.model("tiny").symlink_to(tiny)
+    spec = Scoring("path", str(tmp_path / "rm"), dtype="float32")
+    judge = RewardJudge(kind="reward_model", models=dict.fromkeys(("positivity", "conciseness"), spec), batch_size=2)
+    params = dataclasses.replace(smoke_params, judge=judge)
+    pairs = [
+        {"prompt": f"Why {n}?", "chosen": "good " * (n + 1), "rejected": "bad", "chosen_ended": n % 2 == 0}
+        for n in range(5)
+    ]
+    with torch.no_grad():
+        rewards = [model(collate(tokenise([pair], prompter, 256, "x").groups, 0)).tolist() for pair in pairs]
+    rows = [
+        {"prompt": pair["prompt"], "response": pair["chosen"], "finish": ["length", "eos"][pair["chosen_ended"]]}
+        for pair in pairs
+    ]
+    judged = [row["positivity"] for row in judging.judge_rows(rows, params, workspace)]
+    assert judged == pytest.approx([chosen for chosen, _ in rewards], abs=1e-5)
+    right = sum(chosen > rejected for chosen, rejected in rewards) / len(rewards)
+    card = judging.judge_card({"positivity": pairs}, params, workspace)
+    assert card["objectives"]["positivity"]["accuracy"]["value"] == pytest.approx(right)
 
 
 def test_what_is_no_reward_model_is_refused(smoke_params, workspace, tiny):

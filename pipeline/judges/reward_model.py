@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from pipeline.baselines.reward_model import merged_classifier
 from pipeline.config import Params, RewardJudge, Scoring, UserError, Workspace
-from pipeline.models import resolve_device, resolve_dtype
+from pipeline.lanes import left_pad
+from pipeline.models import Prompter, Source, resolve_device, resolve_dtype
 from pipeline.store import Row, digest
 
 _SCORE_MODEL = {r"^score_head\.": "score."}  # safe-rlhf's score models are classifiers under another name
@@ -42,16 +43,15 @@ class RewardModelJudge:
     def score(self, objective: str, rows: Sequence[Row]) -> list[float]:
         """The reward of every response, higher is better."""
         spec = self._judge.models[objective]
-        model, tokenizer = _load(spec, self._params, self._workspace)
+        model, tokenizer, own = _load(spec, self._params, self._workspace)
         order = sorted(range(len(rows)), key=lambda place: len(rows[place]["response"]))
         found = [0.0] * len(rows)
         size = self._judge.batch_size
         for start in tqdm(range(0, len(rows), size), desc=f"judge {objective}", unit="batch"):
             places = order[start : start + size]
-            texts = [_text(spec, tokenizer, rows[place]) for place in places]
-            batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=spec.template is not None)
+            mine = [rows[place] for place in places]
             with torch.inference_mode():
-                rewards = model(**batch.to(model.device)).logits[:, 0].float().tolist()
+                rewards = _as_trained(model, own, mine) if own else _rewards(model, tokenizer, spec, mine)
             for place, reward in zip(places, rewards, strict=True):
                 found[place] = -reward if spec.lower_is_better else reward
         return found
@@ -70,19 +70,44 @@ def _text(spec: Scoring, tokenizer: Any, row: Row) -> str:
     return str(tokenizer.apply_chat_template(chat, tokenize=False))
 
 
-def _load(spec: Scoring, params: Params, workspace: Workspace) -> tuple[Any, Any]:
-    """The classifier in eval mode on its device, and its tokenizer.
+def _rewards(model: Any, tokenizer: Any, spec: Scoring, rows: Sequence[Row]) -> list[float]:
+    texts = [_text(spec, tokenizer, row) for row in rows]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=spec.template is not None)
+    found: list[float] = model(**batch.to(model.device)).logits[:, 0].float().tolist()
+    return found
+
+
+def _as_trained(model: Any, prompter: Prompter, rows: Sequence[Row]) -> list[float]:
+    """Rewards of what was trained here: at the last token, which is end-of-sequence only where the response ended."""
+    texts = [
+        prompter.prompt_ids(row["prompt"])
+        + prompter.response_ids(row["prompt"], row["response"], row.get("finish") != "length")
+        for row in rows
+    ]
+    ids_BT, mask_BT = left_pad(texts, prompter.eos, model.device)
+    positions_BT = (mask_BT.cumsum(-1) - 1).clamp_min(0)
+    hidden_BTD = model.base_model(
+        input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, use_cache=False
+    ).last_hidden_state
+    found: list[float] = model.score(hidden_BTD[:, -1])[:, 0].float().tolist()
+    return found
+
+
+def _load(spec: Scoring, params: Params, workspace: Workspace) -> tuple[Any, Any, Prompter | None]:
+    """The classifier in eval mode on its device, its tokenizer, and if it was trained here how its base is asked.
 
     Raises:
         UserError: it cannot be had, or is no sequence classifier with one label.
     """
     device = resolve_device(params.decoding.device)
     where: dict[str, Any] = {"revision": spec.revision} if spec.source == "hub" else {"local_files_only": True}
+    own = None
     try:
         tokenizer = AutoTokenizer.from_pretrained(spec.location, **where)
         if spec.source == "path" and (Path(spec.location) / "adapter_config.json").is_file():
             name = PeftConfig.from_pretrained(spec.location).base_model_name_or_path  # as stage tune writes it
             model = merged_classifier(Path(spec.location), workspace.model(str(name)))
+            own = Source.of(params, workspace, str(name)).prompter()
         else:
             config = AutoConfig.from_pretrained(spec.location, **where)
             kind = (config.architectures or ["a model without architecture"])[0]
@@ -105,4 +130,4 @@ def _load(spec: Scoring, params: Params, workspace: Workspace) -> tuple[Any, Any
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    return model.to(device=device, dtype=resolve_dtype(spec.dtype, device)).eval(), tokenizer
+    return model.to(device=device, dtype=resolve_dtype(spec.dtype, device)).eval(), tokenizer, own
