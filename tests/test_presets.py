@@ -18,7 +18,7 @@ SMALLER = (  # what makes a run short; the presets' own values are compared belo
     "trainer.epochs=1", "trainer.batch_size=4", "trainer.checkpoint_every=50", "trainer.evaluations_per_epoch=1",
     "trainer.max_length=200", "decoding.max_new_tokens=4", "decoding.batch_size=8", "judge.card_pairs=2",
     "judge.resamples=50", "judge.api_key_env=JUDGE_KEY", "tracking=disabled", "++data.limits={train: 12, test: 4}",
-    "++data.validation_fraction=0.3",
+    "data.validation_fraction=0.3",
 )  # fmt: skip
 PRESETS = {
     "hh_rlhf": "full_hh_rlhf",
