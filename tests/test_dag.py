@@ -38,11 +38,15 @@ def compose(copy, *overrides):
 
 
 def killed(copy, command, ready):
-    """Start a command, send it SIGKILL as soon as `ready()` is true."""
+    """Start a command, send it SIGKILL once `ready()` is true, which is asked while it is stopped."""
     process = subprocess.Popen(command, cwd=copy, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not ready() and process.poll() is None:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
+    while process.poll() is None:
+        process.send_signal(signal.SIGSTOP)
+        if ready():
+            process.kill()
+            break
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.02)
     assert process.wait() == -signal.SIGKILL, "the command ended before it could be killed"
 
 
