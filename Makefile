@@ -9,10 +9,10 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help install repro test params plan lint smoke bench report clean
+.PHONY: help install repro test params plan lint smoke bench report playground clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 
 install: $(STAMP)  ## create .venv with the versions of requirements.lock
 
@@ -48,6 +48,9 @@ bench: install  ## speed of guided decoding against the unguided base, and of tr
 
 report: install  ## where to look at the results
 	@python -m pipeline.report
+
+playground: install  ## a local page: sliders for the objectives, the base beside the guided text
+	python -m pipeline.playground
 
 clean:  ## remove what stages and tools wrote, but not DVC's cache
 	rm -rf models scratch .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -91,6 +91,7 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     ended: bool = False
     watched: frozenset[str] = frozenset()  # ARMs that read it, whatever their weight
+    rewards: dict[str, list[float]] = field(default_factory=dict)  # of watched ARMs: log π_r − log π_base per token
 
     @property
     def lanes(self) -> set[str]:
@@ -209,8 +210,22 @@ class Batch:
         if not bool(new_B3.isfinite().all()):
             self._blame(base_BV, arms)
         self._sums_B3 += new_B3
+        if any(row.watched for row in self.rows):
+            self._reward(drawn_B1, base_logps_BV, arms)
         self.append(tokens_B)
         return self._ended(tokens_B.tolist())
+
+    def _reward(
+        self, drawn_B1: Tensor, base_logps_BV: Tensor, arms: Mapping[str, tuple[Tensor, Tensor, Tensor]]
+    ) -> None:
+        """Note down what the watched ARMs say of the tokens that were drawn."""
+        for name, (at_b, _, logits_bV) in arms.items():
+            drawn_b1 = drawn_B1[at_b]
+            rewards_b1 = normalised(logits_bV).gather(1, drawn_b1) - base_logps_BV[at_b].gather(1, drawn_b1)
+            for place, reward in zip(at_b.tolist(), rewards_b1[:, 0].tolist(), strict=True):
+                row = self.rows[place]
+                if name in row.watched and not row.ended:
+                    row.rewards.setdefault(name, []).append(reward)
 
     def _logits(self) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor, Tensor]]]:
         """The base's logits, and per ARM the rows it guides, its α there, and its logits there."""

@@ -396,6 +396,15 @@ Judge = Annotated[OracleJudge | RewardJudge | LlmJudge | LocalJudge, Field(discr
 
 
 @dataclass(frozen=True)
+class Explain(_Strict):
+    """Whose token rewards the report shows."""
+
+    prompts: Annotated[int, Field(ge=0)] = 3
+    tokens: Count = 64  # of a response, from its start
+    alternatives: Count = 4  # the likeliest tokens of each law at every position
+
+
+@dataclass(frozen=True)
 class Tracking(_Strict):
     """Weights & Biases; the key comes from the environment."""
 
@@ -423,6 +432,7 @@ class Params(_Strict):
     weak_to_strong: WeakToStrong
     comparison: Comparison
     judge: Judge
+    explain: Explain
     tracking: Tracking
 
 

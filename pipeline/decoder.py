@@ -3,7 +3,7 @@
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -17,10 +17,20 @@ from pipeline.lanes import BASE, REFERENCE, Backbone, common_vocabulary
 from pipeline.models import Source, resolve_device
 from pipeline.trace import GUIDED, Trace
 
-__all__ = ["Generation", "GuidedDecoder", "Request", "Trace"]
+__all__ = ["Draft", "Generation", "GuidedDecoder", "Request", "Trace"]
 
 _ROUNDS = 4  # batches' worth of rows that are planned together: see `GuidedDecoder.plan`
 _SLACK = 8  # finished rows are let go once they are one in so many
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A response as far as it has come."""
+
+    tokens: Sequence[int]
+    texts: Sequence[str]  # what each token adds to the text
+    rewards: Mapping[str, Sequence[float]]  # per ARM and token, log π_r − log π_base in nats
+    generation: Generation | None  # once it has ended
 
 
 class GuidedDecoder:
@@ -109,6 +119,23 @@ class GuidedDecoder:
                     yield index, generation
 
     @torch.inference_mode()
+    def stream(self, requests: Sequence[Request]) -> Iterator[list[Draft]]:
+        """Yield all responses as they grow, a token of each at a time, with the rewards of all ARMs that are named.
+
+        An ARM at weight 0 does not guide, but it is asked. All requests are one batch, whatever its size.
+
+        Raises:
+            UserError: as `generate`.
+        """
+        rows = [replace(row, watched=frozenset(row.request.weights) - {BASE}) for row in self._named(requests)]
+        batch = Batch(self._backbones, self._vocab_size)
+        ended: dict[int, Generation] = {}
+        batch.seat(rows)
+        pieces = self._backbones[0].prompter.pieces
+        while batch.alive:
+            ended |= {row.index: generation for row, generation in batch.step()}
+            yield [Draft(row.tokens, pieces(row.tokens), row.rewards, ended.get(row.index)) for row in rows]
+
     def trace(self, request: Request, tokens: Sequence[int]) -> Trace:
         """What base, ARMs and the guided law say of each token of a response to the request's prompt.
 
@@ -119,27 +146,41 @@ class GuidedDecoder:
         Raises:
             UserError: as `generate`; or there is no token.
         """
-        if not tokens:
-            raise UserError("an empty response has no tokens to explain: give it a text.")
-        asked = replace(request, max_new_tokens=len(tokens))
-        row = self._rows([replace(asked, weights=dict.fromkeys(request.weights, 1.0))])[0]  # all ARMs must be there
-        row = Row(0, asked, row.prompts, watched=frozenset(request.weights) - {BASE})
-        batch = Batch(self._backbones, self._vocab_size)
-        batch.seat([row])
-        laws: dict[str, list[torch.Tensor]] = {}
-        for token in tokens:
-            guided_1V, base_1V, arms = batch.read()
-            said = {BASE: base_1V, **{name: values for name, (_, _, values) in arms.items()}}
-            for name, logits_1V in said.items():
-                laws.setdefault(name, []).append(normalised(logits_1V).cpu())
-            laws.setdefault(GUIDED, []).append(guided_1V.cpu())
-            batch.append(torch.tensor([token]))
-        spell = self._backbones[0].prompter
-        return Trace(asked, list(tokens), {name: torch.cat(parts) for name, parts in laws.items()}, spell)
+        return self.traces([request], [tokens])[0]
 
-    def response_ids(self, prompt: str, response: str) -> list[int]:
-        """The tokens of a text as a response to a prompt, end-of-sequence included."""
-        return self._backbones[0].prompter.response_ids(prompt, response)
+    @torch.inference_mode()
+    def traces(self, requests: Sequence[Request], responses: Sequence[Sequence[int]]) -> list[Trace]:
+        """The traces of several responses, read together; all their laws are held at once.
+
+        Raises:
+            UserError: as `trace`.
+        """
+        if not all(responses):
+            raise UserError("an empty response has no tokens to explain: give it a text.")
+        sizes = map(len, responses)
+        asked = [replace(request, max_new_tokens=size) for request, size in zip(requests, sizes, strict=True)]
+        batch = Batch(self._backbones, self._vocab_size)
+        batch.seat([replace(row, watched=frozenset(row.request.weights) - {BASE}) for row in self._named(asked)])
+        laws: list[dict[str, list[torch.Tensor]]] = [{} for _ in asked]
+        for step in range(max(map(len, responses))):
+            guided_BV, base_BV, arms = batch.read()
+            everywhere = torch.arange(len(asked), device=base_BV.device)
+            said = {BASE: (everywhere, base_BV), **{name: (at, values) for name, (at, _, values) in arms.items()}}
+            said = {name: (at, normalised(values)) for name, (at, values) in said.items()}
+            for name, (at, logps_BV) in {**said, GUIDED: (everywhere, guided_BV)}.items():
+                for place, row in enumerate(at.tolist()):
+                    if step < len(responses[row]):
+                        laws[row].setdefault(name, []).append(logps_BV[place].cpu())
+            batch.append(torch.tensor([tokens[min(step, len(tokens) - 1)] for tokens in responses]))
+        spell = self._backbones[0].prompter
+        return [
+            Trace(one, list(tokens), {name: torch.stack(parts) for name, parts in found.items()}, spell)
+            for one, tokens, found in zip(asked, responses, laws, strict=True)
+        ]
+
+    def response_ids(self, prompt: str, response: str, ended: bool = True) -> list[int]:
+        """The tokens of a text as a response to a prompt; end-of-sequence included, if it ended."""
+        return self._backbones[0].prompter.response_ids(prompt, response, ended)
 
     def plan(self, requests: Sequence[Request]) -> list[list[int]]:
         """The chunks that `generate` works off one after the other, as indices into `requests`.
@@ -177,6 +218,11 @@ class GuidedDecoder:
                         "it or lower decoding.max_new_tokens."
                     )
         return [Row(index, request, read[request.prompt]) for index, request in enumerate(requests)]
+
+    def _named(self, requests: Sequence[Request]) -> list[Row]:
+        """The rows of requests whose ARMs must all be there, at weight 0 as well."""
+        self._rows([replace(one, weights=dict.fromkeys(one.weights, 1.0)) for one in requests])
+        return self._rows(requests)
 
     def _chunk(self, rows: list[Row]) -> Iterator[tuple[int, Generation]]:
         """Generate rows; where memory does not suffice, begin those not yet finished again in half the batch."""

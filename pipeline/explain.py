@@ -7,26 +7,68 @@ Without a response one is generated at the weights. Every ARM of the objectives 
 """
 
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.console import Console
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
+from tqdm import tqdm
 
 from pipeline.config import Params, UserError, Workspace, load_params
 from pipeline.decoder import GuidedDecoder, Request, Trace
-from pipeline.generation import Served
+from pipeline.generation import Served, point_requests
+from pipeline.report.tokens import on_white
+from pipeline.store import Row
 from pipeline.trace import GUIDED
 
-STRONGEST = 3.0  # nats at which a colour is full
+_POINTS = 8  # of a sweep that are explained
 
 
-def tint(reward: float) -> tuple[int, int, int]:
-    """The background of a token: green where an ARM wants it more than the base, red where less, white at 0."""
-    share = max(-1.0, min(1.0, reward / STRONGEST))
-    full = (46, 160, 92) if share > 0 else (214, 86, 72)
-    red, green, blue = (round(255 + (channel - 255) * abs(share)) for channel in full)
-    return red, green, blue
+def rows_explained(params: Params, workspace: Workspace, rows: Sequence[Row]) -> list[Row]:
+    """Traces of some of the generated rows, as JSON values with their `point`: evenly spaced prompts, at most 8 points.
+
+    Args:
+        params: the experiment; `params.explain` says how many prompts, tokens and alternatives.
+        workspace: where the models are.
+        rows: what `generate` wrote.
+
+    Raises:
+        UserError: as `GuidedDecoder.trace`.
+    """
+    asked, base = params.explain, params.base
+    prompts = _spread(list(dict.fromkeys(row["prompt"] for row in rows)), asked.prompts)
+    points = set(_spread(list(params.sweep.points), _POINTS))
+    requests = {
+        (point, request.prompt): request
+        for point, request in point_requests(params, base, prompts)
+        if point in points and request.sample == 0
+    }
+    written = {(row["point"], row["prompt"]): row for row in rows if row["sample"] == 0}
+    used = {*params.objectives, *(name for request in requests.values() for name in request.arms)}
+    decoder: GuidedDecoder = Served(params, workspace, base, used).decoder(params.decoding.device, 1)
+    found = []
+    for prompt in tqdm(prompts, desc="explain", unit="prompt"):
+        at = [point for point, of in requests if of == prompt]
+        texts = [written[point, prompt] for point in at]
+        tokens = [
+            decoder.response_ids(prompt, row["response"], row["finish"] == "eos")[: asked.tokens] for row in texts
+        ]
+        shown = [place for place, ids in enumerate(tokens) if ids]  # a response may be empty
+        asked_of = [requests[at[place], prompt] for place in shown]
+        everyone = dict.fromkeys(params.objectives, 0.0)
+        asked_of = [replace(request, weights=everyone | dict(request.weights)) for request in asked_of]
+        for place, trace in zip(shown, decoder.traces(asked_of, [tokens[place] for place in shown]), strict=True):
+            found.append({"point": at[place], **trace.record(asked.alternatives)})
+    return found
+
+
+def _spread(values: Sequence[str], count: int) -> list[str]:
+    """So many of them, evenly spaced, the first and the last among them where there is room."""
+    if len(values) <= count:
+        return list(values)
+    return [values[round(place * (len(values) - 1) / max(1, count - 1))] for place in range(count)]
 
 
 def explained(
@@ -61,7 +103,7 @@ def show(trace: Trace, console: Console, position: int | None, top: int) -> None
     for arm in trace.arms:
         rewards, line = trace.rewards(arm), Text()
         for text, reward in zip(trace.texts, rewards, strict=True):
-            line.append(text, Style(color="black", bgcolor=f"rgb({','.join(map(str, tint(reward)))})"))
+            line.append(text, Style(color="black", bgcolor=f"rgb({','.join(map(str, on_white(reward)))})"))
         alpha = trace.request.weights.get(arm, 0.0)
         console.print(f"[bold]{arm}[/bold], α = {alpha:g}: {sum(rewards):+.1f} nats beside the base")
         console.print(line)

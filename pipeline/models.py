@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -255,6 +256,23 @@ class Prompter:
             UserError: a dialogue of several turns, and a template with room for one.
         """
         return self._ids(self._asked(prompt))
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """What each token adds to the text; together they are the text, special tokens by their names.
+
+        A token may be a part of a character: it adds nothing, and the last part adds the whole.
+        """
+        texts, spelled = [], ""
+        special = set(self.tokenizer.all_special_ids)
+        for place, token in enumerate(tokens):
+            if token in special:
+                texts.append(str(self.tokenizer.convert_ids_to_tokens(token)))
+                continue
+            whole = self.spell(list(tokens[: place + 1]))
+            whole = whole.removesuffix("\ufffd") if place + 1 < len(tokens) else whole
+            texts.append(whole[len(spelled) :])
+            spelled = whole if len(whole) > len(spelled) else spelled
+        return texts
 
     def response_ids(self, prompt: str, response: str, ended: bool = True) -> list[int]:
         """Token ids of a response as the tokenizer spells it behind the prompt, end-of-sequence included.

@@ -12,7 +12,8 @@ import pandas as pd
 from scipy.stats import bootstrap, spearmanr
 
 from pipeline.config import Params
-from pipeline.generation import point_temperature
+from pipeline.generation import point_temperature, point_weights
+from pipeline.lanes import BASE
 
 
 def non_dominated(scores_NM: np.ndarray) -> np.ndarray:
@@ -98,6 +99,7 @@ def front_table(params: Params, scored: pd.DataFrame, wins: pd.DataFrame) -> pd.
         }
         line |= {f"alpha_{objective}": point.weights.get(objective, 0.0) for objective in objectives}
         line["temperature"] = point_temperature(point, params)
+        weights = point_weights(point, params, params.base)
         intervals = {
             objective: bootstrap_mean(
                 mine.groupby("prompt")[objective].mean().dropna().to_numpy(),
@@ -116,6 +118,7 @@ def front_table(params: Params, scored: pd.DataFrame, wins: pd.DataFrame) -> pd.
         line["perplexity"] = float(np.exp(-mine.logp_base.sum() / mine.n_tokens.sum()))
         line["distinct_2"] = distinct_2(list(mine.response))
         line["n_tokens"] = mine.n_tokens.mean()
+        line["forwards_per_token"] = 1 + sum(weight != 0 for name, weight in weights.items() if name != BASE)
         lines.append(line)
     table = pd.DataFrame(lines)
     table["on_front"] = non_dominated(table[[f"score_{objective}" for objective in objectives]].to_numpy())

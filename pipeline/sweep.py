@@ -1,4 +1,4 @@
-"""Hydra's entry point: print the composition, or run generate and judge for one or many configurations.
+"""Hydra's entry point: print the composition, or run generate to pareto for one or many configurations.
 
     python -m pipeline.sweep --cfg job --resolve                          # what `make params` writes
     python -m pipeline.sweep --multirun decoding.temperature=0.7,1.0      # one folder per job
@@ -21,7 +21,7 @@ from pipeline.config import Workspace, to_params
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(config: DictConfig) -> None:
     """Generate and judge one composed configuration in its own folder."""
-    from pipeline.stages import generate, guard, judge, pareto  # torch only when there is work to do
+    from pipeline.stages import explain, generate, guard, judge, pareto  # torch only when there is work to do
 
     job = Path(HydraConfig.get().runtime.output_dir)
     prepared = Workspace()
@@ -29,6 +29,7 @@ def main(config: DictConfig) -> None:
     with guard():
         params = to_params(config)
         generate.run(params, workspace, prompts=prepared.results / "prepare" / "prompts.jsonl")
+        explain.run(params, workspace)
         judge.run(params, workspace, prepared=prepared.results)
         pareto.run(params, workspace, trained=prepared.results)
 

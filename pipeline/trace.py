@@ -5,6 +5,8 @@ Shapes: T tokens of the response, V vocabulary of the base's tokenizer.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from pipeline.batch import Request
 from pipeline.lanes import BASE
 from pipeline.models import Prompter
+from pipeline.report.tokens import coloured
 
 GUIDED = "guided"  # the law that the weights make of base and ARMs
 
@@ -43,26 +46,13 @@ class Trace:
 
     @property
     def arms(self) -> list[str]:
-        """The ARMs that were asked."""
-        return [name for name in self.logps if name not in (BASE, GUIDED)]
+        """The ARMs that were asked, in the request's order."""
+        return [name for name in self.request.weights if name != BASE]
 
     @property
     def texts(self) -> list[str]:
-        """What each token adds to the text; together they are the text, special tokens by their names.
-
-        A token may be a part of a character: it adds nothing, and the last part adds the whole.
-        """
-        texts, spelled = [], ""
-        special = set(self.prompter.tokenizer.all_special_ids)
-        for place, token in enumerate(self.tokens):
-            if token in special:
-                texts.append(str(self.prompter.tokenizer.convert_ids_to_tokens(token)))
-                continue
-            whole = self.prompter.spell(list(self.tokens[: place + 1]))
-            whole = whole.removesuffix("\ufffd") if place + 1 < len(self.tokens) else whole
-            texts.append(whole[len(spelled) :])
-            spelled = whole if len(whole) > len(spelled) else spelled
-        return texts
+        """What each token adds to the text: see `Prompter.pieces`."""
+        return self.prompter.pieces(self.tokens)
 
     def token_logps(self, law: str) -> list[float]:
         """log π(y_t | x, y_<t) of a law at every position, in nats; their sum is log π(y|x)."""
@@ -93,3 +83,31 @@ class Trace:
             )
             for token in ordered
         ]
+
+    def record(self, count: int) -> dict[str, Any]:
+        """The trace as a JSON value, with `count` alternatives per law at every position; no law is kept whole.
+
+        An alternative is `[text, chosen, probabilities]`, these in the order of `laws`.
+        """
+        laws = [BASE, *self.arms, GUIDED]
+        alternatives = [
+            [
+                [one.text, one.chosen, [round(one.probabilities[law], 3) for law in laws]]
+                for one in self.alternatives(position, count)
+            ]
+            for position in range(len(self.tokens))
+        ]
+        return {
+            "prompt": self.request.prompt, "weights": dict(self.request.weights), "tokens": self.texts,
+            "rewards": {arm: [round(reward, 2) for reward in self.rewards(arm)] for arm in self.arms},
+            "laws": laws, "alternatives": alternatives,
+        }  # fmt: skip
+
+    def _repr_html_(self) -> str:
+        """The response once per ARM in its colours, as notebooks show it."""
+        parts = []
+        for arm in self.arms:
+            rewards, alpha = self.rewards(arm), self.request.weights.get(arm, 0.0)
+            parts.append(f"<b>{escape(arm)}</b>, α = {alpha:g}: {sum(rewards):+.1f} nats beside the base")
+            parts.append(coloured(self.texts, rewards))
+        return "".join(parts)

@@ -9,7 +9,7 @@ import pytest
 from peft import PeftModel
 
 from pipeline.config import Model, UserError
-from pipeline.stages import fetch, generate, judge, pareto, prepare, train
+from pipeline.stages import explain, fetch, generate, judge, pareto, prepare, train
 from tests import schemas
 from tests.endpoint import KEY, Server
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -60,6 +60,7 @@ def run_all(params, workspace):
         train.run(params, workspace, objective)
     generate.run(params, workspace)
     judge.run(params, workspace)
+    explain.run(params, workspace)
     pareto.run(params, workspace)
     return pd.read_csv(workspace.results / "pareto" / "front.csv").set_index("point")
 

@@ -1,4 +1,5 @@
 import io
+import json
 
 import pytest
 import torch
@@ -78,14 +79,28 @@ def test_what_is_shown_names_arms_sums_and_alternatives(decoder):
         explain.show(trace, Console(file=out), 99, 3)
 
 
-@pytest.mark.parametrize(
-    ("reward", "color"),
-    [(0.0, (255, 255, 255)), (3.0, (46, 160, 92)), (30.0, (46, 160, 92)), (-3.0, (214, 86, 72))],
-)
-def test_tints_are_white_at_nothing_and_full_at_the_strongest(reward, color):
-    assert explain.tint(reward) == color
-
-
 def test_a_weight_of_no_objective_is_refused(smoke_params, workspace):
     with pytest.raises(UserError, match="--weights names kindness, which is no objective: use positivity, conciseness"):
         explain.explained(smoke_params, workspace, "Why?", None, {"kindness": 1.0})
+
+
+def test_responses_read_together_have_the_traces_of_each_alone(decoder):
+    requests = [REQUESTS[0], REQUESTS[3], Request("Why?", {"three": 0.0, "one": 0.5})]
+    responses = [decoder.response_ids(request.prompt, "good " * size) for size, request in enumerate(requests, 1)]
+    together = decoder.traces(requests, responses)
+    for request, tokens, trace in zip(requests, responses, together, strict=True):
+        alone = decoder.trace(request, tokens)
+        assert trace.texts == alone.texts and trace.arms == alone.arms == list(request.weights)
+        for law, logps_TV in alone.logps.items():
+            assert torch.allclose(trace.logps[law], logps_TV, atol=1e-4)
+
+
+def test_a_record_is_plain_json_of_the_same_numbers(decoder):
+    trace = decoder.trace(REQUESTS[0], decoder.response_ids(PROMPT, "good wonderful"))
+    record = json.loads(json.dumps(trace.record(2), allow_nan=False))
+    assert record["rewards"]["two"] == [round(reward, 2) for reward in trace.rewards("two")]
+    assert record["laws"] == [BASE, "one", "two", GUIDED] and len(record["alternatives"]) == len(record["tokens"])
+    for position, found in enumerate(record["alternatives"]):
+        [stands] = [text for text, chosen, _ in found if chosen]
+        assert stands == trace.prompter.tokenizer.decode([trace.tokens[position]])
+    assert "rgba(" in trace._repr_html_()

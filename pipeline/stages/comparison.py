@@ -2,8 +2,9 @@
 
 import pandas as pd
 
-from pipeline import comparison, figures, report, standings
+from pipeline import comparison, standings
 from pipeline.config import Params, Workspace
+from pipeline.report import figures, pages, terminal
 from pipeline.stages import main
 from pipeline.store import read_jsonl, replacing, write_json, write_jsonl
 
@@ -29,10 +30,12 @@ def run(params: Params, workspace: Workspace) -> None:
             found.to_csv(stream, index=False)
     for line, answers in standings.alpaca_eval(scored).items():
         write_json(out / "alpaca_eval" / f"{line.replace('/', '-').replace(' ', '-')}.json", answers)
-    figures.draw_fronts(params, tables["table"], out / "fronts.png")
-    figures.draw_reward_kl(params, tables["table"], out / "reward_kl.png")
-    report.write_comparison_html(params, tables, scored, out, out / "index.html")
-    report.print_comparison(tables["fronts"])
+    objectives = list(params.objectives)
+    drawings = [figures.fronts(tables["table"], objectives), figures.rewards_kl(tables["table"], objectives)]
+    drawings[0].save(out / "fronts.png")
+    drawings[1].save(out / "reward_kl.png")
+    pages.comparison(params, tables, scored, drawings, out / "index.html")
+    terminal.comparison(tables["fronts"])
     print(f"comparison: open {out / 'index.html'}")
 
 

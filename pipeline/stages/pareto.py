@@ -1,12 +1,16 @@
-"""pareto: the front as table, metrics and picture, the HTML report, and the W&B runs."""
+"""pareto: the front as table, metrics and picture, the HTML report, and the W&B runs.
+
+python -m pipeline.stages.pareto
+"""
 
 import json
 from pathlib import Path
 
 import pandas as pd
 
-from pipeline import pareto, report, tracking
+from pipeline import pareto, tracking
 from pipeline.config import Params, Workspace
+from pipeline.report import figures, pages, terminal
 from pipeline.stages import main
 from pipeline.store import digest, read_jsonl, replacing, write_json
 
@@ -24,22 +28,30 @@ def run(params: Params, workspace: Workspace, trained: Path | None = None) -> No
     arms = {name: json.loads((trained / name / "metrics.json").read_text()) for name in params.objectives}
     curves = pd.concat([pd.read_csv(trained / name / "curve.csv").assign(objective=name) for name in arms])
     metrics = {**pareto.front_metrics(params, front), "arms": arms, "judge": card}
+    objectives = list(params.objectives)
     tables = {
         "front.csv": front,
-        "scores.csv": pareto.long_scores(front, list(params.objectives)),
-        "curves.csv": report.curve_table(curves),
+        "scores.csv": pareto.long_scores(front, objectives),
+        "curves.csv": figures.curve_table(curves),
     }
     for name, table in tables.items():
         with replacing(out / name) as stream:
             table.to_csv(stream, index=False)
     write_json(out / "metrics.json", metrics)
-    report.draw_front(front, list(params.objectives), params.sweep.control, out / "front.png")
-    report.draw_curves(tables["curves.csv"], out / "curves.png")
-    report.write_html(params, front, wins, metrics, data, scored, out, results / "report" / "index.html")
+    drawings = [
+        figures.front(front, objectives, params.sweep.control),
+        figures.reward_kl(front, objectives),
+        figures.curves(tables["curves.csv"]),
+    ]
+    for drawing in drawings:
+        drawing.save(out / f"{drawing.name}.png")
+    tokens = json.loads((results / "explain" / "tokens.json").read_text(encoding="utf-8"))
+    cards, page = {"metrics": metrics, "data": data}, results / "report" / "index.html"
+    pages.report(params, {"front": front, "wins": wins}, cards, scored, tokens, drawings, page)
     group = f"{params.base}-{digest(scored.response.tolist())[:8]}"
     tracking.log_points(params, workspace, group, front.to_dict("records"), scored.to_dict("records"))
-    report.print_front(front, list(params.objectives), metrics)
-    print(f"pareto: open {results / 'report' / 'index.html'}")
+    terminal.front(front, objectives, metrics)
+    print(f"pareto: open {page}")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ import json
 
 import pandas as pd
 
-from pipeline import report, weak_to_strong
+from pipeline import weak_to_strong
 from pipeline.config import Params, Workspace
+from pipeline.report import figures, pages, terminal
 from pipeline.stages import main
 from pipeline.store import Row, read_jsonl, replacing, write_jsonl
 
@@ -28,12 +29,13 @@ def run(params: Params, workspace: Workspace) -> None:
     write_jsonl(out / "rows.jsonl", rows)
     with replacing(out / "table.csv") as stream:
         table.to_csv(stream, index=False)
-    report.draw_ladder(table, next(iter(params.objectives)), out / "figure.png")
+    drawn = figures.ladder(table, next(iter(params.objectives)))
+    drawn.save(out / "figure.png")
     names = dict.fromkeys([params.arm.base, *bases])
     ladder = {name: json.loads((results / "fetch" / f"{name}.json").read_text(encoding="utf-8")) for name in names}
     page = out / "index.html"
-    report.write_ladder_html(params, table, scored, ladder, out / "figure.png", page)
-    report.print_ladder(table, list(params.objectives))
+    pages.ladder(params, table, scored, ladder, drawn, page)
+    terminal.ladder(table, list(params.objectives))
     print(f"weak_to_strong: open {page}")
 
 

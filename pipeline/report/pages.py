@@ -1,0 +1,150 @@
+"""The HTML pages: one file each that opens from disk without a network, every value escaped."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, select_autoescape
+
+from pipeline.config import Params
+from pipeline.report.drawing import Drawing
+from pipeline.report.tokens import STRONGEST
+from pipeline.store import Row, replacing
+
+_CHARACTERS = 600_000  # of responses that a page holds: some hundreds of kilobytes, so that it opens at once
+
+
+def report(
+    params: Params, tables: Mapping[str, pd.DataFrame], cards: Mapping[str, Row], scored: pd.DataFrame,
+    tokens: Sequence[Row], drawings: Sequence[Drawing], path: Path,
+) -> None:  # fmt: skip
+    """The report of a sweep.
+
+    Args:
+        params: the experiment.
+        tables: `front` and `wins`, as in the files of those names.
+        cards: `metrics` of the front, and the `data` card.
+        scored: all judged rows.
+        tokens: the token rewards of some responses, as `explain` wrote them.
+        drawings: front, reward_kl and curves.
+        path: of the page.
+    """
+    front, wins, objectives = tables["front"], tables["wins"].to_dict("records"), list(params.objectives)
+    control = dict.fromkeys(front.point, params.sweep.control)
+    of_point = scored.groupby("point").n_tokens.sum()
+    values = {
+        "front": front.to_dict("records"), "wins": {(row["point"], row["objective"]): row for row in wins}, **cards,
+        "samples": samples(scored, list(front.point), control, objectives), "tokens": list(tokens),
+        "strongest": STRONGEST, "prompts": scored.prompt.nunique(), "generated": of_point.to_dict(),
+    }  # fmt: skip
+    _write("report.html.j2", params, values, drawings, path)
+
+
+def ladder(
+    params: Params, table: pd.DataFrame, rows: pd.DataFrame, models: Mapping[str, Row], drawn: Drawing, path: Path
+) -> None:
+    """The weak-to-strong page: what was asked, the models, the figure, the table and samples.
+
+    Args:
+        params: the experiment.
+        table: table.csv.
+        rows: all scored rows, with `base`.
+        models: facts of each model, as `fetch` wrote them.
+        drawn: the figure.
+        path: of the page.
+    """
+    by_base = rows.assign(point=rows.base + " " + rows.point)
+    control = {f"{base} {point}": f"{base} control" for base, point in set(zip(rows.base, rows.point, strict=True))}
+    values = {
+        "weak": params.arm.base, "bases": params.weak_to_strong.bases, "ladder": models, "lines": _records(table),
+        "best": f"best_of_{params.weak_to_strong.best_of}", "prompts": rows.prompt.nunique(),
+        "per_prompt": params.decoding.samples_per_prompt,
+        "samples": samples(by_base, list(by_base.point.unique()), control, list(params.objectives)),
+    }  # fmt: skip
+    _write("weak_to_strong.html.j2", params, values, [drawn], path)
+
+
+def comparison(
+    params: Params, tables: Mapping[str, pd.DataFrame], rows: pd.DataFrame, drawings: Sequence[Drawing], path: Path
+) -> None:
+    """The comparison's page: what is compared, figures, tables and samples.
+
+    Args:
+        params: the experiment.
+        tables: table, fronts, matched and wins, as in the files of those names.
+        rows: all scored rows, with `line`.
+        drawings: fronts and rewards_kl.
+        path: of the page.
+    """
+    points = rows.assign(point=rows.line)
+    everywhere = set.intersection(*(set(part.prompt) for _, part in points.groupby("point")))
+    lines = list(points.point.unique())
+    shown = {name: _records(found) for name, found in tables.items()}
+    values = {
+        "prompts": rows.prompt.nunique(), **shown, "methods": list(params.comparison.methods),
+        "against": params.comparison.against, "won": {(line["method"], line["other"]): line for line in shown["wins"]},
+        "samples": samples(
+            points[points.prompt.isin(everywhere)], lines, dict.fromkeys(lines, lines[0]), list(params.objectives)
+        ),
+    }  # fmt: skip
+    _write("comparison.html.j2", params, values, drawings, path)
+
+
+def samples(scored: pd.DataFrame, points: Sequence[str], controls: Mapping[str, str], objectives: Sequence[str]) -> Row:
+    """What the sample browser shows: for each prompt the first response at every point.
+
+    Where the texts are too many for a page, evenly spaced prompts stand for all.
+
+    Args:
+        scored: judged rows: `point, prompt, sample, response, n_tokens, kl`, and a score per objective.
+        points: in the order they are shown.
+        controls: per point, the one it is held against.
+        objectives: their names.
+
+    Returns:
+        `objectives`, `points` with their `control`, `total` prompts, and `prompts`, each with its `responses`: text,
+        tokens, KL and scores, None where there is none.
+    """
+    first = scored[scored["sample"] == scored["sample"].min()]
+    prompts = list(first.prompt.unique())
+    kept = max(1, min(len(prompts), _CHARACTERS * len(prompts) // max(1, int(first.response.str.len().sum()))))
+    chosen = [prompts[place * len(prompts) // kept] for place in range(kept)]
+    cells = {(row["prompt"], row["point"]): row for row in first[first.prompt.isin(set(chosen))].to_dict("records")}
+    return {
+        "objectives": list(objectives),
+        "points": [{"name": point, "control": points.index(controls[point])} for point in points],
+        "total": len(prompts),
+        "prompts": [
+            {
+                "prompt": prompt,
+                "responses": [
+                    {
+                        "text": row["response"], "tokens": row["n_tokens"], "kl": _number(row["kl"], 1),
+                        "scores": [_number(row[name], 4) for name in objectives],
+                    }
+                    for row in (cells[prompt, point] for point in points)
+                ],
+            }
+            for prompt in chosen
+        ],
+    }  # fmt: skip
+
+
+def _number(value: Any, digits: int) -> float | None:
+    return None if pd.isna(value) else round(float(value), digits)
+
+
+def _records(table: pd.DataFrame) -> list[Row]:
+    found: list[Row] = table.astype(object).where(table.notna(), None).to_dict("records")
+    return found
+
+
+def _write(template: str, params: Params, values: Row, drawings: Sequence[Drawing], path: Path) -> None:
+    environment = Environment(loader=PackageLoader("pipeline.report"), autoescape=select_autoescape(["j2"]))
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "ensure_ascii": False, "separators": (",", ":")}
+    figures = {drawn.name: drawn.svg() for drawn in drawings}
+    shared = {"params": params, "objectives": list(params.objectives), "figures": figures}
+    html = environment.get_template(template).render(**shared, **values)
+    with replacing(path) as stream:
+        stream.write(html)
