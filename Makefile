@@ -46,8 +46,8 @@ bench: install  ## speed of guided decoding against the unguided base, and of tr
 	python -m tests.bench_training
 	python -m tests.bench_prepare
 
-report: install  ## where to look at the results
-	@python -m pipeline.report
+report: install  ## where to look at the results; TRACKING=online builds the report in W&B (BASELINE=group to compare with)
+	@python -m pipeline.report $(if $(TRACKING),--tracking $(TRACKING)) $(if $(BASELINE),--baseline $(BASELINE))
 
 playground: install  ## a local page: sliders for the objectives, the base beside the guided text
 	python -m pipeline.playground

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import combinations
 from typing import Any
 
 import wandb
@@ -14,7 +15,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from pipeline.config import Params, UserError, Workspace
-from pipeline.store import Row
+from pipeline.store import Row, digest
 from pipeline.training import Job
 
 
@@ -25,8 +26,8 @@ def _settings(params: Params, workspace: Workspace) -> dict[str, Any]:
         UserError: online mode without a key in the environment.
     """
     tracking = params.tracking
-    if tracking.mode == "online" and not os.environ.get("WANDB_API_KEY"):
-        raise UserError("tracking.mode is online, but WANDB_API_KEY is not set: export it, or use tracking=offline.")
+    if tracking.mode == "online":
+        _key()
     folder = workspace.scratch.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     return {
@@ -36,6 +37,11 @@ def _settings(params: Params, workspace: Workspace) -> dict[str, Any]:
         "dir": str(folder),
         "settings": wandb.Settings(silent=True, console="off", disable_git=True, save_code=False, disable_code=True),
     }
+
+
+def _key() -> None:
+    if not os.environ.get("WANDB_API_KEY"):
+        raise UserError("tracking is online, but WANDB_API_KEY is not set: export it, or use tracking=offline.")
 
 
 @contextmanager
@@ -85,3 +91,61 @@ def log_points(params: Params, workspace: Workspace, group: str, points: Sequenc
         columns = ["prompt", "response", *params.objectives, "kl"]
         run.log({"samples": wandb.Table(columns=list(columns), data=[[row[name] for name in columns] for row in mine])})
         run.finish()
+
+
+def group_of(params: Params, responses: Sequence[str]) -> str:
+    """What the runs of one sweep have in common: the base, and a digest of what was generated."""
+    return f"{params.base}-{digest(list(responses))[:8]}"
+
+
+def publish_report(params: Params, group: str, baseline: str | None = None) -> str:
+    """Build the Pareto report in W&B, whose address is returned.
+
+    Front as scatter, weights and scores as parallel coordinates, samples, and what else the runs say of themselves; a
+    report shows runs that are in W&B, so those of an offline group have to be synchronised first.
+
+    Args:
+        params: the experiment.
+        group: of the runs, as `log_points` wrote them.
+        baseline: a group to compare with.
+
+    Raises:
+        UserError: there is no key, wandb-workspaces is not installed, or W&B refuses.
+    """
+    _key()
+    try:
+        import wandb_workspaces.reports.v2 as reports
+    except ImportError as error:
+        raise UserError("the W&B report needs wandb-workspaces: pip install wandb-workspaces.") from error
+    project, objectives = params.tracking.project, list(params.objectives)
+    scores: list[Any] = [reports.SummaryMetric(f"score_{name}") for name in objectives]
+    weights: list[Any] = [reports.Config(f"alpha_{name}") for name in objectives]
+    distance = reports.SummaryMetric("kl")
+    panels: list[Any] = [
+        *(
+            reports.ScatterPlot(title=f"{x.name} and {y.name}", x=x, y=y, z=distance)
+            for x, y in combinations(scores, 2)
+        ),
+        *(reports.ScatterPlot(title=f"{score.name} against KL", x=distance, y=score) for score in scores),
+        reports.ParallelCoordinatesPlot(
+            title="weights and what they bring",
+            columns=[reports.ParallelCoordinatesPlotColumn(metric=one) for one in (*weights, *scores, distance)],
+        ),
+        reports.WeavePanelSummaryTable(table_name="samples"),
+        reports.RunComparer(),
+    ]
+    try:
+        entity = params.tracking.entity or str(wandb.Api().default_entity)
+        runsets = [
+            reports.Runset(entity=entity, project=project, name=name, filters=f"Group == '{name}'")
+            for name in (group, *([baseline] if baseline else []))
+        ]
+        report = reports.Report(
+            project=project, entity=entity, title=f"Pareto front: {' and '.join(objectives)} on {params.base}",
+            description=f"Runs of the group {group}" + (f" beside {baseline}" if baseline else ""),
+            blocks=[reports.PanelGrid(runsets=runsets, panels=panels)],
+        )  # fmt: skip
+        report.save()
+    except Exception as error:  # the library raises bare exceptions
+        raise UserError(f"W&B refused the report: {error}") from error
+    return str(report.url)

@@ -1,10 +1,45 @@
-"""Where to look at the results.
+"""Where to look at the results; with --tracking online, the Pareto report in W&B of the runs that are there.
 
 python -m pipeline.report
+wandb sync scratch/wandb/offline-run-*                                     # once, where tracking was offline
+python -m pipeline.report --tracking online --baseline smollm2-135m-1f0e9a2b     # make report TRACKING=online
 """
 
-from pathlib import Path
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
-for name, file in (("report", "report/index.html"), ("front", "pareto/front.csv"), ("picture", "pareto/front.png")):
-    found = Path("results") / file
-    print(f"{name:8} {found if found.exists() else f'{found} is not there yet: run `make repro`'}")
+from pipeline import tracking
+from pipeline.config import UserError, Workspace, load_params
+from pipeline.stages import guard
+from pipeline.store import read_jsonl
+
+
+def main() -> None:
+    """Say where everything is, or publish it."""
+    parser = ArgumentParser(
+        "python -m pipeline.report", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tracking", choices=["offline", "online"], default="offline")
+    parser.add_argument("--baseline", metavar="GROUP", help="another group of runs, to compare with")
+    given = parser.parse_args()
+    workspace = Workspace()
+    results, offline = workspace.results, sorted(workspace.scratch.glob("wandb/offline-run-*"))
+    files = ("report", "report/index.html"), ("front", "pareto/front.csv"), ("picture", "pareto/front.png")
+    for name, file in files:
+        found = results / file
+        print(f"{name:8} {found if found.exists() else f'{found} is not there yet: run `make repro`'}")
+    print(f"W&B      {len(offline)} offline runs in {workspace.scratch}/wandb: `wandb sync` uploads them")
+    scored = results / "judge" / "scores.jsonl"
+    if not scored.exists():
+        if given.tracking == "online":
+            raise UserError(f"{scored} is missing: run `make repro`, or `dvc pull`.")
+        return
+    params = load_params()
+    group = tracking.group_of(params, [row["response"] for _, row in read_jsonl(scored)])
+    print(f"group    {group}")
+    if given.tracking == "online":
+        print(f"online   {tracking.publish_report(params, group, given.baseline)}")
+
+
+if __name__ == "__main__":
+    with guard():
+        main()

@@ -12,7 +12,7 @@ from pipeline import pareto, tracking
 from pipeline.config import Params, Workspace
 from pipeline.report import figures, pages, terminal
 from pipeline.stages import main
-from pipeline.store import digest, read_jsonl, replacing, write_json
+from pipeline.store import read_jsonl, replacing, write_json
 
 
 def run(params: Params, workspace: Workspace, trained: Path | None = None) -> None:
@@ -48,7 +48,7 @@ def run(params: Params, workspace: Workspace, trained: Path | None = None) -> No
     tokens = json.loads((results / "explain" / "tokens.json").read_text(encoding="utf-8"))
     cards, page = {"metrics": metrics, "data": data}, results / "report" / "index.html"
     pages.report(params, {"front": front, "wins": wins}, cards, scored, tokens, drawings, page)
-    group = f"{params.base}-{digest(scored.response.tolist())[:8]}"
+    group = tracking.group_of(params, scored.response)
     tracking.log_points(params, workspace, group, front.to_dict("records"), scored.to_dict("records"))
     terminal.front(front, objectives, metrics)
     print(f"pareto: open {page}")
