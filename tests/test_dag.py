@@ -17,6 +17,7 @@ import yaml
 from nbclient import NotebookClient
 
 from pipeline.checkpoints import newest_checkpoint
+from tests.browser import opened
 from tests.tiny import ROOT, write_tiny
 
 ENVIRONMENT = {
@@ -71,7 +72,13 @@ def copy(tmp_path_factory):
     copy = checked_out(tmp_path_factory.mktemp("repository"))
     compose(copy, "experiment=smoke")
     run(copy, "dvc", "repro", "-q")
+    commit(copy, "smoke")
     return copy
+
+
+def commit(copy, message):
+    run(copy, "git", "add", "-A")
+    run(copy, "git", "-c", "user.name=tests", "-c", "user.email=tests@localhost", "commit", "-qm", message)
 
 
 def test_every_stage_wrote_what_it_promises(copy):
@@ -91,7 +98,12 @@ def test_every_stage_wrote_what_it_promises(copy):
     for name in ("positivity", "conciseness"):
         assert (copy / "models/arms" / name / "adapter_model.safetensors").is_file()
     html = (copy / "results/report/index.html").read_text()
-    assert "http://" not in html and "https://" not in html and rows[0]["prompt"] in html
+    assert rows[0]["prompt"] in html and "tokens-lines" in html
+    traces = json.loads((copy / "results/explain/tokens.json").read_text())
+    assert {trace["point"] for trace in traces} == set(front.point) and len({trace["prompt"] for trace in traces}) == 3
+    with opened((copy / "results/report/index.html").as_uri()) as browser:
+        assert browser.locator("#samples-count").inner_text() == "6 of 6 prompts"
+        assert browser.locator(".figure .mark").count() > len(front)
     assert (copy / "results/pareto/front.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -211,11 +223,16 @@ def test_own_jsonl_goes_from_rows_to_front(copy):
     assert len(pd.read_csv(copy / "results/pareto/front.csv")) == 7
 
 
-def test_notebooks_run_on_the_results(copy):
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        notebook = nbformat.read(path, as_version=4)
-        assert all(not cell.get("outputs") for cell in notebook.cells), f"{path.name} is committed with outputs"
-        NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(copy / "notebooks")}}).execute()
+@pytest.mark.parametrize("name", ["guided_decoding", "pareto_front"])
+def test_notebooks_run_on_the_results(copy, name, monkeypatch):
+    """The runs that pareto_front compares are the one above, of other data, and the one that was committed."""
+    monkeypatch.setenv("OTHER_RUN", "HEAD")
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells), f"{name} is committed with outputs"
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(copy / "notebooks")}}).execute()
+    shown = json.dumps([cell.get("outputs") for cell in notebook.cells])
+    assert {"guided_decoding": "rgba(", "pareto_front": " against "}[name] in shown
+    assert len(list((ROOT / "notebooks").glob("*.ipynb"))) == 2
 
 
 def test_a_broken_params_file_is_one_sentence(copy):
@@ -234,8 +251,7 @@ def test_the_library_example_of_the_readme_runs(copy):
 
 
 def test_an_experiment_composes_runs_and_shows(copy):
-    run(copy, "git", "add", "-A")
-    run(copy, "git", "-c", "user.name=tests", "-c", "user.email=tests@localhost", "commit", "-qm", "start")
+    commit(copy, "start")
     run(copy, "dvc", "exp", "run", "-S", "experiment=smoke", "-S", "decoding.temperature=0.9")
     assert yaml.safe_load((copy / "params.yaml").read_text())["decoding"]["temperature"] == 0.9
     shown = run(copy, "dvc", "exp", "show", "--csv", "--only-changed")

@@ -8,8 +8,11 @@ import logging
 import os
 import sys
 import warnings
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import Parameter, signature
+from pathlib import Path
 
 from pipeline.config import Params, UserError, Workspace, load_params
 
@@ -35,8 +38,17 @@ def guard() -> Iterator[None]:
         sys.exit(f"error: {error.filename or 'writing'}: {_DISK[error.errno]} and run the same command again.")
 
 
-def main(stage: Callable[..., None], *arguments: str) -> None:
-    """Run a stage on params.yaml in the current folder."""
+def main(stage: Callable[..., None]) -> None:
+    """Run a stage on params.yaml in the current folder; what it takes by name comes from the command line."""
+    module = sys.modules[stage.__module__]
+    name = Path(module.__file__ or "").stem
+    parser = ArgumentParser(
+        f"python -m pipeline.stages.{name}", description=module.__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
+    for parameter in signature(stage).parameters.values():
+        if parameter.annotation in (str, str | None):
+            parser.add_argument(parameter.name, nargs=None if parameter.default is Parameter.empty else "?")
+    given = vars(parser.parse_args())
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     for library in ("lightning", "peft", "transformers"):  # their advice is for us, not for who runs the stage
@@ -44,4 +56,4 @@ def main(stage: Callable[..., None], *arguments: str) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with guard():
         params: Params = load_params()
-        stage(params, Workspace(), *arguments)
+        stage(params, Workspace(), **given)

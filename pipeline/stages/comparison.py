@@ -1,4 +1,7 @@
-"""comparison: every method at every point of the sweep: tables, figures and page, results/comparison/."""
+"""comparison: every method at every point of the sweep: tables, figures and page, results/comparison/.
+
+python -m pipeline.stages.comparison
+"""
 
 import pandas as pd
 

@@ -1,6 +1,7 @@
-"""download: a dataset of the Hub as a folder of its files."""
+"""download: a dataset of the Hub as a folder of its files.
 
-import sys
+python -m pipeline.stages.download datasets/full-hh-rlhf
+"""
 
 from pipeline.config import Params, Workspace
 from pipeline.preferences import sources
@@ -15,4 +16,4 @@ def run(params: Params, workspace: Workspace, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(run, *sys.argv[1:])
+    main(run)

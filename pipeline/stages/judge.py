@@ -1,4 +1,7 @@
-"""judge: a score per objective for every row, and win rates against the control, results/judge/."""
+"""judge: a score per objective for every row, and win rates against the control, results/judge/.
+
+python -m pipeline.stages.judge
+"""
 
 from pathlib import Path
 

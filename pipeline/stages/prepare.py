@@ -1,4 +1,7 @@
-"""prepare: preference rows, one file of pairs per objective, and the prompts to generate from."""
+"""prepare: preference rows, one file of pairs per objective, and the prompts to generate from.
+
+python -m pipeline.stages.prepare
+"""
 
 import json
 from collections.abc import Iterator

@@ -1,7 +1,9 @@
-"""train: one ARM per objective as a PEFT folder or a model of its own, its held-out accuracy and its curve."""
+"""train: one ARM per objective as a PEFT folder or a model of its own, its held-out accuracy and its curve.
+
+python -m pipeline.stages.train positivity
+"""
 
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -53,4 +55,4 @@ def produce(params: Params, workspace: Workspace, job: Job, stage: str, folder: 
 
 
 if __name__ == "__main__":
-    main(run, *sys.argv[1:])
+    main(run)

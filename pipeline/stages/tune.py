@@ -1,7 +1,9 @@
-"""tune: what ARMs are compared with, trained on the same pairs: an adapter of a base, models/arms/rivals/<base>/."""
+"""tune: what ARMs are compared with, trained on the same pairs: an adapter of a base, models/arms/rivals/<base>/.
+
+python -m pipeline.stages.tune smollm2-135m dpo_positivity
+"""
 
 import shutil
-import sys
 import time
 
 import pandas as pd
@@ -44,4 +46,4 @@ def _reinforce(params: Params, workspace: Workspace, base: str, rival: str) -> N
 
 
 if __name__ == "__main__":
-    main(run, *sys.argv[1:])
+    main(run)

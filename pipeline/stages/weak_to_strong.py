@@ -1,4 +1,7 @@
-"""weak_to_strong: one ARM on every base of the ladder: table, figure and page, results/weak_to_strong/."""
+"""weak_to_strong: one ARM on every base of the ladder: table, figure and page, results/weak_to_strong/.
+
+python -m pipeline.stages.weak_to_strong
+"""
 
 import json
 
