@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help install repro test params plan lint smoke bench report playground clean
+.PHONY: help install repro test params plan lint smoke bench report pictures playground clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -48,6 +48,9 @@ bench: install  ## speed of guided decoding against the unguided base, and of tr
 
 report: install  ## where to look at the results; TRACKING=online builds the report in W&B (BASELINE=group to compare with)
 	@python -m pipeline.report $(if $(TRACKING),--tracking $(TRACKING)) $(if $(BASELINE),--baseline $(BASELINE))
+
+pictures: install  ## photograph report and playground for the README (needs Chromium)
+	python -m tests.pictures
 
 playground: install  ## a local page: sliders for the objectives, the base beside the guided text
 	python -m pipeline.playground

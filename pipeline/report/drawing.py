@@ -71,7 +71,8 @@ class Drawing:
             for use, label in zip(group.iter(f"{{{_SVG}}}use"), self._marks.get(group.get("id", ""), []), strict=False):
                 use.attrib |= {"class": "mark", "role": "img", "aria-label": label, "tabindex": "-1"}
         root.attrib = {key: value for key, value in root.attrib.items() if key not in ("width", "height")}
-        root.attrib |= {"role": "group", "aria-label": self.description}
+        widest = round(6.6 * self.figure.get_figwidth())
+        root.attrib |= {"role": "group", "aria-label": self.description, "style": f"max-width: {widest}rem"}
         return Markup(_themed(ElementTree.tostring(root, encoding="unicode"), self.name))
 
 

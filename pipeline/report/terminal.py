@@ -11,7 +11,7 @@ from pipeline.store import Row
 
 def comparison(fronts: pd.DataFrame) -> None:
     """fronts.csv in the terminal, best first."""
-    shown = Table(title="Hypervolume of every method, its difference [interval], and mean inner product")
+    shown = Table(title="Hypervolume of every method, its difference \\[interval], and mean inner product")
     for column in ("method", "hypervolume", "difference", "MIP", "prompts"):
         shown.add_column(column, justify="left" if column == "method" else "right")
     for line in fronts.sort_values("hypervolume", ascending=False).to_dict("records"):
@@ -23,7 +23,7 @@ def comparison(fronts: pd.DataFrame) -> None:
 
 def front(table: pd.DataFrame, objectives: Sequence[str], metrics: Row) -> None:
     """The front in the terminal."""
-    shown = Table(title="Pareto sweep: score [interval], KL in nats per response, win rate against the control")
+    shown = Table(title="Pareto sweep: score \\[interval], KL in nats per response, win rate against the control")
     for column in ("point", *objectives, "KL", *(f"wins {name}" for name in objectives), "front"):
         shown.add_column(column, justify="left" if column == "point" else "right")
     for line in table.to_dict("records"):
@@ -42,7 +42,9 @@ def front(table: pd.DataFrame, objectives: Sequence[str], metrics: Row) -> None:
 
 def ladder(table: pd.DataFrame, objectives: Sequence[str]) -> None:
     """The weak-to-strong table in the terminal."""
-    shown = Table(title="Weak to strong: reward [interval], share of the gap to DPO recovered, KL in nats per response")
+    shown = Table(
+        title="Weak to strong: reward \\[interval], share of the gap to DPO recovered, KL in nats per response"
+    )
     for column in ("base", "method", "α", *objectives, "gap recovered", "KL", "tokens/s"):
         shown.add_column(column, justify="left" if column in ("base", "method") else "right")
     for line in table.to_dict("records"):
