@@ -55,7 +55,8 @@ def ladder(
         path: of the page.
     """
     by_base = rows.assign(point=rows.base + " " + rows.point)
-    control = {f"{base} {point}": f"{base} control" for base, point in set(zip(rows.base, rows.point, strict=True))}
+    named = set(zip(rows.base, rows.point, strict=True))
+    control = {f"{base} {point}": f"{base} {params.sweep.control}" for base, point in named}
     values = {
         "weak": params.arm.base, "bases": params.weak_to_strong.bases, "ladder": models, "lines": _records(table),
         "best": f"best_of_{params.weak_to_strong.best_of}", "prompts": rows.prompt.nunique(),
