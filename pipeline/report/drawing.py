@@ -79,6 +79,7 @@ class Drawing:
 def _themed(svg: str, name: str) -> str:
     for colour, own in _THEMED.items():
         svg = svg.replace(colour, own)
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")  # a page knows what an SVG is
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "inherit", svg)
     return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)  # ids are the page's, not the figure's
 
