@@ -114,7 +114,8 @@ class Row:
         return 2 * max(len(text.encode()) for text in self.request.stop) + 8
 
 
-def _until_stop(text: str, stops: Sequence[str]) -> str:
+def until_stop(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of the stop texts in it."""
     places = [place for place in map(text.find, stops) if place >= 0]
     return text[: min(places)] if places else text
 
@@ -245,7 +246,7 @@ class Batch:
             row.tokens.append(token)
             if finish := self._finish(row):
                 row.ended = True
-                text = _until_stop(self._spell(row.tokens), row.request.stop).strip()
+                text = until_stop(self._spell(row.tokens), row.request.stop).strip()
                 sums = self._sums_B3[place].tolist()
                 ended.append((row, Generation(text, len(row.ids), row.tokens, finish, *sums)))
         return ended

@@ -176,6 +176,9 @@ class Decoding(_Strict):
     samples_per_prompt: Count = 1
     batch_size: Count = 64
     device: str = "auto"
+    engine: Literal["transformers", "vllm"] = (
+        "transformers"  # vllm: for the generate stage, in `make vllm`'s environment
+    )
 
 
 @dataclass(frozen=True)

@@ -136,13 +136,16 @@ def generate_stored(
     device = resolve_device(params.decoding.device)
     used = {name for request in requests for name in request.arms}
     models = Served(params, workspace, base, used, adapters)
-    origin, lanes = [_VERSION, *models.strong.identity(device)], models.identities(device)
+    engine = [] if params.decoding.engine == "transformers" else [params.decoding.engine]  # draws by other streams
+    origin, lanes = [_VERSION, *models.strong.identity(device), *engine], models.identities(device)
 
     def key(request: Request) -> str:
         law = {name: [weight, lanes.get(name)] for name, weight in request.law.items()}
         return digest([*origin, request_key(request) | {"weights": law}])
 
-    def decoder() -> GuidedDecoder:
+    def decoder() -> Decoder:
+        if params.decoding.engine == "vllm":
+            return models.vllm_decoder(params.decoding.batch_size)
         return models.decoder(params.decoding.device, params.decoding.batch_size)
 
     return stored(requests, [key(request) for request in requests], decoder, workspace, title, store)
@@ -248,6 +251,25 @@ class Served:
             self.strong, self.arms, arm_base=self.weak, policies=self.policies, reference=REFERENCE in self._used,
             device=device, batch_size=batch_size,
         )  # fmt: skip
+
+    def vllm_decoder(self, batch_size: int) -> Decoder:
+        """All of them inside vLLM.
+
+        Raises:
+            UserError: vLLM is not installed here, or an ARM is no adapter of the base.
+        """
+        try:
+            from pipeline.engines.vllm import VllmDecoder
+        except ImportError as error:
+            raise UserError(
+                "decoding.engine=vllm needs vLLM: `make vllm`, then `source .venv-vllm/bin/activate`."
+            ) from error
+        if self.weak is not None:
+            raise UserError(
+                f"vLLM's lanes are adapters of the base, but the ARMs were made from {self._params.arm.base}: "
+                "use decoding.engine=transformers."
+            )
+        return VllmDecoder(self.strong, {**self.arms, **self.policies}, batch_size=batch_size)
 
 
 def folder_digest(folder: Path) -> str:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, DynamicLayer, PreTrainedModel
+from transformers import Cache, DynamicCache, DynamicLayer, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from pipeline.adapters import AdaptedModel, Block, read_adapter
@@ -72,6 +72,12 @@ class _RoomyLayer(DynamicLayer):
         return layer
 
 
+def ends_of(prompter: Prompter, config: GenerationConfig | None) -> frozenset[int]:
+    """The tokens that end a response: the template's, and those that the model's generation config names."""
+    ends = None if config is None else config.eos_token_id
+    return frozenset([prompter.eos, *(ends if isinstance(ends, list) else [] if ends is None else [ends])])
+
+
 class Backbone:
     """A causal LM, how it is asked, and the LoRA adapters that share it.
 
@@ -113,8 +119,7 @@ class Backbone:
         self.device = model.device
         self.context = int(model.config.max_position_embeddings)
         self.vocab_size = min(prompter.vocab_size, int(model.config.vocab_size))
-        ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-        self.ends = frozenset([prompter.eos, *(ends if isinstance(ends, list) else [] if ends is None else [ends])])
+        self.ends = ends_of(prompter, model.generation_config)
         self.adapted = AdaptedModel(model, {lane: read_adapter(folder, model) for lane, folder in adapters.items()})
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import sys
 
 import pytest
 
@@ -150,3 +151,9 @@ def test_a_shard_that_is_none_is_refused(text):
     assert Shard.parse("shard=7/8") == Shard(7, 8)
     with pytest.raises(UserError, match="is no part of the prompts: write shard=0/4"):
         Shard.parse(text)
+
+
+def test_vllm_where_it_is_not_installed_is_one_sentence(smoke_params, workspace, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pipeline.engines.vllm", None)
+    with pytest.raises(UserError, match="make vllm"):
+        generation.Served(smoke_params, workspace, "tiny", ()).vllm_decoder(4)

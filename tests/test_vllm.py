@@ -1,0 +1,292 @@
+"""Runs in the environment of `make vllm`; everywhere else it is skipped."""
+
+import math
+import os
+import shutil
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from scipy.stats import chisquare
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+pytest.importorskip("vllm", reason="vLLM is not installed: make vllm")
+from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
+
+from pipeline import models
+from pipeline.batch import Request
+from pipeline.config import UserError
+from pipeline.decoder import GuidedDecoder
+from pipeline.engines.vllm import VllmDecoder, _common
+from pipeline.engines.vllm_processor import EXTRA
+from pipeline.generation import generate_sweep
+from pipeline.models import Source
+from tests.tiny import tiny_model, tiny_tokenizer
+
+PROMPTS = ["Why?", "Describe a rainy Monday.", "Name something good, and then a second thing that is not.", "Hello"]
+POINTS = [{}, {"one": 1.0}, {"two": 0.7}, {"one": 1.0, "two": 0.5}, {"one": 1.5, "base": -0.5}]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A tiny model with heads as wide as vLLM's attention wants them, in float32."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = tiny_tokenizer()
+    tiny_model(len(tokenizer), width=128).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Source(folder, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def adapters(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed + 1)
+        model = models.load_model(source.folder, torch.float32, torch.device("cpu"))
+        targets = ["q_proj", "v_proj", "down_proj"]
+        adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM"))
+        for key, weight in adapted.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(weight, std=0.2)
+        adapted.save_pretrained(str(folder / name))
+    return {name: folder / name for name in ("one", "two")}
+
+
+@pytest.fixture(scope="module")
+def served(source, adapters):
+    return VllmDecoder(source, adapters, batch_size=4, max_model_len=256, max_num_batched_tokens=1024)
+
+
+@pytest.fixture(scope="module")
+def reference(source, adapters):
+    return GuidedDecoder.load(source, adapters, device="cpu")
+
+
+def greedy(size=24):
+    return [
+        Request(prompt, weights, temperature=0.0, max_new_tokens=size - 3 * place)
+        for place, prompt in enumerate(PROMPTS)
+        for weights in POINTS
+    ]
+
+
+def same(found, expected):
+    """Greedy texts are equal; a tie that float rounding decides would show as a difference of the sums."""
+    assert sorted(found) == sorted(expected)
+    for index, wanted in expected.items():
+        assert found[index].tokens == wanted.tokens, index
+        assert found[index].finish == wanted.finish
+        assert found[index].logp_base == pytest.approx(wanted.logp_base, abs=1e-2)
+        assert found[index].kl == pytest.approx(wanted.kl, abs=1e-2)
+
+
+def test_greedy_texts_and_sums_are_those_of_the_decoder(served, reference):
+    requests = greedy()
+    same(dict(served.generate(requests)), dict(reference.generate(requests)))
+
+
+def test_sums_of_what_was_sampled_are_those_of_a_trace(served, reference):
+    requests = [
+        Request(prompt, weights, temperature=0.8, top_k=top_k, top_p=top_p, min_p=min_p, max_new_tokens=16, seed=5)
+        for prompt, weights, top_k, top_p, min_p in (
+            (PROMPTS[0], {"one": 1.0}, 0, 1.0, 0.0), (PROMPTS[1], {"one": 0.5, "two": 0.5}, 20, 1.0, 0.0),
+            (PROMPTS[2], {"two": 1.0}, 0, 0.9, 0.0), (PROMPTS[3], {"two": 1.0}, 30, 0.9, 0.01),
+        )
+    ]  # fmt: skip
+    for index, generation in served.generate(requests):
+        trace = reference.trace(requests[index], generation.tokens)
+        assert generation.logp == pytest.approx(sum(trace.token_logps("guided")), abs=1e-2)
+        assert generation.logp_base == pytest.approx(sum(trace.token_logps("base")), abs=1e-2)
+
+
+@pytest.mark.parametrize("weights", [{}, {"one": 1.0, "two": 0.5}])
+def test_first_tokens_are_drawn_from_the_guided_law(served, reference, weights):
+    """Chi-square over 3000 draws at temperature 0.7: p is uniform where the law is right."""
+    requests = [Request("Why?", weights, temperature=0.7, max_new_tokens=1, seed=seed) for seed in range(3000)]
+    drawn = Counter(generation.tokens[0] for _, generation in served.generate(requests))
+    law = reference.trace(requests[0], [0]).logps["guided"][0].exp()
+    kept = [token for token in range(len(law)) if law[token] * 3000 >= 5]
+    expected = [float(law[token]) * 3000 for token in kept]
+    observed = [drawn[token] for token in kept]
+    rest = 3000 - sum(expected)
+    if rest > 5:
+        expected, observed = [*expected, rest], [*observed, 3000 - sum(observed)]
+    scale = sum(observed) / sum(expected)
+    assert chisquare(observed, [value * scale for value in expected]).pvalue > 1e-3
+
+
+def test_stop_texts_end_a_response_as_in_the_decoder(served, reference):
+    [(_, whole)] = reference.generate([Request("Why?", {"one": 1.0}, temperature=0.0, max_new_tokens=24)])
+    stop = whole.text[6:9]
+    request = Request("Why?", {"one": 1.0}, temperature=0.0, max_new_tokens=24, stop=(stop,))
+    [(_, wanted)], [(_, found)] = reference.generate([request]), served.generate([request])
+    assert found.text == wanted.text and found.finish == wanted.finish == "stop"
+    assert found.tokens == wanted.tokens and found.kl == pytest.approx(wanted.kl, abs=1e-2)
+
+
+def lanes_of(served, group, names, size=8, seed=1, temperature=0.0):
+    """Hand single lanes to the engine behind the frontend's back."""
+    ids = served._prompter.prompt_ids("Why?")
+    arms = {"base": (0, None, 1.0), "one": (1, "one", 1.0)}
+    for name in names:
+        lane, arm, alpha = arms[name]
+        facts = {"group": group, "lanes": 2, "lane": lane, "alpha": alpha, "mark": served._mark}
+        params = SamplingParams(
+            temperature=temperature, max_tokens=size, seed=seed, stop_token_ids=[served._mark], ignore_eos=True,
+            detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, extra_args={EXTRA: facts},
+        )  # fmt: skip
+        served._engine.add_request(
+            f"{group}/{name}", {"prompt_token_ids": ids}, params, lora_request=served._arms[arm] if arm else None
+        )
+
+
+def drained(served, abort_after=None):
+    """Step until nothing is left; abort a lane after its first step."""
+    found = {}
+    for step in range(200):
+        if not served._engine.has_unfinished_requests():
+            break
+        for output in served._engine.step():
+            if output.finished:
+                found[output.request_id] = output.outputs[0]
+        if abort_after and step == abort_after[0]:
+            served._engine.abort_request([abort_after[1]])
+    return found
+
+
+def test_a_lane_alone_is_marked_at_its_first_step(served):
+    lanes_of(served, "alone", ["base"])
+    [output] = drained(served).values()
+    assert list(output.token_ids) == [served._mark] and output.stop_reason == served._mark
+
+
+def test_a_lane_that_comes_a_step_later_finds_no_one(served):
+    lanes_of(served, "late", ["base"])
+    served._engine.step()
+    lanes_of(served, "late", ["one"])
+    for output in drained(served).values():
+        assert list(output.token_ids) == [served._mark]
+
+
+def test_when_a_lane_is_aborted_the_other_stops_at_that_step(served, reference):
+    lanes_of(served, "gone", ["base", "one"], size=20)
+    found = drained(served, abort_after=(4, "gone/one"))
+    tokens = list(found["gone/base"].token_ids)
+    assert tokens[-1] == served._mark and 4 <= len(tokens) < 20
+    request = Request("Why?", {"one": 1.0}, temperature=0.0, max_new_tokens=20)
+    [(_, whole)] = reference.generate([request])
+    assert tokens[:-1] == whole.tokens[: len(tokens) - 1]
+
+
+def test_unguided_requests_beside_guided_ones_are_untouched(served, reference):
+    params = SamplingParams(temperature=0.0, max_tokens=12, detokenize=False, ignore_eos=True)
+    ids = served._prompter.prompt_ids("Hello")
+    served._engine.add_request("plain", {"prompt_token_ids": ids}, params)
+    lanes_of(served, "beside", ["base", "one"], size=12)
+    found = drained(served)
+    [(_, alone)] = reference.generate([Request("Hello", temperature=0.0, max_new_tokens=12)])
+    size = len(alone.tokens)
+    assert list(found["plain"].token_ids)[:size] == alone.tokens
+    assert list(found["beside/base"].token_ids) == list(found["beside/one"].token_ids)
+
+
+def test_a_drawn_mark_is_a_token_like_any_other(served, reference):
+    """Where the law itself draws the mark, the group goes on behind it."""
+    [(_, whole)] = reference.generate([Request("Why?", {"one": 1.0}, temperature=0.0, max_new_tokens=12)])
+    served._mark, before = whole.tokens[3], served._mark
+    try:
+        [(_, found)] = served.generate([Request("Why?", {"one": 1.0}, temperature=0.0, max_new_tokens=12)])
+    finally:
+        served._mark = before
+    assert found.tokens == whole.tokens and found.kl == pytest.approx(whole.kl, abs=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        (Request("Why?", {"three": 1.0}), "weights name three, but the ARMs are one, two"),
+        (Request("Why?", {"one": 1.0}, gate=1.0), "gated guidance"),
+        (Request("Why?", {"one": 1.0}, max_new_tokens=300), "exceeds the context of 256"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(served, request_, said):
+    with pytest.raises(UserError, match=said):
+        list(served.generate([request_]))
+
+
+def test_a_malformed_lane_is_refused_at_the_door(served):
+    params = SamplingParams(max_tokens=2, seed=1, extra_args={EXTRA: {"group": "x", "lane": 5, "lanes": 2}})
+    with pytest.raises(Exception, match="no lane of a guided request"):
+        served._engine.add_request("bad", {"prompt_token_ids": [5, 6]}, params)
+
+
+def test_many_requests_one_after_the_other_leave_nothing_behind(served):
+    requests = [Request("Why?", {"one": 1.0}, max_new_tokens=2, seed=seed) for seed in range(200)]
+    assert len(list(served.generate(requests))) == 200
+    [processor] = [
+        each for each in served._llm.collective_rpc(_processors)[0] if type(each).__name__ == "LaneProcessor"
+    ]
+    assert not processor.sums and not served._engine.has_unfinished_requests()
+    assert math.isfinite(sum(len(lane.output) for lane in processor._rows.values()))
+
+
+def _processors(worker):
+    return list(worker.model_runner.input_batch.logitsprocs.all)
+
+
+def test_parts_agree_up_to_their_first_difference():
+    assert _common([[1, 2, 3], [1, 2], [1, 2, 4]]) == [1, 2]
+    assert _common([[1, 2], [2]]) == []
+
+
+# Engines of their own: one process holds one engine after the other, so `served` is of no use behind this line.
+
+
+def test_a_cache_too_small_for_all_preempts_and_every_text_is_right_all_the_same(source, adapters, reference):
+    """64 blocks hold fewer long groups than there are slots: lanes are preempted, marked, and go on."""
+    small = VllmDecoder(
+        source, adapters, batch_size=6, max_model_len=256, max_num_batched_tokens=2048, num_gpu_blocks_override=10,
+        block_size=32, enable_prefix_caching=False,
+    )  # fmt: skip
+    begun = []
+    begin = small._begin
+    small._begin = lambda group: begun.append(group.part) or begin(group)
+    requests = [
+        Request(prompt, weights, temperature=0.0, max_new_tokens=60) for prompt in PROMPTS for weights in POINTS
+    ]
+    same(dict(small.generate(requests)), dict(reference.generate(requests)))
+    assert max(begun) > 0 and len(begun) > len(requests), "nothing was preempted: the test shows nothing"
+
+
+def test_a_cache_that_does_not_hold_one_request_is_one_sentence(source, adapters):
+    tiny = VllmDecoder(
+        source, adapters, batch_size=2, max_model_len=96, max_num_batched_tokens=512, num_gpu_blocks_override=5,
+        block_size=32, enable_prefix_caching=False,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="KV cache does not hold one guided request"):
+        list(tiny.generate([Request("Why?", {"one": 1.0, "two": 1.0}, temperature=0.0, max_new_tokens=80)]))
+
+
+def test_an_engine_that_could_lose_lanes_unseen_does_not_start(source, adapters):
+    with pytest.raises(Exception, match="no-enable-chunked-prefill"):
+        VllmDecoder(source, adapters, batch_size=2, max_model_len=128, enable_chunked_prefill=True)
+
+
+def test_the_generate_stage_runs_on_vllm_and_keeps_its_rows_apart(source, adapters, compose_params, workspace):
+    params = compose_params(
+        "experiment=smoke", "decoding.engine=vllm", "decoding.batch_size=4", "+models.tiny.dtype=float32"
+    )
+    models.fetch("tiny", replace(params.models["tiny"], location=str(source.folder)), workspace.model("tiny"))
+    for objective, name in (("positivity", "one"), ("conciseness", "two")):
+        shutil.copytree(adapters[name], workspace.arm(objective))
+    rows = generate_sweep(params, workspace, "tiny", PROMPTS)
+    assert len(rows) == len(PROMPTS) * len(params.sweep.points)
+    assert all(math.isfinite(row["kl"]) and row["kl"] > -1e-3 for row in rows)
+    assert {row["kl"] for row in rows if row["point"] == "base"} == {0.0}
+    slower = replace(params, decoding=replace(params.decoding, engine="transformers"))
+    assert [row["response"] for row in generate_sweep(slower, workspace, "tiny", PROMPTS)] != [
+        row["response"] for row in rows
+    ]
