@@ -134,7 +134,15 @@ class GuidedDecoder:
         pieces = self._backbones[0].prompter.pieces
         while batch.alive:
             ended |= {row.index: generation for row, generation in batch.step()}
-            yield [Draft(row.tokens, pieces(row.tokens), row.rewards, ended.get(row.index)) for row in rows]
+            yield [
+                Draft(
+                    tuple(row.tokens),
+                    pieces(row.tokens),
+                    {name: tuple(rewards) for name, rewards in row.rewards.items()},
+                    ended.get(row.index),
+                )
+                for row in rows
+            ]
 
     def trace(self, request: Request, tokens: Sequence[int]) -> Trace:
         """What base, ARMs and the guided law say of each token of a response to the request's prompt.
