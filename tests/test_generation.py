@@ -154,6 +154,6 @@ def test_a_shard_that_is_none_is_refused(text):
 
 
 def test_vllm_where_it_is_not_installed_is_one_sentence(smoke_params, workspace, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pipeline.engines.vllm", None)
+    monkeypatch.setitem(sys.modules, "pipeline.engines.vllm.decoder", None)
     with pytest.raises(UserError, match="make vllm"):
         generation.Served(smoke_params, workspace, "tiny", ()).vllm_decoder(4)

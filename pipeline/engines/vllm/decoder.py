@@ -1,6 +1,6 @@
 """`GuidedDecoder`'s face on vLLM: continuous batching, paged KV cache, multi-LoRA, tensor parallelism, quantised bases.
 
-Every request is a group of lanes (see `vllm_processor`). What can break a group is prevented as far as a frontend can:
+Every request is a group of lanes (see `processor`). What can break a group is prevented as far as a frontend can:
 never more lanes than slots, never more prompt tokens in a step than its budget, no chunked prefill. The rest, such as a
 preemption for want of KV cache, shows as a mark: the other lanes are taken back, and the group goes on from its last
 good token with fewer groups beside it.
@@ -26,10 +26,10 @@ from vllm.sampling_params import RequestOutputKind
 
 from pipeline.batch import Generation, Request, until_stop
 from pipeline.config import UserError
-from pipeline.engines.vllm_processor import EXTRA
+from pipeline.engines.vllm.processor import EXTRA
+from pipeline.engines.vllm.settings import settings
 from pipeline.lanes import ends_of
 from pipeline.models import Source
-from pipeline.store import digest
 
 SUPPORTED = ("0.32",)  # of vLLM: processors of the kind V1 knows; Model Runner V2 refuses them
 _ROUNDS = 4  # batches' worth of rows that are planned together, as in `GuidedDecoder`
@@ -79,26 +79,13 @@ class VllmDecoder:
             raise UserError(
                 f"vLLM {vllm.__version__} is not one of {', '.join(SUPPORTED)}.x: install it by `make vllm`."
             )
-        for name, folder in arms.items():
-            if not (folder / "adapter_config.json").is_file():
-                raise UserError(f"{name} in {folder} is no LoRA adapter of the base: use decoding.engine=transformers.")
         self._prompter = base.prompter()
         self._arms = {
             name: LoRARequest(name, place, str(folder)) for place, (name, folder) in enumerate(arms.items(), 1)
         }
         self._batch_size = batch_size
-        slots = batch_size * (1 + len(arms))
-        settings: dict[str, Any] = {
-            "model": str(base.folder), "dtype": base.dtype, "max_num_seqs": slots,
-            "enable_chunked_prefill": False, "async_scheduling": False, "enforce_eager": True,
-            "logits_processors": ["pipeline.engines.vllm_processor:LaneProcessor"],
-            "worker_extension_cls": "pipeline.engines.vllm_processor.Ledger", "disable_log_stats": True,
-        }  # fmt: skip
-        if arms:
-            ranks = [_rank(folder) for folder in arms.values()]
-            # One slot more than adapters: on CPUs rows without an adapter read the last slot, which has to be empty.
-            settings |= {"enable_lora": True, "max_loras": len(arms) + 1, "max_lora_rank": _allowed(max(ranks))}
-        self._llm = vllm.LLM(**settings | engine)
+        ledger = {"worker_extension_cls": "pipeline.engines.vllm.processor.Ledger", "disable_log_stats": True}
+        self._llm = vllm.LLM(**settings(base, arms, batch_size) | ledger | engine)
         self._engine = self._llm.llm_engine
         config = self._engine.vllm_config
         self._context = config.model_config.max_model_len
@@ -187,14 +174,15 @@ class VllmDecoder:
         group.part += 1
         group.live, group.ended, group.stopped = {}, {}, None
         request, arms = group.request, group.request.arms
-        facts = {"group": group.name, "lanes": 1 + len(arms), "mark": self._mark, "sums": True}
-        # A part that goes on draws from a stream of its own.
-        seed = int(digest([request.stream, group.part])[:8], 16)
+        facts = {
+            "group": group.name, "lanes": 1 + len(arms), "mark": self._mark, "sums": True, "stream": request.stream,
+            "first": len(group.tokens), "last": request.max_new_tokens, "temperature": request.temperature,
+            "top_k": request.top_k, "top_p": request.top_p, "min_p": request.min_p,
+        }  # fmt: skip
         for lane, (name, alpha) in enumerate({"": request.base_weight, **arms}.items()):
             params = SamplingParams(
-                temperature=request.temperature, top_k=request.top_k, top_p=request.top_p, min_p=request.min_p,
-                max_tokens=request.max_new_tokens - len(group.tokens), seed=seed,
-                stop_token_ids=[*self._ends, self._mark], ignore_eos=True, detokenize=False,
+                temperature=0.0, max_tokens=request.max_new_tokens - len(group.tokens), ignore_eos=True,
+                stop_token_ids=[*self._ends, self._mark], detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY if lane or not request.stop else RequestOutputKind.CUMULATIVE,
                 extra_args={EXTRA: {**facts, "lane": lane, "alpha": alpha}},
             )  # fmt: skip
@@ -246,14 +234,3 @@ def _common(parts: Sequence[Sequence[int]]) -> list[int]:
         if any(part[place] != token for part in parts):
             return list(shortest[:place])
     return list(shortest)
-
-
-def _rank(folder: Path) -> int:
-    import json
-
-    return int(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"])
-
-
-def _allowed(rank: int) -> int:
-    """The least of the ranks that vLLM's buffers come in."""
-    return next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank)

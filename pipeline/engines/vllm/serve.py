@@ -1,0 +1,68 @@
+"""Guided decoding behind vLLM's own OpenAI-compatible server.
+
+    python -m pipeline.engines.vllm.serve --port 8000     # `make serve`; flags after -- go to vLLM's server
+    curl -s localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": "smollm2-135m",
+      "messages": [{"role": "user", "content": "Describe a rainy Monday."}], "max_tokens": 48, "seed": 1,
+      "guidance": {"weights": {"positivity": 1.0}}}'
+
+The server is vLLM's with our processor, our scheduler and our middleware, which turns a request with `guidance` into
+its lanes; a request without it passes untouched.
+"""
+
+import json
+import os
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import UserError, Workspace, load_params
+from pipeline.engines.vllm.settings import TOLD, settings
+from pipeline.models import Source
+from pipeline.stages import guard
+
+
+def command(name: str, base: Source, arms: Mapping[str, Path], groups: int, port: int) -> list[str]:
+    """What starts vLLM's server; as a module, since the CPU build's `vllm` command does not find its own version."""
+    told = {"served_model_name": name, "host": "127.0.0.1", "port": port, **settings(base, arms, groups)}
+    told |= {"lora_modules": [f"{arm}={folder.absolute()}" for arm, folder in arms.items()]} if arms else {}
+    told |= {"middleware": "pipeline.engines.vllm.middleware.Guided"}
+    if base.template is not None:
+        before, after = map(json.dumps, base.template.split("{prompt}", 1))
+        told["chat_template"] = f"{{{{ {before} }}}}{{{{ messages[-1]['content'] }}}}{{{{ {after} }}}}"
+    flags = [flag for name, value in told.items() for flag in _flag(name, value)]
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    """An argument of the engine as vLLM's command line spells it."""
+    spelled = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{spelled}" if value else f"--no-{spelled}"]
+    return [f"--{spelled}", *map(str, value if isinstance(value, list) else [value])]
+
+
+def main() -> None:
+    """Become vLLM's server for the base and the ARMs of params.yaml."""
+    parser = ArgumentParser(
+        "python -m pipeline.engines.vllm.serve", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--groups", type=int, default=32, help="guided requests at once")
+    parser.add_argument("more", nargs="*", help="after --: further flags of vLLM's server")
+    given = parser.parse_args()
+    params, workspace = load_params(), Workspace()
+    if params.arm.base != params.base:
+        raise UserError("vLLM's lanes are adapters of the base: set arm.base to base, or leave it.")
+    source = Source.of(params, workspace, params.base)
+    arms = {name: workspace.arm(name) for name in params.objectives}
+    told = {"base": params.base, "folder": str(source.folder), "arms": list(arms), "groups": given.groups}
+    os.environ |= {TOLD: json.dumps(told), "VLLM_NO_USAGE_STATS": "1"}
+    started = command(params.base, source, arms, given.groups, given.port)
+    os.execvp(started[0], [*started, *given.more])
+
+
+if __name__ == "__main__":
+    with guard():
+        main()

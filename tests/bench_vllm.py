@@ -1,0 +1,109 @@
+"""Guided tokens per second inside vLLM: against the same engine without guidance, and against `GuidedDecoder`.
+
+    .venv-vllm/bin/python -m tests.bench_vllm     # after `make repro` and `make vllm`; writes results/bench/vllm.csv
+
+Every engine is a process of its own, one after the other, the whole round three times over; a line has the median and
+the range. `unguided` is vLLM without any adapter, `lanes` the same rows as guided ones but each drawing for itself, so
+that guided / lanes is what the processor costs; `stock` is guidance with vLLM's own LoRA class for CPUs.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import pandas as pd
+
+from pipeline.batch import Request
+from pipeline.models import Source
+
+TOKENS, REPETITIONS = 32, 3
+BATCHES = (1, 8, 32, 64)
+ENGINES = ("unguided", "lanes", "guided", "stock", "decoder")
+MODELS = Path("models")
+ALPHAS = {1: {"positivity": 1.0}, 2: {"positivity": 1.0, "conciseness": 0.02}}  # the second hardly shortens
+
+
+def prompts(batch: int) -> list[str]:
+    return [f"Describe a rainy Monday morning, number {number}." for number in range(batch)]
+
+
+def guided(decoder, count: int, batch: int) -> int:
+    """Tokens that a decoder writes."""
+    asked = [Request(prompt, ALPHAS[count], max_new_tokens=TOKENS, seed=7) for prompt in prompts(batch)]
+    return sum(len(generation.tokens) for _, generation in decoder.generate(asked))
+
+
+def plain(decoder, count: int, batch: int) -> int:
+    """Tokens of the base's lanes where every lane of as many requests samples for itself, by vLLM's own sampler."""
+    from vllm import SamplingParams
+
+    engine, arms = decoder._engine, list(decoder._arms.values())[:count]
+    params = SamplingParams(temperature=1.0, seed=7, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
+    for number, prompt in enumerate(prompts(batch)):
+        ids = {"prompt_token_ids": decoder._prompter.prompt_ids(prompt)}
+        for lane, adapter in enumerate([None, *arms]):
+            engine.add_request(f"{number}.{lane}", ids, params, lora_request=adapter)
+    while engine.has_unfinished_requests():
+        engine.step()
+    return batch * TOKENS
+
+
+def measured(engine: str) -> dict[str, float]:
+    """Tokens per second by `arms,batch`, prompts included; vLLM's responses all have the same length."""
+    arms, source = {name: MODELS / "arms" / name for name in ALPHAS[2]}, Source(MODELS / "smollm2-135m")
+    if engine == "decoder":
+        from pipeline.decoder import GuidedDecoder
+
+        decoder = GuidedDecoder.load(source, arms, batch_size=max(BATCHES))
+    else:
+        from pipeline.engines.vllm.decoder import VllmDecoder
+
+        room = {"max_model_len": 256, "max_num_batched_tokens": 16384}
+        decoder = VllmDecoder(source, {} if engine == "unguided" else arms, batch_size=max(BATCHES), **room)
+        decoder._ends = []
+    write = plain if engine in ("unguided", "lanes") else guided
+    found = {}
+    for count in (0,) if engine == "unguided" else (1, 2):
+        write(decoder, count, 2)
+        for batch in BATCHES:
+            started = time.perf_counter()
+            tokens = write(decoder, count, batch)
+            found[f"{count},{batch}"] = tokens / (time.perf_counter() - started)
+    return found
+
+
+def main() -> None:
+    """Measure all engines in turn, or one of them for the process above."""
+    if len(sys.argv) > 1:
+        print(json.dumps(measured(sys.argv[1])))
+        return
+    runs: dict[tuple[str, str], list[float]] = {}
+    for repetition in range(REPETITIONS):
+        for engine in ENGINES:
+            plugins = {"VLLM_PLUGINS": "none"} if engine == "stock" else {}
+            environment = {"VLLM_CPU_KVCACHE_SPACE": "3", **os.environ, **plugins}
+            done = subprocess.run(
+                [sys.executable, "-m", "tests.bench_vllm", engine], env=environment, capture_output=True, text=True,
+                check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr[-3000:]
+            for cell, speed in json.loads(done.stdout.splitlines()[-1]).items():
+                runs.setdefault((engine, cell), []).append(speed)
+            print(f"{repetition + 1} of {REPETITIONS}: {engine}", file=sys.stderr)
+    lines = []
+    for (engine, cell), speeds in runs.items():
+        arms, batch = map(int, cell.split(","))
+        middle = round(median(speeds), 1)
+        lines.append((engine, arms, batch, middle, round(min(speeds), 1), round(max(speeds), 1), len(speeds)))
+    columns = ["engine", "arms", "batch", "tokens_per_s", "low", "high", "repetitions"]
+    table = pd.DataFrame(lines, columns=columns).sort_values(["arms", "batch", "engine"])
+    print(table.to_string(index=False))
+    table.to_csv("results/bench/vllm.csv", index=False)
+
+
+if __name__ == "__main__":
+    main()
