@@ -62,8 +62,9 @@ $(VLLM)/.installed: requirements-vllm.lock
 test-vllm: vllm  ## the tests of the engine and of the server, in their own environment
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/test_vllm.py tests/test_serve.py
 
-bench-vllm: vllm  ## guided tokens per second inside vLLM, with and without guidance (after `make repro`)
+bench-vllm: vllm  ## speed of guided decoding inside vLLM, and the server under load (after `make repro`)
 	$(VLLM)/bin/python -m tests.bench_vllm
+	$(VLLM)/bin/python -m tests.bench_serve
 
 serve: vllm  ## an OpenAI-compatible server on loopback: weights per request (FLAGS="--port 8000 -- --max-model-len 2048")
 	$(VLLM)/bin/python -m pipeline.engines.vllm.serve $(FLAGS)
