@@ -13,7 +13,7 @@ from tqdm import tqdm
 from pipeline.batch import Batch, Generation, Request, Row
 from pipeline.config import UserError
 from pipeline.guidance import normalised
-from pipeline.lanes import BASE, REFERENCE, Backbone, common_vocabulary
+from pipeline.lanes import BASE, Backbone, arranged, common_vocabulary
 from pipeline.models import Source, resolve_device
 from pipeline.trace import GUIDED, Trace
 
@@ -91,16 +91,8 @@ class GuidedDecoder:
         place = resolve_device(device)
         strong = base if isinstance(base, Source) else Source(base)
         weak = Source(arm_base) if isinstance(arm_base, Path) else arm_base
-        whole = {name: folder for name, folder in arms.items() if (folder / "config.json").is_file()}
-        adapters = {name: folder for name, folder in arms.items() if name not in whole}
-        own = {**(policies or {}), **({} if weak else adapters)}
-        backbones = [Backbone(strong.load(place), strong.prompter(), own)]
-        if weak is not None and (adapters or reference):
-            name = REFERENCE if reference else None
-            backbones.append(Backbone(weak.load(place), weak.prompter(), adapters, name=name))
-        for name, folder in whole.items():
-            model = replace(weak or strong, folder=folder, quantisation=None)
-            backbones.append(Backbone(model.load(place), model.prompter(), name=name))
+        own, beside = arranged(strong, arms, weak, policies or {}, reference)
+        backbones = [Backbone(strong.load(place), strong.prompter(), own), *(other.load(place) for other in beside)]
         return cls(*backbones, batch_size=batch_size)
 
     @torch.inference_mode()

@@ -256,7 +256,7 @@ class Served:
         """All of them inside vLLM.
 
         Raises:
-            UserError: vLLM is not installed here, or an ARM is no adapter of the base.
+            UserError: vLLM is not installed here, or an ARM does not fit the base.
         """
         try:
             from pipeline.engines.vllm.decoder import VllmDecoder
@@ -264,12 +264,10 @@ class Served:
             raise UserError(
                 "decoding.engine=vllm needs vLLM: `make vllm`, then `source .venv-vllm/bin/activate`."
             ) from error
-        if self.weak is not None:
-            raise UserError(
-                f"vLLM's lanes are adapters of the base, but the ARMs were made from {self._params.arm.base}: "
-                "use decoding.engine=transformers."
-            )
-        return VllmDecoder(self.strong, {**self.arms, **self.policies}, batch_size=batch_size)
+        return VllmDecoder(
+            self.strong, self.arms, arm_base=self.weak, policies=self.policies, reference=REFERENCE in self._used,
+            batch_size=batch_size,
+        )  # fmt: skip
 
 
 def folder_digest(folder: Path) -> str:

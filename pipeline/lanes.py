@@ -6,6 +6,7 @@ on the left), V vocabulary.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from pipeline.adapters import AdaptedModel, Block, read_adapter
 from pipeline.config import UserError
-from pipeline.models import Prompter, check_vocabulary
+from pipeline.models import Prompter, Source, check_vocabulary
 
 BASE = "base"  # the name of the base's own lane
 REFERENCE = "reference"  # that of the model which the ARMs were made from, where that is another
@@ -121,6 +122,38 @@ class Backbone:
         self.vocab_size = min(prompter.vocab_size, int(model.config.vocab_size))
         self.ends = ends_of(prompter, model.generation_config)
         self.adapted = AdaptedModel(model, {lane: read_adapter(folder, model) for lane, folder in adapters.items()})
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A backbone that is loaded beside the base's."""
+
+    source: Source
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    name: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Its lanes."""
+        return [*([] if self.name is None else [self.name]), *self.adapters]
+
+    def load(self, device: torch.device) -> Backbone:
+        """With its weights."""
+        return Backbone(self.source.load(device), self.source.prompter(), self.adapters, name=self.name)
+
+
+def arranged(
+    base: Source, arms: Mapping[str, Path], arm_base: Source | None, policies: Mapping[str, Path], reference: bool
+) -> tuple[dict[str, Path], list[Beside]]:
+    """Which adapters run on the base, and what is loaded beside it: arguments as `GuidedDecoder.load` takes them."""
+    whole = {name: folder for name, folder in arms.items() if (folder / "config.json").is_file()}
+    adapters = {name: folder for name, folder in arms.items() if name not in whole}
+    beside = []
+    if arm_base is not None and (adapters or reference):
+        beside.append(Beside(arm_base, adapters, REFERENCE if reference else None))
+    for name, folder in whole.items():
+        beside.append(Beside(replace(arm_base or base, folder=folder, quantisation=None), name=name))
+    return {**policies, **({} if arm_base else adapters)}, beside
 
 
 class Lanes:

@@ -333,6 +333,11 @@ class Source:
         """Its tokenizer and template."""
         return Prompter.load(self.folder, self.template)
 
+    @property
+    def context(self) -> int:
+        """How many tokens it reads at most."""
+        return int(AutoConfig.from_pretrained(self.folder, local_files_only=True).max_position_embeddings)
+
     def identity(self, device: torch.device) -> list[Any]:
         """What its log-probabilities depend on, as a JSON value."""
         dtype = str(resolve_dtype(self.dtype, device))

@@ -28,6 +28,8 @@ WEIGHTS = [{"positivity": step / 4, "conciseness": (4 - step) / 40} for step in 
 def server() -> Iterator[psutil.Process]:
     """The server that `make serve` starts."""
     flags = ["--port", str(PORT), "--groups", "32", "--", "--max-model-len", "512", "--max-num-batched-tokens", "8192"]
+    # Pages of the cache count once they are written to: a small one is soon all there, and what grows then is not it.
+    flags += ["--num-gpu-blocks-override", "200"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "2", **os.environ}
     with subprocess.Popen([sys.executable, "-m", "pipeline.engines.vllm.serve", *flags], env=environment) as process:
         try:

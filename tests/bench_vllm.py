@@ -2,10 +2,10 @@
 
     .venv-vllm/bin/python -m tests.bench_vllm     # after `make repro` and `make vllm`; writes results/bench/vllm.csv
 
-Every engine is a process of its own, one after the other, the whole round three times over; a line has the median and
-the range. `unguided` is vLLM without any adapter, `lanes` the same rows as guided ones but each drawing for itself, so
-that guided / lanes is what the processor costs; `stock` is guidance with vLLM's own LoRA class for CPUs, and `decoder` is
-`GuidedDecoder`.
+Every engine is a process of its own, one after the other, the whole round three times over; a line has medians and the
+range, and `of_unguided` compares inside each round. `unguided` is vLLM without any adapter; `lanes` has the same rows
+as `guided`, but each draws for itself by vLLM's sampler; `stock` is guidance with vLLM's own LoRA class for CPUs;
+`decoder` is `GuidedDecoder`. `processor` is the share of a guided run's time that is spent in the logits processor.
 """
 
 import json
@@ -53,8 +53,24 @@ def plain(decoder, count: int, batch: int) -> int:
     return batch * TOKENS
 
 
-def measured(engine: str) -> dict[str, float]:
-    """Tokens per second by `arms,batch`, prompts included; vLLM's responses all have the same length."""
+def timed(kind, name: str, spent: list[float]) -> None:
+    """Note the time of every call of a method."""
+    method = getattr(kind, name)
+
+    def call(*given):
+        started = time.perf_counter()
+        found = method(*given)
+        spent.append(time.perf_counter() - started)
+        return found
+
+    setattr(kind, name, call)
+
+
+def measured(engine: str) -> dict[str, tuple[float, float]]:
+    """By `arms,batch`, tokens per second with prompts included, and the processor's share of the time.
+
+    All responses inside vLLM have the same length.
+    """
     arms, source = {name: MODELS / "arms" / name for name in ALPHAS[2]}, Source(MODELS / "smollm2-135m")
     if engine == "decoder":
         from pipeline.decoder import GuidedDecoder
@@ -66,14 +82,22 @@ def measured(engine: str) -> dict[str, float]:
         room = {"max_model_len": 256, "max_num_batched_tokens": 16384}
         decoder = VllmDecoder(source, {} if engine == "unguided" else arms, batch_size=max(BATCHES), **room)
         decoder._ends = []
+    spent: list[float] = []
+    if engine == "guided":
+        from pipeline.engines.vllm.processor import LaneProcessor
+
+        for name in ("apply", "update_state"):
+            timed(LaneProcessor, name, spent)
     write = plain if engine in ("unguided", "lanes") else guided
     found = {}
     for count in {"unguided": (0,), "stock": (2,)}.get(engine, (1, 2)):
         write(decoder, count, 2)
         for batch in BATCHES[:3] if engine == "stock" else BATCHES:
+            spent.clear()
             started = time.perf_counter()
             tokens = write(decoder, count, batch)
-            found[f"{count},{batch}"] = tokens / (time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            found[f"{count},{batch}"] = tokens / seconds, sum(spent) / seconds
     return found
 
 
@@ -82,7 +106,7 @@ def main() -> None:
     if len(sys.argv) > 1:
         print(json.dumps(measured(sys.argv[1])))
         return
-    runs: dict[tuple[str, str], list[float]] = {}
+    runs: dict[tuple[str, int, int], list[tuple[float, float]]] = {}
     for repetition in range(REPETITIONS):
         for engine in ENGINES:
             plugins = {"VLLM_PLUGINS": "none"} if engine == "stock" else {}
@@ -92,15 +116,18 @@ def main() -> None:
                 check=False,
             )  # fmt: skip
             assert done.returncode == 0, done.stderr[-3000:]
-            for cell, speed in json.loads(done.stdout.splitlines()[-1]).items():
-                runs.setdefault((engine, cell), []).append(speed)
+            for cell, found in json.loads(done.stdout.splitlines()[-1]).items():
+                arms, batch = map(int, cell.split(","))
+                runs.setdefault((engine, arms, batch), []).append(found)
             print(f"{repetition + 1} of {REPETITIONS}: {engine}", file=sys.stderr)
     lines = []
-    for (engine, cell), speeds in runs.items():
-        arms, batch = map(int, cell.split(","))
-        middle = round(median(speeds), 1)
-        lines.append((engine, arms, batch, middle, round(min(speeds), 1), round(max(speeds), 1), len(speeds)))
-    columns = ["engine", "arms", "batch", "tokens_per_s", "low", "high", "repetitions"]
+    for (engine, arms, batch), found in runs.items():
+        speeds, shares = zip(*found, strict=True)
+        ratios = [one / other for one, (other, _) in zip(speeds, runs["unguided", 0, batch], strict=True)]
+        share = round(median(shares), 3) if engine == "guided" else None
+        numbers = [round(value, 1) for value in (median(speeds), min(speeds), max(speeds))]
+        lines.append((engine, arms, batch, *numbers, round(median(ratios), 2), share, len(speeds)))
+    columns = ["engine", "arms", "batch", "tokens_per_s", "low", "high", "of_unguided", "processor", "repetitions"]
     table = pd.DataFrame(lines, columns=columns).sort_values(["arms", "batch", "engine"])
     print(table.to_string(index=False))
     table.to_csv("results/bench/vllm.csv", index=False)

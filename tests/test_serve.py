@@ -23,7 +23,7 @@ from pipeline.batch import Request, until_stop
 from pipeline.decoder import GuidedDecoder
 from pipeline.engines.vllm.middleware import _Text
 from pipeline.models import Source
-from tests.test_vllm import adapters, source  # noqa: F401
+from tests.test_vllm import adapters, small, source  # noqa: F401
 from tests.tiny import ROOT
 
 POINTS = [{}, {"positivity": 1.0}, {"conciseness": 0.7}, {"positivity": 1.0, "conciseness": 0.5}]
@@ -31,21 +31,24 @@ TEXT = "Why?"
 
 
 @pytest.fixture(scope="module")
-def server(source, adapters, tmp_path_factory):  # noqa: F811
-    """The address of a server whose cache holds few requests at once, so that lanes are preempted under load."""
+def server(source, adapters, small, tmp_path_factory):  # noqa: F811
+    """The address of a server: one ARM is a lane, the other a model of its own.
+
+    Its cache holds few requests at once, so that lanes are preempted under load.
+    """
     from hydra import compose, initialize_config_dir
 
     home = tmp_path_factory.mktemp("project")
-    for objective, name in (("positivity", "one"), ("conciseness", "two")):
-        shutil.copytree(adapters[name], home / "models/arms" / objective)
+    for objective, folder in (("positivity", adapters["one"]), ("conciseness", small.folder)):
+        shutil.copytree(folder, home / "models/arms" / objective)
     shutil.copytree(source.folder, home / "models/tiny")
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("config", overrides=["experiment=smoke"])
+        config = compose("config", overrides=["experiment=smoke", "+models.tiny.dtype=float32"])
     OmegaConf.save(config, home / "params.yaml", resolve=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = ["--dtype", "float32", "--max-model-len", "256", "--max-num-batched-tokens", "1024", "--block-size", "32"]
+    flags = ["--max-model-len", "256", "--max-num-batched-tokens", "1024", "--block-size", "32"]
     flags += ["--num-gpu-blocks-override", "14", "--no-enable-prefix-caching"]
     with (home / "log").open("w") as log:
         process = subprocess.Popen(
@@ -74,9 +77,9 @@ def client(server):
 
 
 @pytest.fixture(scope="module")
-def expected(source, adapters):  # noqa: F811
+def expected(source, adapters, small):  # noqa: F811
     """Greedy texts of each point, by the decoder."""
-    arms = {"positivity": adapters["one"], "conciseness": adapters["two"]}
+    arms = {"positivity": adapters["one"], "conciseness": small.folder}
     decoder = GuidedDecoder.load(Source(source.folder, dtype="float32"), arms, device="cpu")
     requests = [Request(TEXT, weights, temperature=0.0, max_new_tokens=60) for weights in POINTS]
     return dict(decoder.generate(requests))

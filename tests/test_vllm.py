@@ -1,5 +1,6 @@
 """Runs in the environment of `make vllm`; everywhere else it is skipped."""
 
+import json
 import math
 import os
 import shutil
@@ -21,7 +22,7 @@ from pipeline.batch import Request
 from pipeline.config import UserError
 from pipeline.decoder import GuidedDecoder
 from pipeline.engines.vllm.decoder import VllmDecoder, _common
-from pipeline.engines.vllm.processor import EXTRA
+from pipeline.engines.vllm.settings import EXTRA
 from pipeline.generation import generate_sweep
 from pipeline.models import Source
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -43,16 +44,30 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapters(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters")
-    for seed, name in enumerate(("one", "two")):
-        torch.manual_seed(seed + 1)
-        model = models.load_model(source.folder, torch.float32, torch.device("cpu"))
-        targets = ["q_proj", "v_proj", "down_proj"]
-        adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM"))
-        for key, weight in adapted.named_parameters():
-            if "lora_B" in key:
-                torch.nn.init.normal_(weight, std=0.2)
-        adapted.save_pretrained(str(folder / name))
-    return {name: folder / name for name in ("one", "two")}
+    return {name: adapted(source, folder / name, seed) for seed, name in enumerate(("one", "two"))}
+
+
+def adapted(source, folder, seed):
+    """A random adapter of a model."""
+    torch.manual_seed(seed + 1)
+    model = models.load_model(source.folder, torch.float32, torch.device("cpu"))
+    targets = ["q_proj", "v_proj", "down_proj"]
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM"))
+    for key, weight in model.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(weight, std=0.2)
+    model.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(source, tmp_path_factory):
+    """Another model of the vocabulary, asked in another way."""
+    folder = tmp_path_factory.mktemp("small")
+    tokenizer = tiny_tokenizer()
+    tiny_model(len(tokenizer), width=48, seed=5).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Source(folder, dtype="float32", template="Question: {prompt}\nAnswer:")
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +144,7 @@ def lanes_of(served, group, names, size=8):
             output_kind=RequestOutputKind.FINAL_ONLY, extra_args={EXTRA: facts},
         )  # fmt: skip
         served._engine.add_request(
-            f"{group}/{name}", {"prompt_token_ids": ids}, params, lora_request=served._arms[arm] if arm else None
+            f"{group}/{name}", {"prompt_token_ids": ids}, params, lora_request=served._adapters.get(arm)
         )
 
 
@@ -249,6 +264,38 @@ def test_a_cache_too_small_for_all_preempts_and_every_text_is_right_all_the_same
     ]
     same(dict(small.generate(requests)), dict(reference.generate(requests)))
     assert max(begun) > 0 and len(begun) > len(requests), "nothing was preempted: the test shows nothing"
+
+
+def test_arms_of_another_model_and_adapters_of_the_base_guide_together(source, adapters, small, tmp_path):
+    """An adapter of a smaller model, a whole model, their reference, and a lane; the cache too small for all."""
+    arms = {"weak": adapted(small, tmp_path / "weak", 9), "whole": small.folder}
+    how = {"arm_base": small, "policies": {"one": adapters["one"]}, "reference": True}
+    points = [{"weak": 1.0, "reference": -0.5}, {"whole": 0.6, "one": 1.0}, {"one": 0.7}, {"weak": 1.0, "base": 0.5}]
+    requests = [
+        Request(prompt, weights, temperature=temperature, max_new_tokens=60)
+        for prompt in PROMPTS for weights in points for temperature in (0.0, 0.8)
+    ]  # fmt: skip
+    mixed = VllmDecoder(
+        source, arms, **how, batch_size=6, max_model_len=160, max_num_batched_tokens=2048, num_gpu_blocks_override=8,
+        block_size=32, enable_prefix_caching=False,
+    )  # fmt: skip
+    begun = []
+    begin = mixed._begin
+    mixed._begin = lambda group: begun.append(group.part) or begin(group)
+    found = dict(mixed.generate(requests))
+    same(found, dict(GuidedDecoder.load(source, arms, device="cpu", **how).generate(requests)))
+    assert len(begun) > len(requests), "nothing was preempted: the test shows nothing"
+
+
+def test_a_guide_of_another_vocabulary_is_refused(source, small, tmp_path):
+    shutil.copytree(small.folder, tmp_path / "arm")
+    told = json.loads((tmp_path / "arm/tokenizer.json").read_text())
+    first, second = list(told["model"]["vocab"])[40:42]
+    vocabulary = told["model"]["vocab"]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (tmp_path / "arm/tokenizer.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match="use an ARM with the base's tokenizer"):
+        VllmDecoder(source, {"arm": tmp_path / "arm"}, batch_size=2)
 
 
 def test_a_cache_that_does_not_hold_one_request_is_one_sentence(source, adapters):

@@ -26,9 +26,8 @@ from vllm.sampling_params import RequestOutputKind
 
 from pipeline.batch import Generation, Request, until_stop
 from pipeline.config import UserError
-from pipeline.engines.vllm.processor import EXTRA
-from pipeline.engines.vllm.settings import settings
-from pipeline.lanes import ends_of
+from pipeline.engines.vllm.settings import EXTRA, settings
+from pipeline.lanes import arranged, ends_of
 from pipeline.models import Source
 
 SUPPORTED = ("0.32",)  # of vLLM: processors of the kind V1 knows; Model Runner V2 refuses them
@@ -42,7 +41,7 @@ class _Group:
 
     index: int
     request: Request
-    ids: list[int]
+    prompts: list[list[int]]  # per model, as it is asked
     tokens: list[int] = field(default_factory=list)
     part: int = 0  # how often it has been begun
     stuck: int = 0  # how often in a row it came to nothing while alone
@@ -50,6 +49,11 @@ class _Group:
     live: dict[str, int] = field(default_factory=dict)  # lanes in the engine: request id -> lane
     ended: dict[int, tuple[list[int], Any]] = field(default_factory=dict)  # lane -> tokens, stop reason
     stopped: list[int] | None = None  # the base lane's tokens, once a stop text is among them
+
+    @property
+    def ids(self) -> list[int]:
+        """The prompt as the base reads it."""
+        return self.prompts[0]
 
     @property
     def name(self) -> str:
@@ -65,30 +69,39 @@ class VllmDecoder:
             print(requests[index].prompt, generation.text)
 
     Args:
-        base: the base, as `GuidedDecoder.load` takes it.
-        arms: folder of each ARM, a PEFT adapter of the base.
-        batch_size: groups in the engine at once; a group has a lane more than it has ARMs.
+        base: the base.
+        arms: folder of each ARM: an adapter of the base is a lane of the engine, any other a guide beside it.
+        arm_base: what the ARMs were made from, where that is not the base.
+        policies: adapters of the base itself beside ARMs of another model.
+        reference: give `arm_base` a lane called `reference`, for the log-ratio form.
+        batch_size: groups in the engine at once; a group has a lane more than it has adapters.
         engine: further arguments of `vllm.LLM`, such as `tensor_parallel_size`.
 
     Raises:
-        UserError: vLLM is of a version whose processors are another interface, or an ARM is no adapter.
+        UserError: vLLM is of a version whose processors are another interface, or an ARM does not fit the base.
     """
 
-    def __init__(self, base: Source, arms: Mapping[str, Path], *, batch_size: int = 32, **engine: Any) -> None:
+    def __init__(
+        self, base: Source, arms: Mapping[str, Path], *, arm_base: Source | None = None,
+        policies: Mapping[str, Path] | None = None, reference: bool = False, batch_size: int = 32, **engine: Any,
+    ) -> None:  # fmt: skip
         if not vllm.__version__.startswith(SUPPORTED):
             raise UserError(
                 f"vLLM {vllm.__version__} is not one of {', '.join(SUPPORTED)}.x: install it by `make vllm`."
             )
-        self._prompter = base.prompter()
-        self._arms = {
-            name: LoRARequest(name, place, str(folder)) for place, (name, folder) in enumerate(arms.items(), 1)
+        adapters, beside = arranged(base, arms, arm_base, policies or {}, reference)
+        self._prompters = [base.prompter(), *(one.source.prompter() for one in beside)]
+        self._prompter = self._prompters[0]
+        self._adapters = {
+            name: LoRARequest(name, place, str(folder)) for place, (name, folder) in enumerate(adapters.items(), 1)
         }
+        self._guides = [name for one in beside for name in one.names]
         self._batch_size = batch_size
         ledger = {"worker_extension_cls": "pipeline.engines.vllm.processor.Ledger", "disable_log_stats": True}
-        self._llm = vllm.LLM(**settings(base, arms, batch_size) | ledger | engine)
+        self._llm = vllm.LLM(**settings(base, adapters, beside, batch_size) | ledger | engine)
         self._engine = self._llm.llm_engine
         config = self._engine.vllm_config
-        self._context = config.model_config.max_model_len
+        self._contexts = [config.model_config.max_model_len, *(one.source.context for one in beside)]
         self._budget = config.scheduler_config.max_num_batched_tokens
         told = base.folder / "generation_config.json"
         generation = GenerationConfig.from_pretrained(base.folder) if told.is_file() else None
@@ -108,7 +121,10 @@ class VllmDecoder:
             UserError: a request names an unknown ARM, is gated, or exceeds the context (nothing is generated then); the
                 KV cache does not hold one group.
         """
-        read = {prompt: self._prompter.prompt_ids(prompt) for prompt in dict.fromkeys(one.prompt for one in requests)}
+        read = {
+            prompt: [prompter.prompt_ids(prompt) for prompter in self._prompters]
+            for prompt in dict.fromkeys(one.prompt for one in requests)
+        }
         groups = [_Group(index, one, read[one.prompt]) for index, one in enumerate(requests)]
         for group in groups:
             self._check(group)
@@ -120,16 +136,25 @@ class VllmDecoder:
 
     def _check(self, group: _Group) -> None:
         request = group.request
+        known = [*self._adapters, *self._guides]
         for name in request.arms:
-            if name not in self._arms:
-                raise UserError(f"weights name {name}, but the ARMs are {', '.join(self._arms) or 'none'}.")
+            if name not in known:
+                raise UserError(f"weights name {name}, but the ARMs are {', '.join(known) or 'none'}.")
         if request.gate:
             raise UserError("gated guidance is not among what vLLM's lanes can do: use decoding.engine=transformers.")
-        if len(group.ids) + request.max_new_tokens > self._context:
-            raise UserError(
-                f"the prompt {request.prompt[:60]!r}… has {len(group.ids)} tokens and with {request.max_new_tokens} "
-                f"new ones exceeds the context of {self._context}: shorten it or lower decoding.max_new_tokens."
-            )
+        for ids, context in zip(group.prompts, self._contexts, strict=True):
+            if len(ids) + request.max_new_tokens > context:
+                raise UserError(
+                    f"the prompt {request.prompt[:60]!r}… has {len(ids)} tokens and with {request.max_new_tokens} "
+                    f"new ones exceeds the context of {context}: shorten it or lower decoding.max_new_tokens."
+                )
+
+    def _lanes(self, request: Request) -> dict[str, float]:
+        """The lanes of a request inside the engine and their α; the base's has no adapter."""
+        return {
+            "": request.base_weight,
+            **{name: alpha for name, alpha in request.arms.items() if name in self._adapters},
+        }
 
     def _run(self, groups: list[_Group]) -> Iterator[tuple[_Group, Generation]]:
         """Generate groups, as many at once as there is room for."""
@@ -140,7 +165,7 @@ class VllmDecoder:
             while waiting or running:
                 budget = self._budget - sum(len(group.live) for group in running.values())
                 while waiting and len(running) < room:
-                    needed = (len(waiting[0].ids) + len(waiting[0].tokens)) * (1 + len(waiting[0].request.arms))
+                    needed = (len(waiting[0].ids) + len(waiting[0].tokens)) * len(self._lanes(waiting[0].request))
                     if needed > budget and running:
                         break
                     budget -= needed
@@ -173,23 +198,28 @@ class VllmDecoder:
         """Hand the lanes of a group to the engine, from where it stands."""
         group.part += 1
         group.live, group.ended, group.stopped = {}, {}, None
-        request, arms = group.request, group.request.arms
+        request = group.request
+        lanes = self._lanes(request)
         facts = {
-            "group": group.name, "lanes": 1 + len(arms), "mark": self._mark, "sums": True, "stream": request.stream,
+            "group": group.name, "lanes": len(lanes), "mark": self._mark, "sums": True, "stream": request.stream,
             "first": len(group.tokens), "last": request.max_new_tokens, "temperature": request.temperature,
             "top_k": request.top_k, "top_p": request.top_p, "min_p": request.min_p,
         }  # fmt: skip
-        for lane, (name, alpha) in enumerate({"": request.base_weight, **arms}.items()):
+        of_guides = {
+            "prompts": [[*ids, *group.tokens] for ids in group.prompts[1:]],
+            "guides": {name: alpha for name, alpha in request.arms.items() if name in self._guides},
+        }
+        for lane, (name, alpha) in enumerate(lanes.items()):
             params = SamplingParams(
                 temperature=0.0, max_tokens=request.max_new_tokens - len(group.tokens), ignore_eos=True,
                 stop_token_ids=[*self._ends, self._mark], detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY if lane or not request.stop else RequestOutputKind.CUMULATIVE,
-                extra_args={EXTRA: {**facts, "lane": lane, "alpha": alpha}},
+                extra_args={EXTRA: {**facts, **({} if lane else of_guides), "lane": lane, "alpha": alpha}},
             )  # fmt: skip
             name_of_lane = f"{group.name}.{lane}"
             self._engine.add_request(
                 name_of_lane, {"prompt_token_ids": [*group.ids, *group.tokens]}, params,
-                lora_request=self._arms[name] if name else None,
+                lora_request=self._adapters.get(name),
             )  # fmt: skip
             group.live[name_of_lane] = lane
         return list(group.live)

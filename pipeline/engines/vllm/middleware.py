@@ -21,9 +21,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline.batch import Request, until_stop
 from pipeline.config import UserError
-from pipeline.engines.vllm.processor import EXTRA
-from pipeline.engines.vllm.settings import TOLD
+from pipeline.engines.vllm.guides import read
+from pipeline.engines.vllm.settings import EXTRA, TOLD
 from pipeline.lanes import BASE
+from pipeline.models import Prompter
+from pipeline.preferences.dialogues import UnfitError, spelled
 
 _PATHS = {"/v1/completions": "text_completion", "/v1/chat/completions": "chat.completion"}
 _TAKEN = {
@@ -86,8 +88,11 @@ class Guided:
     def __init__(self, app: Any) -> None:
         self._app = app
         told = json.loads(os.environ[TOLD])
-        self._base, self._arms, self._room = told["base"], list(told["arms"]), asyncio.Semaphore(told["groups"])
+        self._base, self._adapters, self._room = told["base"], told["adapters"], asyncio.Semaphore(told["groups"])
         self._tokenizer = AutoTokenizer.from_pretrained(Path(told["folder"]), local_files_only=True)
+        beside = [read(said) for said in told["guides"]]
+        self._guides = [name for one in beside for name in one.names]
+        self._prompters = [one.source.prompter() for one in beside]
         # Where the law itself draws a mark, it is none in the next part.
         self._marks = [token for token in range(len(self._tokenizer)) if token != self._tokenizer.eos_token_id][-2:]
 
@@ -128,7 +133,8 @@ class Guided:
             request = self._request(wanted, room)
             said = _Answer(_PATHS[scope["path"]], self._base, len(ids))
             text = _Text(self._tokenizer, request.stop)
-            async with self._room, contextlib.aclosing(self._grown(scope, ids, request, text)) as grown:
+            prompts = [ids, *(self._asked_of(prompter, wanted, ids) for prompter in self._prompters)]
+            async with self._room, contextlib.aclosing(self._grown(scope, prompts, request, text)) as grown:
                 if not wanted.get("stream"):
                     deltas = [delta async for delta in grown]
                     await _respond(send, 200, json.dumps(said.whole(deltas, len(text.tokens))).encode())
@@ -165,18 +171,18 @@ class Guided:
         if not isinstance(weights, dict) or not all(_is_number(alpha) for alpha in weights.values()):
             raise RefusedError('guidance has the form {"weights": {"objective": 1.0}}.')
         for name in weights:
-            if name not in (*self._arms, BASE):
-                raise RefusedError(f"weights name {name}, but the ARMs are {', '.join(self._arms)}.")
+            if name not in (*self._adapters, *self._guides, BASE):
+                known = ", ".join([*self._adapters, *self._guides])
+                raise RefusedError(f"weights name {name}, but the ARMs are {known}.")
 
     def _request(self, wanted: Mapping[str, Any], room: int) -> Request:
-        """The request as `GuidedDecoder` knows it; of one user's turn, the text is the one that it would write.
+        """The request as `GuidedDecoder` knows it, so that the same seed writes the same text.
 
         Raises:
             RefusedError: a number out of its range.
         """
         messages, stop = wanted.get("messages"), wanted.get("stop", [])
-        alone = isinstance(messages, list) and len(messages) == 1 and isinstance(messages[0].get("content"), str)
-        prompt = messages[0]["content"] if messages and alone else json.dumps([messages, wanted.get("prompt")])
+        prompt = json.dumps(wanted.get("prompt")) if messages is None else _spelled(messages) or json.dumps(messages)
         seed = wanted["seed"] if "seed" in wanted else secrets.randbits(62)
         most = wanted.get("max_completion_tokens", wanted.get("max_tokens", 16 if messages is None else room))
         try:
@@ -198,31 +204,54 @@ class Guided:
         found = json.loads(b"".join(chunks))
         return list(found["tokens"]), int(found["max_model_len"]) - len(found["tokens"])
 
-    async def _grown(self, scope: Any, ids: list[int], request: Request, text: _Text) -> AsyncGenerator[_Delta]:
+    def _asked_of(self, prompter: Prompter, wanted: Mapping[str, Any], ids: list[int]) -> list[int]:
+        """The prompt as a guide reads it: turns by its own template, all else as it stands."""
+        if "messages" not in wanted:
+            return ids
+        prompt = _spelled(wanted["messages"])
+        if prompt is None:
+            raise RefusedError("guides read turns of system, user and assistant, plain texts, the last one a user's.")
+        try:
+            return prompter.prompt_ids(prompt)
+        except UserError as error:
+            raise RefusedError(str(error)) from error
+
+    async def _grown(
+        self, scope: Any, prompts: Sequence[list[int]], request: Request, text: _Text
+    ) -> AsyncGenerator[_Delta]:
         """The response as it grows; begun again behind the last good token where a lane was lost.
 
         Raises:
             RefusedError: vLLM refuses a lane, as it does where the context is too short.
             RuntimeError: it was begun too often.
         """
+        adapters = {name: alpha for name, alpha in request.arms.items() if name in self._adapters}
+        weights, guides = {"": request.base_weight, **adapters}, request.arms.keys() - adapters.keys()
         for part in range(_PARTS):
             mark, first = self._marks[part % 2], len(text.tokens)
             told = {
-                "group": uuid.uuid4().hex, "lanes": 1 + len(request.arms), "mark": mark, "first": first,
+                "group": uuid.uuid4().hex, "lanes": len(weights), "mark": mark, "first": first,
                 "last": request.max_new_tokens, "stream": request.stream, "temperature": request.temperature,
                 "top_k": request.top_k, "top_p": request.top_p, "min_p": request.min_p,
             }  # fmt: skip
+            of_guides = {
+                "prompts": [[*ids, *text.tokens] for ids in prompts[1:]],
+                "guides": {name: request.arms[name] for name in guides},
+            }
             body = {
-                "prompt": [*ids, *text.tokens], "max_tokens": request.max_new_tokens - first, "temperature": 0.0,
+                "prompt": [*prompts[0], *text.tokens], "max_tokens": request.max_new_tokens - first, "temperature": 0.0,
                 "stop_token_ids": [mark], "return_token_ids": True, "stream": True,
             }  # fmt: skip
             lanes = [
                 {
-                    **body, "model": name or self._base,
-                    "vllm_xargs": {EXTRA: json.dumps({**told, "lane": place, "alpha": alpha})},
+                    **body,
+                    "model": name or self._base,
+                    "vllm_xargs": {
+                        EXTRA: json.dumps({**told, **({} if place else of_guides), "lane": place, "alpha": alpha})
+                    },
                 }
-                for place, (name, alpha) in enumerate({"": request.base_weight, **request.arms}.items())
-            ]  # fmt: skip
+                for place, (name, alpha) in enumerate(weights.items())
+            ]
             others = [asyncio.ensure_future(self._read(scope, lane)) for lane in lanes[1:]]
             try:
                 async with contextlib.aclosing(self._asked(scope, "/v1/completions", lanes[0])) as chunks:
@@ -343,6 +372,14 @@ async def _choices(chunks: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]
                     raise RuntimeError(str(said["error"].get("message", said)))
                 for choice in said["choices"]:
                     yield choice
+
+
+def _spelled(messages: Any) -> str | None:
+    """Messages as the one text that they are everywhere else here; None where they cannot be one."""
+    try:
+        return spelled(messages)
+    except (UnfitError, AttributeError, KeyError, TypeError):
+        return None
 
 
 def _is_number(value: Any) -> bool:

@@ -7,6 +7,8 @@ softmax behind takes up, so this is the guided law (`pipeline.guidance.guided_lo
 greedy. So the lanes stay in step, vLLM samples nothing twice, and in float32 a text is the one that `GuidedDecoder`
 writes.
 
+ARMs that are no adapters of the base have no lane here, but a row in `guides`, which adds to the same sum.
+
 A lane can be missing all the same (scheduled later, preempted, aborted). Those present then must not go on with what is
 no guided law: they are given the *mark*, a token that ends them at once and that tells the frontend to go on from the
 last good token. Nothing but tokens passes between processor and frontend, so they may be on different machines.
@@ -15,7 +17,7 @@ Shapes: B rows of the batch, N of them in whole groups, G groups, V vocabulary.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +28,9 @@ from torch.nn.utils.rnn import pad_sequence
 from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from pipeline.guidance import draw, kl_divergence, normalised, random_stream, truncate
-
-EXTRA = "guidance"  # the key of a lane's facts in `SamplingParams.extra_args`
+from pipeline.engines.vllm.guides import Guided, Guides
+from pipeline.engines.vllm.settings import EXTRA
+from pipeline.guidance import cut, draw, kl_divergence, normalised, random_stream, truncate
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Lane:
     top_k: int
     top_p: float
     min_p: float
+    prompts: Sequence[Sequence[int]]  # of the guides
+    guides: Mapping[str, float]  # their α
     uniforms: np.ndarray  # that draw the group's tokens, from this part's first on
     output: Sequence[int]  # vLLM's own list: it grows as tokens are drawn
 
@@ -82,7 +86,10 @@ class LaneProcessor(LogitsProcessor):
             raise ValueError("guided lanes need whole prompts: start vLLM with --no-enable-chunked-prefill.")
         if scheduler.async_scheduling:
             raise ValueError("guided lanes need each token in time: start vLLM with --no-async-scheduling.")
+        told = vllm_config.additional_config[EXTRA]
         self._device = device
+        self._guides = Guides(told["guides"], device)
+        self._vocab_size = min([int(told["vocab_size"]), *self._guides.vocab_sizes])
         self._rows: dict[int, Lane] = {}
         self._plan: _Plan | None = None
         self._changed = False
@@ -131,51 +138,76 @@ class LaneProcessor(LogitsProcessor):
     def apply(self, logits: Tensor) -> Tensor:
         """Make the drawn token the likeliest of every lane of a whole group, and the mark where one is missing."""
         if self._changed:
-            self._plan, self._changed = self._planned(len(logits)) if self._rows else None, False
+            self._plan, self._changed = self._planned(len(logits)), False
         plan = self._plan
         if plan is None:
             return logits
-        if len(plan.names):
-            law_GV = torch.log_softmax(plan.alpha_GB @ logits, dim=-1)
+        if plan.names:
+            seen = cut(logits, self._vocab_size)
+            total_GV = plan.alpha_GB @ seen
+            for rows_g, alpha_g, values_gV in self._guides.read():
+                total_GV.index_add_(0, rows_g, cut(values_gV, self._vocab_size).to(total_GV) * alpha_g[:, None])
+            law_GV = torch.log_softmax(total_GV, dim=-1)
             if plan.cutting:
                 law_GV = truncate(law_GV, plan.top_k_G, plan.top_p_G, plan.min_p_G)
             token_G = draw(law_GV, plan.uniforms_GT[:, plan.steps])
             if any(plan.names):
-                base_GV, token_G1 = normalised(logits[plan.base_G]), token_G[:, None]
+                base_GV, token_G1 = normalised(seen[plan.base_G]), token_G[:, None]
                 logp_G, base_G = law_GV.gather(1, token_G1)[:, 0], base_GV.gather(1, token_G1)[:, 0]
                 plan.sums_G3 += torch.stack([logp_G, base_G, kl_divergence(law_GV, base_GV)], dim=1)
             logits[plan.rows_N, token_G[plan.group_N]] = torch.inf
+            self._guides.append(token_G)
             plan.steps += 1
         if len(plan.lost):
             logits[plan.lost, plan.marks] = torch.inf
         return logits
 
-    def _planned(self, size: int) -> _Plan:
-        """Which groups are whole and in step: every row of a batch gets one token per step, until the batch changes."""
+    def _grouped(self) -> tuple[dict[str, list[int]], list[int]]:
+        """The rows of groups that are whole and in step, the base's first; and the rows of all others."""
         groups: dict[str, list[int]] = {}
         for row, lane in self._rows.items():
             groups.setdefault(lane.group, []).append(row)
-        whole: list[list[int]] = []
+        whole: dict[str, list[int]] = {}
         lost: list[int] = []
-        for members in groups.values():
-            lanes = [self._rows[row] for row in members]
-            complete = sorted(lane.lane for lane in lanes) == list(range(lanes[0].lanes))
-            together = len({len(lane.output) for lane in lanes}) == 1
-            (whole.append if complete and together else lost.extend)(members)
+        for name, rows in groups.items():
+            rows.sort(key=lambda row: self._rows[row].lane)
+            lanes = [self._rows[row] for row in rows]
+            complete = [lane.lane for lane in lanes] == list(range(lanes[0].lanes))
+            if complete and len({len(lane.output) for lane in lanes}) == 1:
+                whole[name] = rows
+            else:
+                lost += rows
+        order = self._guides.order({name: len(self._rows[rows[0]].output) for name, rows in whole.items()})
+        return {name: whole[name] for name in order}, lost
+
+    def _planned(self, size: int) -> _Plan:
+        """What the batch is made of: each of its rows gets one token per step, until it changes."""
+        whole, lost = self._grouped()
         alpha_GB = torch.zeros(len(whole), size)
-        for place, members in enumerate(whole):
-            for row in members:
+        for place, rows in enumerate(whole.values()):
+            for row in rows:
                 lane = self._rows[row]
                 alpha_GB[place, row] = lane.alpha / (lane.temperature or 1.0)
-        bases = [min(members, key=lambda row: self._rows[row].lane) for members in whole]
-        told = [self._rows[row] for row in bases]
+        told = [self._rows[rows[0]] for rows in whole.values()]
+        self._guides.seat(
+            [
+                Guided(
+                    lane.group,
+                    lane.prompts,
+                    {name: alpha / (lane.temperature or 1.0) for name, alpha in lane.guides.items()},
+                    lane.output,
+                )
+                for lane in told
+            ]
+        )
         # A greedy row takes the likeliest token of the law at temperature 1, which is the likeliest at any.
         top_k = [lane.top_k if lane.temperature else 1 for lane in told]
         left = [torch.from_numpy(lane.uniforms[len(lane.output) :]) for lane in told]
         return _Plan(
-            self._index([row for members in whole for row in members]),
-            self._index([place for place, members in enumerate(whole) for _ in members]),
-            alpha_GB.to(self._device), self._index(bases), [lane.group if lane.sums else None for lane in told],
+            self._index([row for rows in whole.values() for row in rows]),
+            self._index([place for place, rows in enumerate(whole.values()) for _ in rows]),
+            alpha_GB.to(self._device), self._index([rows[0] for rows in whole.values()]),
+            [lane.group if lane.sums else None for lane in told],
             self._index(top_k), self._values([lane.top_p for lane in told]),
             self._values([lane.min_p for lane in told]),
             any(top_k) or any(lane.top_p < 1 or lane.min_p > 0 for lane in told),
@@ -231,9 +263,11 @@ def _lane(told: Any, output: Sequence[int]) -> Lane:
     lane, lanes, first, last = (int(told[name]) for name in ("lane", "lanes", "first", "last"))
     if not 0 <= lane < lanes or not 0 <= first < last:
         raise ValueError(f"lane {lane} of {lanes}, tokens {first} to {last}")
-    # Only the base's lane draws.
+    # Only the base's lane draws, and speaks for the guides.
     uniforms = np.empty(0) if lane else random_stream(str(told["stream"]), last)[first:]
     return Lane(
         str(told["group"]), lane, lanes, float(told["alpha"]), int(told["mark"]), bool(told.get("sums", False)),
-        float(told["temperature"]), int(told["top_k"]), float(told["top_p"]), float(told["min_p"]), uniforms, output,
+        float(told["temperature"]), int(told["top_k"]), float(told["top_p"]), float(told["min_p"]),
+        told.get("prompts", ()), {name: float(alpha) for name, alpha in told.get("guides", {}).items()}, uniforms,
+        output,
     )  # fmt: skip

@@ -9,7 +9,8 @@ from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from pipeline.engines.vllm.processor import EXTRA, facts
+from pipeline.engines.vllm.processor import facts
+from pipeline.engines.vllm.settings import EXTRA
 
 
 class GroupScheduler(Scheduler):

@@ -13,20 +13,25 @@ import json
 import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import UserError, Workspace, load_params
+from pipeline.config import Workspace, load_params
+from pipeline.engines.vllm import guides
 from pipeline.engines.vllm.settings import TOLD, settings
+from pipeline.lanes import Beside, arranged
 from pipeline.models import Source
 from pipeline.stages import guard
 
 
-def command(name: str, base: Source, arms: Mapping[str, Path], groups: int, port: int) -> list[str]:
+def command(
+    name: str, base: Source, adapters: Mapping[str, Path], beside: Sequence[Beside], groups: int, port: int
+) -> list[str]:  # fmt: skip
     """What starts vLLM's server; as a module, since the CPU build's `vllm` command does not find its own version."""
-    told = {"served_model_name": name, "host": "127.0.0.1", "port": port, **settings(base, arms, groups)}
-    told |= {"lora_modules": [f"{arm}={folder.absolute()}" for arm, folder in arms.items()]} if arms else {}
+    told = {"served_model_name": name, "host": "127.0.0.1", "port": port, **settings(base, adapters, beside, groups)}
+    told |= {"lora_modules": [f"{arm}={folder.absolute()}" for arm, folder in adapters.items()]} if adapters else {}
     told |= {"middleware": "pipeline.engines.vllm.middleware.Guided"}
     if base.template is not None:
         before, after = map(json.dumps, base.template.split("{prompt}", 1))
@@ -40,6 +45,8 @@ def _flag(name: str, value: Any) -> list[str]:
     spelled = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{spelled}" if value else f"--no-{spelled}"]
+    if isinstance(value, dict):
+        return [f"--{spelled}", json.dumps(value)]
     return [f"--{spelled}", *map(str, value if isinstance(value, list) else [value])]
 
 
@@ -53,13 +60,18 @@ def main() -> None:
     parser.add_argument("more", nargs="*", help="after --: further flags of vLLM's server")
     given = parser.parse_args()
     params, workspace = load_params(), Workspace()
-    if params.arm.base != params.base:
-        raise UserError("vLLM's lanes are adapters of the base: set arm.base to base, or leave it.")
     source = Source.of(params, workspace, params.base)
+    weak = Source.of(params, workspace, params.arm.base) if params.arm.base != params.base else None
     arms = {name: workspace.arm(name) for name in params.objectives}
-    told = {"base": params.base, "folder": str(source.folder), "arms": list(arms), "groups": given.groups}
+    adapters, beside = arranged(source, arms, weak, {}, reference=weak is not None)
+    told = {
+        "base": params.base, "folder": str(source.folder), "groups": given.groups, "adapters": list(adapters),
+        "guides": guides.told(beside),
+    }  # fmt: skip
     os.environ |= {TOLD: json.dumps(told), "VLLM_NO_USAGE_STATS": "1"}
-    started = command(params.base, source, arms, given.groups, given.port)
+    if allocator := find_library("tcmalloc_minimal"):  # as vLLM advises on CPUs: glibc's keeps what others give back
+        os.environ.setdefault("LD_PRELOAD", allocator)
+    started = command(params.base, source, adapters, beside, given.groups, given.port)
     os.execvp(started[0], [*started, *given.more])
 
 

@@ -1,37 +1,51 @@
 """How vLLM has to be started for lanes: the same for the decoder and for the server."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import UserError
-from pipeline.models import Source
+from pipeline.engines.vllm.guides import told
+from pipeline.lanes import Beside
+from pipeline.models import Source, check_vocabulary
 
+EXTRA = "guidance"  # the key of a lane's facts in `SamplingParams.extra_args`, and of ours in `additional_config`
 TOLD = "GENARM_SERVE"  # environment variable: what the server's launcher tells the middleware
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's buffers for adapters come in
 
 
-def settings(base: Source, arms: Mapping[str, Path], groups: int) -> dict[str, Any]:
+def settings(base: Source, adapters: Mapping[str, Path], beside: Sequence[Beside], groups: int) -> dict[str, Any]:
     """Arguments of vLLM's engine, by name, for so many guided requests at once.
 
+    Args:
+        base: the base.
+        adapters: what runs on it, as lanes.
+        beside: what runs next to it, as guides.
+        groups: guided requests at once.
+
     Raises:
-        UserError: an ARM is no adapter, or of a higher rank than vLLM has buffers for; int8, which vLLM does not do.
+        UserError: an adapter is missing, or of a higher rank than vLLM has buffers for; a guide has another tokenizer;
+            int8, which vLLM does not do.
     """
+    prompter = base.prompter()
+    for one in beside:
+        check_vocabulary(prompter.tokenizer, one.source.prompter().tokenizer, ", ".join(one.names))
     if base.quantisation == "int8":
         raise UserError("vLLM does not quantise to int8 on loading: set the base's quantisation to nf4 or null.")
     found: dict[str, Any] = {
-        "model": str(base.folder), "dtype": base.dtype, "max_num_seqs": groups * (1 + len(arms)),
+        "model": str(base.folder), "dtype": base.dtype, "max_num_seqs": groups * (1 + len(adapters)),
         "enable_chunked_prefill": False, "async_scheduling": False, "enforce_eager": True,
         "logits_processors": ["pipeline.engines.vllm.processor:LaneProcessor"],
         "scheduler_cls": "pipeline.engines.vllm.scheduler.GroupScheduler",
+        "additional_config": {EXTRA: {"vocab_size": prompter.vocab_size, "guides": told(beside)}},
     }  # fmt: skip
     if base.quantisation == "nf4":
         found["quantization"] = "bitsandbytes"
-    if arms:
+    if adapters:
         # One slot more than adapters: on CPUs rows without an adapter read the last slot, which has to be empty.
-        rank = max(_rank(name, folder) for name, folder in arms.items())
-        found |= {"enable_lora": True, "max_loras": len(arms) + 1, "max_lora_rank": rank}
+        rank = max(_rank(name, folder) for name, folder in adapters.items())
+        found |= {"enable_lora": True, "max_loras": len(adapters) + 1, "max_lora_rank": rank}
     return found
 
 
