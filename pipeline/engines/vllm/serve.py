@@ -69,6 +69,7 @@ def main() -> None:
         "guides": guides.told(beside),
     }  # fmt: skip
     os.environ |= {TOLD: json.dumps(told), "VLLM_NO_USAGE_STATS": "1"}
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB; vLLM's own choice is nearly all memory there is
     if allocator := find_library("tcmalloc_minimal"):  # as vLLM advises on CPUs: glibc's keeps what others give back
         os.environ.setdefault("LD_PRELOAD", allocator)
     started = command(params.base, source, adapters, beside, given.groups, given.port)
