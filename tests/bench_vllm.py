@@ -42,7 +42,7 @@ def plain(decoder, count: int, batch: int) -> int:
     """Tokens of the base's lanes where every lane of as many requests samples for itself, by vLLM's own sampler."""
     from vllm import SamplingParams
 
-    engine, arms = decoder._engine, list(decoder._arms.values())[:count]
+    engine, arms = decoder._engine, list(decoder._adapters.values())[:count]
     params = SamplingParams(temperature=1.0, seed=7, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
     for number, prompt in enumerate(prompts(batch)):
         ids = {"prompt_token_ids": decoder._prompter.prompt_ids(prompt)}

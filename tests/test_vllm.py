@@ -322,6 +322,12 @@ def test_a_lane_waits_for_the_others(source, adapters):
     assert not waiting._engine.has_unfinished_requests()
 
 
+def test_another_version_of_vllm_is_one_sentence(source, adapters, monkeypatch):
+    monkeypatch.setattr("pipeline.engines.vllm.settings.SUPPORTED", ("0.99",))
+    with pytest.raises(UserError, match=r"vLLM is 0\.32\.\d+, and 0\.99\.x is needed: `make vllm`"):
+        VllmDecoder(source, adapters, batch_size=2)
+
+
 def test_an_engine_that_could_lose_lanes_unseen_does_not_start(source, adapters):
     with pytest.raises(Exception, match="no-enable-chunked-prefill"):
         VllmDecoder(source, adapters, batch_size=2, max_model_len=128, enable_chunked_prefill=True)

@@ -13,24 +13,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+from pipeline.engines.vllm.settings import ENVIRONMENT, EXTRA, ends_and_marks, settings
+
+os.environ |= ENVIRONMENT
 os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process where nothing asks for more
 
 import vllm
 from tqdm import tqdm
-from transformers import GenerationConfig
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
 from pipeline.batch import Generation, Request, until_stop
 from pipeline.config import UserError
-from pipeline.engines.vllm.settings import EXTRA, settings
-from pipeline.lanes import arranged, ends_of
+from pipeline.lanes import arranged
 from pipeline.models import Source
 
-SUPPORTED = ("0.32",)  # of vLLM: processors of the kind V1 knows; Model Runner V2 refuses them
 _ROUNDS = 4  # batches' worth of rows that are planned together, as in `GuidedDecoder`
 _ATTEMPTS = 3  # at one position, a group alone in the engine
 
@@ -85,10 +84,6 @@ class VllmDecoder:
         self, base: Source, arms: Mapping[str, Path], *, arm_base: Source | None = None,
         policies: Mapping[str, Path] | None = None, reference: bool = False, batch_size: int = 32, **engine: Any,
     ) -> None:  # fmt: skip
-        if not vllm.__version__.startswith(SUPPORTED):
-            raise UserError(
-                f"vLLM {vllm.__version__} is not one of {', '.join(SUPPORTED)}.x: install it by `make vllm`."
-            )
         adapters, beside = arranged(base, arms, arm_base, policies or {}, reference)
         self._prompters = [base.prompter(), *(one.source.prompter() for one in beside)]
         self._prompter = self._prompters[0]
@@ -103,10 +98,7 @@ class VllmDecoder:
         config = self._engine.vllm_config
         self._contexts = [config.model_config.max_model_len, *(one.source.context for one in beside)]
         self._budget = config.scheduler_config.max_num_batched_tokens
-        told = base.folder / "generation_config.json"
-        generation = GenerationConfig.from_pretrained(base.folder) if told.is_file() else None
-        self._ends = sorted(ends_of(self._prompter, generation))
-        self._mark = max(set(range(config.model_config.get_vocab_size())) - set(self._ends))
+        self._ends, [self._mark, _] = ends_and_marks(base)
 
     def plan(self, requests: Sequence[Request]) -> list[list[int]]:
         """The chunks that `generate` works off one after the other, as indices into `requests`."""

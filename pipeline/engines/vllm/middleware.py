@@ -41,7 +41,11 @@ _PARTS = 50  # that a response is begun in at most
 
 
 class RefusedError(Exception):
-    """A request that cannot be guided: what the client is told, with status 400."""
+    """A request that cannot be guided: what the client is told, and the status."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass
@@ -93,8 +97,7 @@ class Guided:
         beside = [read(said) for said in told["guides"]]
         self._guides = [name for one in beside for name in one.names]
         self._prompters = [one.source.prompter() for one in beside]
-        # Where the law itself draws a mark, it is none in the next part.
-        self._marks = [token for token in range(len(self._tokenizer)) if token != self._tokenizer.eos_token_id][-2:]
+        self._marks = told["marks"]
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         """Answer guided requests; pass all others on."""
@@ -148,7 +151,7 @@ class Guided:
                     await send(_event(said.used(len(text.tokens))))
                 await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
         except (RefusedError, RuntimeError) as error:
-            status = 400 if isinstance(error, RefusedError) else 500
+            status = error.status if isinstance(error, RefusedError) else 500
             told = {"error": {"message": str(error), "type": type(error).__name__, "code": status}}
             if begun:
                 await send(_event(told))
@@ -228,6 +231,7 @@ class Guided:
         adapters = {name: alpha for name, alpha in request.arms.items() if name in self._adapters}
         weights, guides = {"": request.base_weight, **adapters}, request.arms.keys() - adapters.keys()
         for part in range(_PARTS):
+            # Where the law itself draws a mark, it is none in the next part.
             mark, first = self._marks[part % 2], len(text.tokens)
             told = {
                 "group": uuid.uuid4().hex, "lanes": len(weights), "mark": mark, "first": first,
@@ -322,9 +326,11 @@ class Guided:
                 await task
         if status != 200:
             try:
-                raise RefusedError(json.loads(refusal)["error"]["message"])
+                said = json.loads(refusal)["error"]
+                said = said["message"] if isinstance(said, dict) else said
             except (ValueError, KeyError, TypeError):
-                raise RefusedError(refusal.decode(errors="replace")) from None
+                said = refusal.decode(errors="replace")
+            raise RefusedError(str(said), status)
 
 
 class _Answer:

