@@ -17,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel, get_scheduler
 
 from pipeline.attention import RECOMPUTED, attention_mask
-from pipeline.config import Arm, Loss, Trainer, UserError
+from pipeline.config import UserError
 from pipeline.losses import (
     all_finite,
     implicit_rewards,
@@ -26,6 +26,7 @@ from pipeline.losses import (
     reward_metrics,
     token_logps,
 )
+from pipeline.params import Arm, Loss, Trainer
 from pipeline.store import digest
 
 

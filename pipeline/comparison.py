@@ -8,10 +8,11 @@ from statistics import median
 
 from pipeline.baselines import Mix
 from pipeline.baselines.contender import Contender
-from pipeline.config import Params, Workspace
+from pipeline.config import Workspace
 from pipeline.decoder import Request
 from pipeline.generation import Decoder, Served, generate_stored, point_requests
 from pipeline.judging import score_rows
+from pipeline.params import Params
 from pipeline.store import Row
 
 BASE = "base"  # the method of unguided points

@@ -13,8 +13,8 @@ from scipy.stats import binomtest, spearmanr
 from torch.utils.data import DataLoader
 
 from pipeline.arm import ResponseModel
-from pipeline.config import Loss
 from pipeline.losses import implicit_rewards
+from pipeline.params import Loss
 
 _LIKE = 0.1  # responses whose lengths differ by at most this share of the longer one count as equally long
 

@@ -16,9 +16,10 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from pipeline.config import Params, UserError, Workspace, load_params
+from pipeline.config import UserError, Workspace, load_params
 from pipeline.decoder import GuidedDecoder, Request, Trace
 from pipeline.generation import Served, point_requests
+from pipeline.params import Params
 from pipeline.report.tokens import on_white
 from pipeline.store import Row
 from pipeline.trace import GUIDED

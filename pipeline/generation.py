@@ -10,10 +10,11 @@ from typing import Any, Protocol
 import torch
 
 from pipeline import memory
-from pipeline.config import Params, Point, UserError, Workspace
+from pipeline.config import UserError, Workspace
 from pipeline.decoder import Generation, GuidedDecoder, Request
 from pipeline.lanes import BASE, REFERENCE
 from pipeline.models import Source, resolve_device
+from pipeline.params import Params, Point
 from pipeline.store import Row, RowStore, digest, file_digest
 
 _VERSION = 2  # of the decoding rule: raise it when the same request would give another row

@@ -24,12 +24,13 @@ from pipeline import models
 from pipeline.arm import ResponseModel
 from pipeline.attention import RECOMPUTED
 from pipeline.checkpoints import RollingCheckpoint, newest_checkpoint
-from pipeline.config import Data, Healing, Params, UserError, Workspace
+from pipeline.config import UserError, Workspace
 from pipeline.decoder import Request
 from pipeline.generation import generate_stored
 from pipeline.losses import all_finite, distillation
 from pipeline.models import Prompter, Source
 from pipeline.pairs import PromptGroup, ResumableLoader, StepBatches, collate
+from pipeline.params import Data, Healing, Params
 from pipeline.preferences.reading import read_prompts
 from pipeline.store import digest
 

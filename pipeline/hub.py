@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 
 from pipeline import models
 from pipeline.arm import ResponseModel
-from pipeline.config import Model, UserError, Workspace
+from pipeline.config import UserError, Workspace
 from pipeline.evaluation import HeldOut, evaluate
 from pipeline.pairs import tokenise
+from pipeline.params import Model
 from pipeline.store import Row
 from pipeline.training import Job, eval_loader, longest
 

@@ -9,20 +9,11 @@ from dataclasses import asdict
 
 import pandas as pd
 
-from pipeline.config import (
-    Judge,
-    LlmJudge,
-    LocalJudge,
-    Objective,
-    OracleJudge,
-    Params,
-    RewardJudge,
-    UserError,
-    Workspace,
-)
+from pipeline.config import UserError, Workspace
 from pipeline.evaluation import share
 from pipeline.judges.reward_model import RewardModelJudge
 from pipeline.judges.verdicts import Pair, Verdicts
+from pipeline.params import Judge, LlmJudge, LocalJudge, Objective, OracleJudge, Params, RewardJudge
 from pipeline.pareto import bootstrap_mean
 from pipeline.scorers import scorer
 from pipeline.store import Row, RowStore, digest

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.config import Loss
 from pipeline.guidance import normalised
+from pipeline.params import Loss
 
 _CHUNK = 256  # tokens whose logits are held at once
 

@@ -12,8 +12,9 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.config import Model, Params, UserError, Workspace
+from pipeline.config import UserError, Workspace
 from pipeline.models import Source, resolve_device, resolve_dtype
+from pipeline.params import Model, Params
 
 PROMPT = 128  # tokens of a prompt that the cache is reckoned with
 _SLACK = 1.1  # what buffers and the allocator take on top

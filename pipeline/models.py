@@ -22,7 +22,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pipeline.config import Model, Params, UserError, Workspace
+from pipeline.config import UserError, Workspace
+from pipeline.params import Model, Params
 from pipeline.preferences.dialogues import is_dialogue, turns_of
 from pipeline.store import file_digest, replacing_folder, write_json
 

@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import bootstrap, spearmanr
 
-from pipeline.config import Params
 from pipeline.generation import point_temperature, point_weights
 from pipeline.lanes import BASE
+from pipeline.params import Params
 
 
 def non_dominated(scores_NM: np.ndarray) -> np.ndarray:

@@ -17,10 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import memory
-from pipeline.config import LlmJudge, Params, UserError, Workspace, load_params, to_params
+from pipeline.config import UserError, Workspace, load_params, to_params
 from pipeline.judges.rubric import RUBRICS
 from pipeline.memory import PROMPT, Need
 from pipeline.models import Source, resolve_device, resolve_dtype
+from pipeline.params import LlmJudge, Params
 
 _CHARACTERS = 4  # of a token of a rubric
 

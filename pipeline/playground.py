@@ -17,9 +17,10 @@ from typing import Any
 
 import gradio as gr
 
-from pipeline.config import Params, UserError, Workspace, load_params
+from pipeline.config import UserError, Workspace, load_params
 from pipeline.decoder import Draft, GuidedDecoder, Request
 from pipeline.generation import Served
+from pipeline.params import Params
 from pipeline.report.tokens import coloured
 
 LONGEST_PROMPT, MOST_TOKENS, QUEUE = 4000, 512, 8

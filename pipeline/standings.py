@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.comparison import BASE, entries
-from pipeline.config import Params
+from pipeline.params import Params
 from pipeline.pareto import bootstrap_mean, distinct_2, hypervolume, mean_inner_product
 from pipeline.statistics import hypervolume_difference, interval, resampled_rewards, reward_at
 from pipeline.store import Row

@@ -14,7 +14,8 @@ import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from pipeline.config import Params, UserError, Workspace
+from pipeline.config import UserError, Workspace
+from pipeline.params import Params
 from pipeline.store import Row, digest
 from pipeline.training import Job
 

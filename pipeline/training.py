@@ -22,10 +22,11 @@ from pipeline.arm import ARM, ResponseModel, trainable
 from pipeline.baselines.parm import ConditionedARM, ConditionedModel
 from pipeline.baselines.reward_model import RewardModel
 from pipeline.checkpoints import RollingCheckpoint, load_trained, newest_checkpoint
-from pipeline.config import Arm, Loss, Params, Trainer, UserError, Workspace
+from pipeline.config import UserError, Workspace
 from pipeline.evaluation import HeldOut, evaluate
 from pipeline.models import Source
 from pipeline.pairs import PromptGroup, ResumableLoader, StepBatches, Tokenised, collate, tokenise
+from pipeline.params import Arm, Loss, Params, Trainer
 from pipeline.preferences import SPLITS
 from pipeline.reference import attach_reference
 from pipeline.store import Row, digest

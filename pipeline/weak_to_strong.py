@@ -12,9 +12,10 @@ from statistics import median
 import numpy as np
 import pandas as pd
 
-from pipeline.config import Params, UserError, Workspace
+from pipeline.config import UserError, Workspace
 from pipeline.generation import Served, generate_stored, generate_sweep, point_requests, point_temperature
 from pipeline.judging import score_rows
+from pipeline.params import Params
 from pipeline.pareto import bootstrap_mean, distinct_2, gap_recovered
 from pipeline.store import Row
 

@@ -36,12 +36,13 @@ from tqdm import tqdm
 from transformers import DynamicCache, LogitsProcessor
 
 from pipeline import batch as batches
-from pipeline.config import Params, Workspace, load_params
+from pipeline.config import Workspace, load_params
 from pipeline.decoder import GuidedDecoder, Request
 from pipeline.generation import point_requests
 from pipeline.guidance import draw, guided_logps, kl_divergence
 from pipeline.lanes import Backbone, left_pad
 from pipeline.models import Prompter, Source, load_model, resolve_device, resolve_dtype
+from pipeline.params import Params
 from pipeline.preferences.reading import read_prompts
 from pipeline.processor import GuidanceProcessor
 from pipeline.store import replacing, write_json

@@ -34,8 +34,9 @@ from tqdm import tqdm
 
 from pipeline import models, training
 from pipeline.arm import ARM, ResponseModel, trainable
-from pipeline.config import Loss, Trainer, Workspace, load_params
+from pipeline.config import Workspace, load_params
 from pipeline.pairs import PromptGroup, tokenise
+from pipeline.params import Loss, Trainer
 from pipeline.reference import attach_reference
 from pipeline.store import read_jsonl, replacing
 

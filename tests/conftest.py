@@ -15,10 +15,11 @@ from hydra import compose, initialize_config_dir
 from peft import LoraConfig, get_peft_model
 
 from pipeline import models
-from pipeline.config import Model, Params, Workspace, to_params
+from pipeline.config import Workspace, to_params
 from pipeline.decoder import GuidedDecoder
 from pipeline.lanes import Backbone
 from pipeline.models import Prompter
+from pipeline.params import Model, Params
 from tests.reference import Reference
 from tests.tiny import ROOT, write_tiny
 

@@ -3,9 +3,10 @@ import torch
 
 from pipeline.arm import ResponseModel, trainable
 from pipeline.attention import RECOMPUTED, attention_mask
-from pipeline.config import Arm, UserError
+from pipeline.config import UserError
 from pipeline.losses import arm_loss
 from pipeline.pairs import PromptGroup, collate, tokenise
+from pipeline.params import Arm
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")

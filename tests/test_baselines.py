@@ -16,10 +16,11 @@ from pipeline.baselines.cards import Cards
 from pipeline.baselines.reading import Reading, TextReward
 from pipeline.baselines.reward_model import RewardModel
 from pipeline.baselines.transfer_q import TransferQ
-from pipeline.config import Arm, Comparison, GenArm, Rival, Tune, UserError
+from pipeline.config import UserError
 from pipeline.decoder import GuidedDecoder, Request
 from pipeline.lanes import Backbone
 from pipeline.models import Source
+from pipeline.params import Arm, Comparison, GenArm, Rival, Tune
 
 CPU = torch.device("cpu")
 PROMPTS = ["Describe a rainy Monday.", "Why?", "Tell me about tea.", "Any tips for a long flight?"]

@@ -6,7 +6,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from pipeline.config import Params, UserError, Workspace, load_params, to_params
+from pipeline.config import UserError, Workspace, load_params, to_params
+from pipeline.params import Params
 from tests.tiny import ROOT
 
 CONF = ROOT / "conf"

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 
 from pipeline import export, models
 from pipeline.arm import ResponseModel, trainable
-from pipeline.config import Arm
 from pipeline.evaluation import HeldOut, share
 from pipeline.pairs import PromptGroup, Tokenised, collate
+from pipeline.params import Arm
 from pipeline.training import Job, Trained
 
 CPU = torch.device("cpu")

@@ -5,9 +5,10 @@ import sys
 import pytest
 
 from pipeline import decoder, generation, models
-from pipeline.config import Objective, Point, UserError, Workspace
+from pipeline.config import UserError, Workspace
 from pipeline.decoder import GuidedDecoder, Request
 from pipeline.generation import Shard
+from pipeline.params import Objective, Point
 
 PROMPTS = ["Describe a rainy Monday.", "Why?", "Tell me about tea."]
 

@@ -13,8 +13,8 @@ import torch
 
 from pipeline import training
 from pipeline.arm import ARM, ResponseModel, trainable
-from pipeline.config import Arm, Loss, Trainer
 from pipeline.pairs import PromptGroup
+from pipeline.params import Arm, Loss, Trainer
 from tests.tiny import ROOT, tiny_model
 
 CPU, GOLDEN = torch.device("cpu"), ROOT / "tests" / "golden" / "loss_curve.csv"

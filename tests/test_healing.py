@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from pipeline import healing, models
-from pipeline.config import Healing, UserError
+from pipeline.config import UserError
 from pipeline.models import Prompter
 from pipeline.pairs import PromptGroup
+from pipeline.params import Healing
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")

@@ -124,7 +124,7 @@ def test_an_arm_comes_back_from_the_hub_as_it_was_pushed(server, tmp_path, arms)
     assert "notes.pt" not in server.files
     fetched = client(
         server, tmp_path,
-        "from pipeline.config import Model; "
+        "from pipeline.params import Model; "
         f"models.fetch('arm', Model('hub', 'me/arm', revision='main'), Path({str(tmp_path / 'arm')!r}))",
     )  # fmt: skip
     assert fetched.returncode == 0, fetched.stderr[-2000:]

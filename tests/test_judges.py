@@ -10,12 +10,13 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from pipeline import export, judging, models
 from pipeline.arm import trainable
 from pipeline.baselines.reward_model import RewardModel
-from pipeline.config import LlmJudge, LocalJudge, Model, RewardJudge, Scoring, UserError
+from pipeline.config import UserError
 from pipeline.evaluation import HeldOut, share
 from pipeline.judges import llm
 from pipeline.judges.rubric import Question, read_rubric
 from pipeline.judges.verdicts import Verdicts
 from pipeline.pairs import collate, tokenise
+from pipeline.params import LlmJudge, LocalJudge, Model, RewardJudge, Scoring
 from pipeline.stages import judge as stage
 from pipeline.store import write_jsonl
 from tests.endpoint import KEY, Server, longer, parts

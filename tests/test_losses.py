@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.config import Loss
 from pipeline.losses import (
     arm_loss,
     distillation,
@@ -16,6 +15,7 @@ from pipeline.losses import (
     preference_loss,
     token_logps,
 )
+from pipeline.params import Loss
 
 
 def tensors(count, dtype, learns, bias=True):

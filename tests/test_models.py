@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline import models
-from pipeline.config import Model, UserError
+from pipeline.config import UserError
+from pipeline.params import Model
 
 
 def spec(source, location, **more):

@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline.config import Objective, OracleJudge, UserError
+from pipeline.config import UserError
 from pipeline.judging import score_rows, win_rates
+from pipeline.params import Objective, OracleJudge
 from pipeline.pareto import (
     bootstrap_mean,
     distinct_2,

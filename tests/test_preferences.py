@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import Data, Objective, UserError
+from pipeline.config import UserError
 from pipeline.pairs import tokenise
+from pipeline.params import Data, Objective
 from pipeline.preferences import SPLITS, split_of
 from pipeline.preferences.card import DataCard
 from pipeline.preferences.labelling import label_samples, pair_of

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from peft import PeftModel
 
-from pipeline.config import Model, UserError
+from pipeline.config import UserError
+from pipeline.params import Model
 from pipeline.stages import explain, fetch, generate, judge, pareto, prepare, train
 from tests import schemas
 from tests.endpoint import KEY, Server

@@ -15,10 +15,11 @@ from pipeline.arm import ARM, trainable
 from pipeline.baselines.parm import ConditionedARM, ConditionedModel, adapter_at, collapse
 from pipeline.baselines.reading import TextReward
 from pipeline.baselines.reward_model import RewardModel
-from pipeline.config import Arm, Loss, Rival, Trainer, UserError
+from pipeline.config import UserError
 from pipeline.evaluation import evaluate
 from pipeline.models import Source
 from pipeline.pairs import PromptGroup, collate
+from pipeline.params import Arm, Loss, Rival, Trainer
 from pipeline.stages import tune
 from pipeline.store import write_jsonl
 

@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from pipeline.config import Data, Download, Objective, UserError
+from pipeline.config import UserError
+from pipeline.params import Data, Download, Objective
 from pipeline.preferences import sources
 from pipeline.preferences.card import DataCard
 from pipeline.preferences.reading import Prompts, read_rows

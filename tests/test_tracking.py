@@ -9,7 +9,8 @@ import pytest
 import wandb
 
 from pipeline import tracking
-from pipeline.config import Tracking, UserError
+from pipeline.config import UserError
+from pipeline.params import Tracking
 from pipeline.training import Job
 
 LINE = {

@@ -7,9 +7,10 @@ from pipeline import arm as arm_module
 from pipeline import models, training
 from pipeline.arm import ARM, ResponseModel, trainable
 from pipeline.checkpoints import load_trained, newest_checkpoint
-from pipeline.config import Loss, Trainer, UserError
+from pipeline.config import UserError
 from pipeline.evaluation import evaluate
 from pipeline.pairs import collate, tokenise
+from pipeline.params import Loss, Trainer
 from pipeline.reference import attach_reference
 from pipeline.training import Job
 

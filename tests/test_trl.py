@@ -12,9 +12,9 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from pipeline import models
 from pipeline.arm import ResponseModel
-from pipeline.config import Loss
 from pipeline.losses import implicit_rewards, preference_loss
 from pipeline.pairs import PromptGroup, collate
+from pipeline.params import Loss
 from pipeline.reference import attach_reference
 
 CPU = torch.device("cpu")

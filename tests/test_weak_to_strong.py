@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import generation, weak_to_strong
-from pipeline.config import Point, UserError
+from pipeline.config import UserError
+from pipeline.params import Point
 from pipeline.pareto import gap_recovered
 from pipeline.weak_to_strong import UNDEFINED, lines_of
 

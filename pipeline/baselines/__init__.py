@@ -8,7 +8,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.config import Params, Workspace
+from pipeline.config import Workspace
+from pipeline.params import Params
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from pipeline.baselines.best_of_n import BestOfN
 from pipeline.baselines.cards import Cards
 from pipeline.baselines.reading import TextReward
 from pipeline.baselines.transfer_q import TransferQ
-from pipeline.config import BestOf, Candidates, GenArm, Method, Params, Policies, Segments, UserError, Workspace
+from pipeline.config import UserError, Workspace
 from pipeline.decoder import GuidedDecoder, Request
 from pipeline.generation import Decoder, Served, folder_digest, generate_stored, request_key, stored
 from pipeline.models import Source, resolve_device
+from pipeline.params import BestOf, Candidates, GenArm, Method, Params, Policies, Segments
 from pipeline.store import Row, digest
 
 _VERSION = 1  # of the searches: raise it when the same request would give another row

@@ -4,9 +4,9 @@ The gate is that of SIA: at tokens the base is sure of, it goes on alone.
 """
 
 from pipeline.baselines import Law, Mix, Place
-from pipeline.config import GenArm, Point
 from pipeline.generation import point_weights, policy_lane
 from pipeline.lanes import BASE
+from pipeline.params import GenArm, Point
 
 
 def law(method: GenArm, mix: Mix, place: Place) -> Law:

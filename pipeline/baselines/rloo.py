@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from pipeline.config import Arm, Params, Rival, UserError
+from pipeline.config import UserError
 from pipeline.models import Source, resolve_device, resolve_dtype
+from pipeline.params import Arm, Params, Rival
 from pipeline.scorers import scorer
 from pipeline.store import Row, replacing_folder
 

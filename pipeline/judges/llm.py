@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, cast
 
-from pipeline.config import LlmJudge, UserError
+from pipeline.config import UserError
 from pipeline.judges.rubric import Question
+from pipeline.params import LlmJudge
 
 _LONGEST_WAIT = 60.0  # seconds between two attempts
 

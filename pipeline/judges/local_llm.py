@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from pipeline.config import LocalJudge, Params, UserError, Workspace
+from pipeline.config import UserError, Workspace
 from pipeline.judges.rubric import Question
 from pipeline.lanes import left_pad
 from pipeline.models import Prompter, Source, resolve_device
+from pipeline.params import LocalJudge, Params
 
 _WORDS = ("A", "B", "TIE")
 

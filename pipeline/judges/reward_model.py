@@ -13,9 +13,10 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline.baselines.reward_model import merged_classifier
-from pipeline.config import Params, RewardJudge, Scoring, UserError, Workspace
+from pipeline.config import UserError, Workspace
 from pipeline.lanes import left_pad
 from pipeline.models import Prompter, Source, resolve_device, resolve_dtype
+from pipeline.params import Params, RewardJudge, Scoring
 from pipeline.store import Row, digest
 
 _SCORE_MODEL = {r"^score_head\.": "score."}  # safe-rlhf's score models are classifiers under another name

@@ -5,10 +5,11 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from pipeline.config import LlmJudge, LocalJudge, Params, UserError, Workspace
+from pipeline.config import UserError, Workspace
 from pipeline.judges.llm import LlmAsked
 from pipeline.judges.local_llm import LocalAsked
 from pipeline.judges.rubric import Question, read_rubric
+from pipeline.params import LlmJudge, LocalJudge, Params
 from pipeline.store import RowStore, digest
 
 Pair = tuple[str, str, str]  # a prompt, a response, and another

@@ -7,7 +7,7 @@ text: a question, or a dialogue as `dialogues` spells it.
 
 from typing import Any
 
-from pipeline.config import Data
+from pipeline.params import Data
 from pipeline.store import digest
 
 SPLITS = ("train", "validation", "test")

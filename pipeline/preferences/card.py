@@ -8,7 +8,8 @@ from itertools import combinations
 
 import numpy as np
 
-from pipeline.config import Objective, UserError
+from pipeline.config import UserError
+from pipeline.params import Objective
 from pipeline.preferences import RESPONSES
 from pipeline.store import Row
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 
-from pipeline.config import Objective
+from pipeline.params import Objective
 from pipeline.preferences import RESPONSES, uniform_of
 from pipeline.scorers import scorer
 from pipeline.store import Row

@@ -17,7 +17,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pipeline.config import Data, Objective, UserError
+from pipeline.config import UserError
+from pipeline.params import Data, Objective
 from pipeline.preferences import RESPONSES, SPLITS, split_of
 from pipeline.preferences.card import DataCard
 from pipeline.preferences.dialogues import (

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from pipeline.config import Data, Download, UserError
+from pipeline.config import UserError
+from pipeline.params import Data, Download
 from pipeline.preferences import SPLITS
 from pipeline.store import JSONL, Row, read_jsonl, replacing_folder, write_json
 

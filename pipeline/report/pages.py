@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from pipeline.config import Params
+from pipeline.params import Params
 from pipeline.report.drawing import Drawing
 from pipeline.report.tokens import STRONGEST
 from pipeline.store import Row, replacing

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from inspect import Parameter, signature
 from pathlib import Path
 
-from pipeline.config import Params, UserError, Workspace, load_params
+from pipeline.config import UserError, Workspace, load_params
+from pipeline.params import Params
 
 _DISK = {
     errno.ENOSPC: "the disk is full: free some space",

@@ -6,7 +6,8 @@ python -m pipeline.stages.comparison
 import pandas as pd
 
 from pipeline import comparison, standings
-from pipeline.config import Params, Workspace
+from pipeline.config import Workspace
+from pipeline.params import Params
 from pipeline.report import figures, pages, terminal
 from pipeline.stages import main
 from pipeline.store import read_jsonl, replacing, write_json, write_jsonl

@@ -3,7 +3,8 @@
 python -m pipeline.stages.download datasets/full-hh-rlhf
 """
 
-from pipeline.config import Params, Workspace
+from pipeline.config import Workspace
+from pipeline.params import Params
 from pipeline.preferences import sources
 from pipeline.stages import main
 

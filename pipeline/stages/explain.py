@@ -4,7 +4,8 @@ python -m pipeline.stages.explain
 """
 
 from pipeline import explain
-from pipeline.config import Params, Workspace
+from pipeline.config import Workspace
+from pipeline.params import Params
 from pipeline.stages import main
 from pipeline.store import Row, read_jsonl, write_json
 

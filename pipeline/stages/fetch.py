@@ -4,7 +4,8 @@ python -m pipeline.stages.fetch smollm2-135m
 """
 
 from pipeline import healing, models
-from pipeline.config import Params, Workspace
+from pipeline.config import Workspace
+from pipeline.params import Params
 from pipeline.stages import main
 from pipeline.store import write_json
 

@@ -6,8 +6,9 @@ python -m pipeline.stages.generate shard=3/8   # one of eight processes; `dvc re
 from pathlib import Path
 
 from pipeline import generation
-from pipeline.config import Params, Workspace
+from pipeline.config import Workspace
 from pipeline.generation import Shard
+from pipeline.params import Params
 from pipeline.stages import main
 from pipeline.store import read_jsonl, write_jsonl
 

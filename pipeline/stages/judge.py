@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline import judging
-from pipeline.config import Params, Workspace
+from pipeline.config import Workspace
+from pipeline.params import Params
 from pipeline.stages import main
 from pipeline.store import Row, read_jsonl, replacing, write_json, write_jsonl
 

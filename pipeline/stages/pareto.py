@@ -9,7 +9,8 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline import pareto, tracking
-from pipeline.config import Params, Workspace
+from pipeline.config import Workspace
+from pipeline.params import Params
 from pipeline.report import figures, pages, terminal
 from pipeline.stages import main
 from pipeline.store import read_jsonl, replacing, write_json

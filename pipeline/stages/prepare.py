@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from pipeline.config import Params, Sampling, UserError, Workspace
+from pipeline.config import UserError, Workspace
+from pipeline.params import Params, Sampling
 from pipeline.preferences import SPLITS, reading
 from pipeline.preferences.card import DataCard
 from pipeline.preferences.labelling import label_samples, pair_of

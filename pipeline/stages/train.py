@@ -11,7 +11,8 @@ import pandas as pd
 
 from pipeline import export, hub, models, tracking, training
 from pipeline.arm import CURVE
-from pipeline.config import Params, UserError, Workspace
+from pipeline.config import UserError, Workspace
+from pipeline.params import Params
 from pipeline.stages import main
 from pipeline.store import digest, file_digest, read_jsonl, replacing, write_json
 from pipeline.training import Job

@@ -9,8 +9,9 @@ import time
 import pandas as pd
 
 from pipeline.baselines import rloo
-from pipeline.config import Params, UserError, Workspace
+from pipeline.config import UserError, Workspace
 from pipeline.models import Source
+from pipeline.params import Params
 from pipeline.stages import main
 from pipeline.stages.train import produce
 from pipeline.store import read_jsonl, replacing, write_json

@@ -8,7 +8,8 @@ import json
 import pandas as pd
 
 from pipeline import weak_to_strong
-from pipeline.config import Params, Workspace
+from pipeline.config import Workspace
+from pipeline.params import Params
 from pipeline.report import figures, pages, terminal
 from pipeline.stages import main
 from pipeline.store import Row, read_jsonl, replacing, write_jsonl
