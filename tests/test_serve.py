@@ -14,14 +14,21 @@ import urllib.request
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from omegaconf import OmegaConf
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make vllm")
-from openai import AsyncOpenAI, BadRequestError, OpenAI
+from openai import AsyncOpenAI, BadRequestError, InternalServerError, OpenAI
 
 from pipeline.batch import Request, until_stop
 from pipeline.decoder import GuidedDecoder
-from pipeline.engines.vllm.middleware import _Text
+from pipeline.engines.vllm import guides
+from pipeline.engines.vllm.middleware import Guided, _refuse, _respond, _start, _Text
+from pipeline.engines.vllm.serve import _chat_template
+from pipeline.engines.vllm.settings import ends_and_marks
+from pipeline.lanes import Beside
 from pipeline.models import Source
 from tests.test_vllm import adapters, small, source  # noqa: F401
 from tests.tiny import ROOT
@@ -175,12 +182,117 @@ def test_requests_without_guidance_pass_untouched(client, expected):
         ({**guidance({}), "model": "positivity"}, "its weights name the ARMs"),
         ({**guidance({}), "top_p": 3.0}, "out of its range"),
         ({**guidance({}), "max_tokens": 5000}, "5000"),
+        ({"guidance": {"weights": {}, "gate": 1.0}}, "guidance has the form"),
+        (guidance({"positivity": 10**400}), "guidance has the form"),
+        ({**guidance({}), "temperature": 10**400}, "too large"),
+        ({**guidance({}), "stream_options": True}, "stream_options has the form"),
     ],
 )
 def test_what_cannot_be_guided_is_refused_with_a_sentence(client, body, said):
     with pytest.raises(BadRequestError, match=said):
         client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": TEXT}], extra_body=body)
     assert client.models.list().data, "the server is gone"
+
+
+def test_guidance_where_there_is_none_is_refused(server, client):
+    """vLLM takes fields that it does not know without a word: the answer would be unguided."""
+    with pytest.raises(BadRequestError, match="guidance is for /v1/completions and /v1/chat/completions"):
+        client.responses.create(model="tiny", input=TEXT, extra_body=guidance({"positivity": 1.0}))
+    asked = {"model": "tiny", "prompt": TEXT, "max_tokens": 8, "temperature": 0}
+    plain = client.completions.create(**asked).choices[0].text
+    assert client.completions.create(**asked, extra_body={"guidance": None}).choices[0].text == plain
+
+
+def test_a_law_that_is_no_number_is_an_error(server):
+    client = OpenAI(base_url=server, api_key="none", timeout=120, max_retries=0)
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": TEXT}], "max_tokens": 8}
+    with pytest.raises(InternalServerError, match="not finite"):
+        client.chat.completions.create(**asked, extra_body=guidance({"positivity": 1e38}))
+    assert client.chat.completions.create(**asked, extra_body=guidance({"positivity": 1.0})).choices
+
+
+class Behind:
+    """The application behind the middleware: it counts a prompt as one token, and answers lanes as it is told."""
+
+    def __init__(self, refused=()):
+        self.lanes, self._refused = [], refused
+
+    async def __call__(self, scope, receive, send):
+        asked = json.loads((await receive())["body"])
+        if scope["path"] == "/tokenize":
+            await _respond(send, 200, json.dumps({"tokens": [5], "max_model_len": 512}).encode())
+            return
+        self.lanes.append(asked)
+        if asked["model"] in self._refused:
+            await _refuse(send, "no such model", 404)
+        elif self._refused:
+            await receive()  # waits for the others until it is taken back
+        else:
+            await send(_start(200, b"text/event-stream"))
+            said = {"choices": [{"finish_reason": "length", "token_ids": [40]}]}
+            await send({"type": "http.response.body", "body": f"data: {json.dumps(said)}\n\n".encode()})
+
+
+def answered(monkeypatch, base, behind, body, beside=()):
+    """Status and answer to a chat request of the middleware in front of an application."""
+    told = {
+        "base": "tiny", "folder": str(base.folder), "groups": 2, "adapters": ["positivity"],
+        "guides": guides.told(beside), "marks": ends_and_marks(base)[1], "template": base.template,
+    }  # fmt: skip
+    monkeypatch.setenv("GENARM_SERVE", json.dumps(told))
+    sent = []
+    received = iter([{"type": "http.request", "body": json.dumps({"model": "tiny", **body}).encode()}])
+
+    async def receive():
+        for message in received:
+            return message
+        return await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+    asyncio.run(asyncio.wait_for(Guided(behind)(scope, receive, send), 20))
+    return sent[0]["status"], json.loads(sent[1]["body"])
+
+
+def test_when_a_lane_is_refused_the_answer_does_not_wait_for_it(monkeypatch, source):  # noqa: F811
+    body = {"messages": [{"role": "user", "content": TEXT}], **guidance({"positivity": 1.0})}
+    status, said = answered(monkeypatch, source, Behind(refused=["positivity"]), body)
+    assert status == 404 and said["error"]["message"] == "no such model"
+
+
+def test_what_a_guide_has_no_room_for_is_refused(monkeypatch, source, small):  # noqa: F811
+    """The base reads 512 tokens, the guide 256: behind them it would go on with wrong positions."""
+    body = {"messages": [{"role": "user", "content": TEXT}], **guidance({"small": 1.0})}
+    beside, behind = [Beside(small, name="small")], Behind()
+    status, said = answered(monkeypatch, source, behind, {**body, "max_tokens": 256}, beside)
+    assert status == 400 and "a guide has room for" in said["error"]["message"] and not behind.lanes
+    status, _ = answered(monkeypatch, source, behind, body, beside)
+    assert status == 200 and behind.lanes[0]["max_tokens"] == 256 - len(small.prompter().prompt_ids(TEXT))
+
+
+def test_a_base_with_a_template_is_asked_as_everywhere_else(monkeypatch, source, tmp_path):  # noqa: F811
+    """With the token that begins a text, and refused more than the template has room for."""
+    shutil.copytree(source.folder, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    pair = [("<user>", tokenizer.convert_tokens_to_ids("<user>"))]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<user> $A", special_tokens=pair)
+    tokenizer.save_pretrained(tmp_path / "base")
+    base = Source(tmp_path / "base", template="Q: {prompt}\nA:")
+    wanted = base.prompter().prompt_ids(TEXT)
+    assert wanted[0] == pair[0][1]
+    one = [{"role": "user", "content": TEXT}]
+    several = [{"role": "system", "content": "Be brief."}, *one]
+    told = {"chat_template": _chat_template(base.prompter()), "return_dict": False}
+    assert base.prompter().tokenizer.apply_chat_template(one, **told) == wanted
+    with pytest.raises(TemplateError, match="asked one message"):
+        base.prompter().tokenizer.apply_chat_template(several, **told)
+    behind = Behind()
+    assert answered(monkeypatch, base, behind, {"messages": one, **guidance({})})[0] == 200
+    assert behind.lanes[0]["prompt"] == wanted
+    status, said = answered(monkeypatch, base, behind, {"messages": several, **guidance({})})
+    assert status == 400 and "has room for one turn" in said["error"]["message"]
 
 
 def test_a_load_of_mixed_weights_and_leaving_clients_gets_every_answer_right(server, expected):

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,12 +17,14 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 pytest.importorskip("vllm", reason="vLLM is not installed: make vllm")
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.sample.logits_processor import BatchUpdate
 
 from pipeline import models
 from pipeline.batch import Request
 from pipeline.config import UserError
 from pipeline.decoder import GuidedDecoder
 from pipeline.engines.vllm.decoder import VllmDecoder, _common
+from pipeline.engines.vllm.processor import LaneProcessor
 from pipeline.engines.vllm.settings import EXTRA
 from pipeline.generation import generate_sweep
 from pipeline.models import Source
@@ -129,10 +132,10 @@ def test_stop_texts_end_a_response_as_in_the_decoder(served, reference):
     assert found.tokens == wanted.tokens and found.kl == pytest.approx(wanted.kl, abs=1e-2)
 
 
-def lanes_of(served, group, names, size=8):
+def lanes_of(served, group, names, size=8, alpha=1.0):
     """Hand single lanes to the engine behind the frontend's back."""
     ids = served._prompter.prompt_ids("Why?")
-    arms = {"base": (0, None, 1.0), "one": (1, "one", 1.0)}
+    arms = {"base": (0, None, 1.0), "one": (1, "one", alpha)}
     for name in names:
         lane, arm, alpha = arms[name]
         facts = {
@@ -191,11 +194,52 @@ def test_unguided_requests_beside_guided_ones_are_untouched(served, reference):
     ids = served._prompter.prompt_ids("Hello")
     served._engine.add_request("plain", {"prompt_token_ids": ids}, params)
     lanes_of(served, "beside", ["base", "one"], size=12)
+    few = SamplingParams(temperature=0.0, max_tokens=12, detokenize=False, ignore_eos=True, allowed_token_ids=[5, 6])
+    served._engine.add_request("few", {"prompt_token_ids": ids}, few)  # −inf everywhere else, before we see it
     found = drained(served)
     [(_, alone)] = reference.generate([Request("Hello", temperature=0.0, max_new_tokens=12)])
     size = len(alone.tokens)
     assert list(found["plain"].token_ids)[:size] == alone.tokens
+    assert set(found["few"].token_ids) <= {5, 6}
     assert list(found["beside/base"].token_ids) == list(found["beside/one"].token_ids)
+    [(_, whole)] = reference.generate([Request("Why?", {"one": 1.0}, temperature=0.0, max_new_tokens=12)])
+    assert list(found["beside/base"].token_ids)[: len(whole.tokens)] == whole.tokens
+
+
+def test_a_generation_left_halfway_leaves_no_sums_to_the_next(served, reference):
+    requests = [Request("Why?", {"one": 1.0}, temperature=0.0, max_new_tokens=size) for size in (2, 20)]
+    begun = served.generate(requests)
+    assert next(begun)[0] == 0
+    begun.close()
+    same(dict(served.generate(requests)), dict(reference.generate(requests)))
+
+
+def test_a_law_that_is_no_number_is_an_error_and_spoils_no_other(served, reference):
+    requests = [Request("Hello", {"one": 1.0}, temperature=0.0, max_new_tokens=20), Request("Why?", {"one": 1e38})]
+    with pytest.raises(UserError, match="logits are not finite in the response to 'Why\\?'"):
+        list(served.generate(requests))
+    assert not served._engine.has_unfinished_requests()
+    lanes_of(served, "finite", ["base", "one"], size=8)
+    lanes_of(served, "none", ["base", "one"], size=8, alpha=1e38)
+    found = drained(served)
+    [(_, whole)] = reference.generate([Request("Why?", {"one": 1.0}, temperature=0.0, max_new_tokens=8)])
+    assert list(found["finite/base"].token_ids)[: len(whole.tokens)] == whole.tokens
+    assert list(found["none/base"].token_ids) == list(found["none/one"].token_ids) == [served._mark]
+
+
+def test_a_lane_alone_is_marked_even_where_its_logits_are_no_number():
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(enable_chunked_prefill=False, async_scheduling=False),
+        additional_config={EXTRA: {"vocab_size": 8, "guides": []}},
+    )
+    processor = LaneProcessor(config, torch.device("cpu"), False)
+    facts = {
+        "group": "x", "lanes": 2, "lane": 0, "alpha": 1.0, "mark": 5, "stream": "0" * 32, "first": 0, "last": 2,
+        "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
+    }  # fmt: skip
+    params = SamplingParams(temperature=0.0, max_tokens=2, extra_args={EXTRA: facts})
+    processor.update_state(BatchUpdate(batch_size=1, removed=[], added=[(0, params, [5], [])], moved=[]))
+    assert int(processor.apply(torch.full((1, 8), torch.nan)).argmax()) == 5
 
 
 def test_a_drawn_mark_is_a_token_like_any_other(served, reference):
@@ -226,6 +270,13 @@ def test_a_malformed_lane_is_refused_at_the_door(served):
     params = SamplingParams(max_tokens=2, seed=1, extra_args={EXTRA: {"group": "x", "lane": 5, "lanes": 2}})
     with pytest.raises(Exception, match="no lane of a guided request"):
         served._engine.add_request("bad", {"prompt_token_ids": [5, 6]}, params)
+    facts = {
+        "group": "x", "lanes": 1, "lane": 0, "alpha": 1.0, "mark": 9, "stream": "0" * 32, "first": 0, "last": 2,
+        "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
+    }  # fmt: skip
+    params = SamplingParams(temperature=0.0, max_tokens=3, extra_args={EXTRA: facts})
+    with pytest.raises(Exception, match="max_tokens=3, and its group draws 2"):
+        served._engine.add_request("long", {"prompt_token_ids": [5, 6]}, params)
 
 
 def test_many_requests_one_after_the_other_leave_nothing_behind(served):
@@ -307,6 +358,15 @@ def test_a_cache_that_does_not_hold_one_request_is_one_sentence(source, adapters
         list(tiny.generate([Request("Why?", {"one": 1.0, "two": 1.0}, temperature=0.0, max_new_tokens=80)]))
 
 
+def test_prompts_that_no_step_takes_together_are_cached_one_after_the_other(source, adapters, tmp_path):
+    arms = {**adapters, "three": adapted(source, tmp_path / "three", 3)}
+    narrow = VllmDecoder(source, arms, batch_size=1, max_model_len=256, max_num_batched_tokens=256, block_size=32)
+    request = Request("Why? " * 60, dict.fromkeys(arms, 0.5), temperature=0.0, max_new_tokens=20)
+    assert len(narrow._prompter.prompt_ids(request.prompt)) > 256 / 2
+    expected = GuidedDecoder.load(source, arms, device="cpu").generate([request])
+    same(dict(narrow.generate([request])), dict(expected))
+
+
 def test_a_lane_waits_for_the_others(source, adapters):
     waiting = VllmDecoder(source, adapters, batch_size=2, max_model_len=128)
     lanes_of(waiting, "late", ["base"])
@@ -320,6 +380,36 @@ def test_a_lane_waits_for_the_others(source, adapters):
     assert not waiting._engine.step(), "the lane that was taken back is not counted"
     waiting._engine.abort_request(["gone/one"])
     assert not waiting._engine.has_unfinished_requests()
+
+
+def test_a_group_waits_for_room_for_all_of_it(source, adapters):
+    """Others leave one by one: whoever took each free slot alone would be marked each time."""
+    busy = VllmDecoder(source, adapters, batch_size=1, max_model_len=128)  # three slots
+    ids = busy._prompter.prompt_ids("Hello")
+    for number in range(9):
+        params = SamplingParams(temperature=0.0, max_tokens=5 + number, detokenize=False, ignore_eos=True)
+        busy._engine.add_request(f"plain{number}", {"prompt_token_ids": ids}, params)
+        if number == 5:
+            lanes_of(busy, "group", ["base", "one"])
+    found = drained(busy)
+    assert len(found) == 11 and all(len(found[f"plain{number}"].token_ids) == 5 + number for number in range(9))
+    first, second = found["group/base"], found["group/one"]
+    assert list(first.token_ids) == list(second.token_ids) and busy._mark not in first.token_ids
+
+
+def test_an_adapter_that_vllm_would_apply_otherwise_is_refused(source, adapters, tmp_path):
+    """vLLM reads neither `alpha_pattern` nor how an adapter began."""
+    for name, change, said in (
+        ("pattern", {"alpha_pattern": {"q_proj": 16}}, "no plain LoRA adapter"),
+        ("changed", {"init_lora_weights": "pissa"}, "changes its base"),
+    ):
+        shutil.copytree(adapters["one"], tmp_path / name)
+        told = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(told | change))
+        with pytest.raises(UserError, match=said):
+            VllmDecoder(source, {"one": tmp_path / name}, batch_size=1)
+    with pytest.raises(UserError, match="holds no adapter"):
+        VllmDecoder(source, {"one": tmp_path / "nothing"}, batch_size=1)
 
 
 def test_another_version_of_vllm_is_one_sentence(source, adapters, monkeypatch):

@@ -6,6 +6,7 @@ preemption for want of KV cache, shows as a mark: the other lanes are taken back
 good token with fewer groups beside it.
 """
 
+import math
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.engines.vllm.settings import ENVIRONMENT, EXTRA, ends_and_marks, settings
+from pipeline.engines.vllm.settings import ENVIRONMENT, EXTRA, ROOM, ends_and_marks, settings
 
 os.environ |= ENVIRONMENT
 os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
+os.environ.setdefault(*ROOM)
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process where nothing asks for more
 
 import vllm
@@ -31,7 +33,7 @@ from pipeline.lanes import arranged
 from pipeline.models import Source
 
 _ROUNDS = 4  # batches' worth of rows that are planned together, as in `GuidedDecoder`
-_ATTEMPTS = 3  # at one position, a group alone in the engine
+_ATTEMPTS = 3  # at one position, a group alone in the engine, beside one for each prompt that is cached meanwhile
 
 
 @dataclass
@@ -176,15 +178,16 @@ class VllmDecoder:
                     else:
                         if not running:
                             group.stuck += 1
-                            if group.stuck >= _ATTEMPTS:
+                            if group.stuck >= _ATTEMPTS + len(self._lanes(group.request)):
                                 raise UserError(
-                                    "the KV cache does not hold one guided request: give vLLM more memory, or lower "
-                                    "decoding.max_new_tokens."
+                                    "the KV cache does not hold one guided request, or one step its prompts: give vLLM "
+                                    "more memory or a larger max_num_batched_tokens, or lower decoding.max_new_tokens."
                                 )
                         room = max(1, min(room, len(running)))
                         waiting.appendleft(group)
         finally:
             self._engine.abort_request([name for group in running.values() for name in group.live])
+            self._sums([group.name for group in running.values()])  # another `generate` uses the names again
 
     def _begin(self, group: _Group) -> list[str]:
         """Hand the lanes of a group to the engine, from where it stands."""
@@ -235,8 +238,13 @@ class VllmDecoder:
             marked = any(reason == self._mark for _, reason in group.ended.values())
             # Lanes that are whole drew the mark in earnest, as any token; of others the mark was no draw.
             found = parts[0] if whole else _common([part[: -1 if marked else None] for part in parts])
-        [sums, *_] = self._llm.collective_rpc("take_sums", args=([group.name],))
-        group.sums = [one + two for one, two in zip(group.sums, sums.get(group.name, [0.0] * 3), strict=True)]
+        sums = self._sums([group.name]).get(group.name, [0.0] * 3)
+        group.sums = [one + two for one, two in zip(group.sums, sums, strict=True)]
+        if not all(map(math.isfinite, group.sums)):
+            raise UserError(
+                f"logits are not finite in the response to {group.request.prompt[:60]!r}: set base.dtype=float32, or "
+                "check the models' weights and α."
+            )
         group.stuck = 0 if found else group.stuck
         group.tokens += found
         if not whole or (marked and len(group.tokens) < group.request.max_new_tokens):
@@ -247,6 +255,11 @@ class VllmDecoder:
             finish = "stop"
         logp, logp_base, kl = group.sums
         return Generation(until_stop(text, stops).strip(), len(group.ids), group.tokens, finish, logp, logp_base, kl)
+
+    def _sums(self, names: list[str]) -> dict[str, list[float]]:
+        """What the processor has added up for groups, which it forgets."""
+        found: dict[str, list[float]] = self._llm.collective_rpc("take_sums", args=(names,))[0]
+        return found
 
 
 def _common(parts: Sequence[Sequence[int]]) -> list[int]:

@@ -7,9 +7,9 @@ application; the base's is what the answer is made of. What has no `guidance` pa
 import asyncio
 import contextlib
 import json
-import math
 import os
 import secrets
+import sys
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, MutableMapping, Sequence
@@ -97,11 +97,14 @@ class Guided:
         beside = [read(said) for said in told["guides"]]
         self._guides = [name for one in beside for name in one.names]
         self._prompters = [one.source.prompter() for one in beside]
+        self._contexts = [one.source.context for one in beside]
+        # None: the base is asked by its own chat template, which vLLM knows better.
+        self._prompter = None if told["template"] is None else Prompter(self._tokenizer, told["template"])
         self._marks = told["marks"]
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         """Answer guided requests; pass all others on."""
-        if scope["type"] != "http" or scope.get("path") not in _PATHS or scope["method"] != "POST":
+        if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
         body = b""
@@ -112,11 +115,14 @@ class Guided:
                 break
         try:
             wanted = json.loads(body)
-            guided = isinstance(wanted, dict) and "guidance" in wanted
+            guided = isinstance(wanted, dict) and wanted.get("guidance") is not None
         except ValueError:
             guided = False
         if not guided:
             await self._app(scope, _replayed(body, receive), send)
+            return
+        if scope["path"] not in _PATHS:  # vLLM would answer as if nothing had been said of guidance
+            await _refuse(send, f"guidance is for {' and '.join(_PATHS)}, not for {scope['path']}.")
             return
         answering = asyncio.ensure_future(self._answer(scope, wanted, send))
         leaving = asyncio.ensure_future(_left(receive))
@@ -133,10 +139,13 @@ class Guided:
         try:
             self._check(wanted)
             ids, room = await self._prompt(scope, wanted)
-            request = self._request(wanted, room)
+            prompts = [ids, *(self._asked_of(prompter, wanted, ids) for prompter in self._prompters)]
+            left = [context - len(read) for context, read in zip(self._contexts, prompts[1:], strict=True)]
+            request = self._request(wanted, min([room, *left]))
+            if left and request.max_new_tokens > min(left):
+                raise RefusedError(f"max_tokens is {request.max_new_tokens}, and a guide has room for {min(left)}.")
             said = _Answer(_PATHS[scope["path"]], self._base, len(ids))
             text = _Text(self._tokenizer, request.stop)
-            prompts = [ids, *(self._asked_of(prompter, wanted, ids) for prompter in self._prompters)]
             async with self._room, contextlib.aclosing(self._grown(scope, prompts, request, text)) as grown:
                 if not wanted.get("stream"):
                     deltas = [delta async for delta in grown]
@@ -152,12 +161,11 @@ class Guided:
                 await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
         except (RefusedError, RuntimeError) as error:
             status = error.status if isinstance(error, RefusedError) else 500
-            told = {"error": {"message": str(error), "type": type(error).__name__, "code": status}}
             if begun:
-                await send(_event(told))
+                await send(_event(_told(str(error), status)))
                 await send({"type": "http.response.body", "body": b""})
             else:
-                await _respond(send, status, json.dumps(told).encode())
+                await _refuse(send, str(error), status)
 
     def _check(self, wanted: Mapping[str, Any]) -> None:
         """Refuse what would be left out of an answer without a word.
@@ -170,7 +178,10 @@ class Guided:
                 raise RefusedError(f"a guided request cannot have {name}.")
         if wanted.get("model", self._base) != self._base:
             raise RefusedError(f"a guided request is to the base, {self._base}: its weights name the ARMs.")
-        weights = wanted["guidance"].get("weights") if isinstance(wanted["guidance"], dict) else None
+        if not isinstance(wanted.get("stream_options", {}), dict):
+            raise RefusedError('stream_options has the form {"include_usage": true}.')
+        said = wanted["guidance"]
+        weights = said.get("weights") if isinstance(said, dict) and len(said) == 1 else None
         if not isinstance(weights, dict) or not all(_is_number(alpha) for alpha in weights.values()):
             raise RefusedError('guidance has the form {"weights": {"objective": 1.0}}.')
         for name in weights:
@@ -195,25 +206,31 @@ class Guided:
                 min_p=float(wanted.get("min_p", 0.0)), max_new_tokens=int(most), seed=int(seed),
                 stop=(stop,) if isinstance(stop, str) else tuple(map(str, stop)),
             )  # fmt: skip
-        except (TypeError, ValueError, UserError) as error:
+        except (TypeError, ValueError, OverflowError, UserError) as error:
             raise RefusedError(str(error)) from error
 
     async def _prompt(self, scope: Any, wanted: Mapping[str, Any]) -> tuple[list[int], int]:
         """The prompt as tokens, by the server's own template; and how many more the context has room for."""
         asked = {name: wanted[name] for name in ("prompt", "messages") if name in wanted}
         if isinstance(asked.get("prompt"), list) and all(isinstance(token, int) for token in asked["prompt"]):
+            if not all(0 <= token < len(self._tokenizer) for token in asked["prompt"]):
+                raise RefusedError(f"a prompt's tokens are below {len(self._tokenizer)}.")
             return list(asked["prompt"]), 0
+        own = None
+        if self._prompter is not None and "messages" in asked:  # as everywhere else here, dialogues and BOS included
+            own, asked = self._asked_of(self._prompter, wanted, []), {"prompt": " "}
         chunks = [chunk async for chunk in self._asked(scope, "/tokenize", {"model": self._base, **asked})]
         found = json.loads(b"".join(chunks))
-        return list(found["tokens"]), int(found["max_model_len"]) - len(found["tokens"])
+        ids = list(found["tokens"]) if own is None else own
+        return ids, int(found["max_model_len"]) - len(ids)
 
     def _asked_of(self, prompter: Prompter, wanted: Mapping[str, Any], ids: list[int]) -> list[int]:
-        """The prompt as a guide reads it: turns by its own template, all else as it stands."""
+        """The prompt as a model of ours reads it: turns by its own template, all else as it stands."""
         if "messages" not in wanted:
             return ids
         prompt = _spelled(wanted["messages"])
         if prompt is None:
-            raise RefusedError("guides read turns of system, user and assistant, plain texts, the last one a user's.")
+            raise RefusedError("messages are turns of system, user and assistant here, plain texts, a user's last.")
         try:
             return prompter.prompt_ids(prompt)
         except UserError as error:
@@ -258,7 +275,7 @@ class Guided:
             ]
             others = [asyncio.ensure_future(self._read(scope, lane)) for lane in lanes[1:]]
             try:
-                async with contextlib.aclosing(self._asked(scope, "/v1/completions", lanes[0])) as chunks:
+                async with contextlib.aclosing(self._asked(scope, "/v1/completions", lanes[0], others)) as chunks:
                     async for choice in _choices(chunks):
                         finish, tokens = choice.get("finish_reason"), list(choice.get("token_ids") or [])
                         lost = finish == "stop" and choice.get("stop_reason") == mark
@@ -275,14 +292,21 @@ class Guided:
                 for other in others:
                     other.cancel()
                 await asyncio.gather(*others, return_exceptions=True)
-        raise RuntimeError("a guided request was begun too often: give vLLM more memory for its cache.")
+        raise RuntimeError(
+            f"a guided request was begun {_PARTS} times and lost a lane each time: its lanes do not fit into vLLM's "
+            "cache or into one step (--max-num-batched-tokens), or a model's logits are not finite (dtype float32)."
+        )
 
     async def _read(self, scope: Any, body: Mapping[str, Any]) -> None:
         async for _ in self._asked(scope, "/v1/completions", body):
             pass
 
-    async def _asked(self, scope: Any, path: str, body: Mapping[str, Any]) -> AsyncGenerator[bytes]:
+    async def _asked(
+        self, scope: Any, path: str, body: Mapping[str, Any], beside: Sequence[asyncio.Future[None]] = ()
+    ) -> AsyncGenerator[bytes]:
         """The chunks of the application's own answer; leaving early disconnects, which makes vLLM abort the lane.
+
+        What fails `beside` it, fails it too: a lane would wait for one that was refused.
 
         Raises:
             RefusedError: the answer is an error; its message.
@@ -309,10 +333,18 @@ class Guided:
             finally:
                 await answers.put(None)
 
+        def fail(other: asyncio.Future[None]) -> None:
+            if not other.cancelled() and other.exception() is not None:
+                answers.put_nowait(other.exception())
+
+        for other in beside:
+            other.add_done_callback(fail)
         task = asyncio.ensure_future(run())
         status, refusal = 200, b""
         try:
             while (message := await answers.get()) is not None:
+                if isinstance(message, Exception):
+                    raise message
                 status = message.get("status", status)
                 if status != 200:
                     refusal += message.get("body", b"")
@@ -389,7 +421,7 @@ def _spelled(messages: Any) -> str | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < sys.float_info.max
 
 
 def _event(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -398,6 +430,15 @@ def _event(said: Mapping[str, Any]) -> dict[str, Any]:
 
 def _start(status: int, kind: bytes) -> dict[str, Any]:
     return {"type": "http.response.start", "status": status, "headers": [(b"content-type", kind)]}
+
+
+def _told(message: str, status: int) -> dict[str, Any]:
+    kind = "BadRequestError" if status < 500 else "InternalServerError"
+    return {"error": {"message": message, "type": kind, "code": status}}
+
+
+async def _refuse(send: Any, message: str, status: int = 400) -> None:
+    await _respond(send, status, json.dumps(_told(message, status)).encode())
 
 
 async def _respond(send: Any, status: int, body: bytes) -> None:

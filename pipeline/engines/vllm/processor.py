@@ -19,10 +19,12 @@ Shapes: B rows of the batch, N of them in whole groups, G groups, V vocabulary.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from vllm.config import VllmConfig
@@ -57,9 +59,10 @@ class Lane:
 class _Plan:
     """The index tensors of a batch, until it changes."""
 
-    rows_N: Tensor
+    rows_N: Tensor  # group by group, the base's lane first
     group_N: Tensor
-    alpha_GB: Tensor  # of each row in each group, over the temperature
+    alpha_N: Tensor  # over the temperature
+    starts_G: Tensor  # where each group begins in these
     base_G: Tensor  # rows of the base lanes
     names: list[str | None]  # of groups whose sums are kept
     top_k_G: Tensor
@@ -69,6 +72,7 @@ class _Plan:
     uniforms_GT: Tensor
     steps: int
     sums_G3: Tensor
+    mark_G: Tensor
     lost: Tensor  # rows whose group is not whole
     marks: Tensor
 
@@ -107,10 +111,13 @@ class LaneProcessor(LogitsProcessor):
             return
         try:
             _lane(told, ())
+            most = int(facts(told)["last"]) - int(facts(told)["first"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"extra_args[{EXTRA!r}] is no lane of a guided request: {error!r}") from error
         if sampling_params.temperature != 0:
             raise ValueError("a guided lane is greedy to vLLM: its temperature belongs into extra_args.")
+        if sampling_params.max_tokens is None or sampling_params.max_tokens > most:
+            raise ValueError(f"a guided lane has max_tokens={sampling_params.max_tokens}, and its group draws {most}.")
 
     def is_argmax_invariant(self) -> bool:
         """No: it says which token is the likeliest."""
@@ -138,27 +145,38 @@ class LaneProcessor(LogitsProcessor):
     def apply(self, logits: Tensor) -> Tensor:
         """Make the drawn token the likeliest of every lane of a whole group, and the mark where one is missing."""
         if self._changed:
-            self._plan, self._changed = self._planned(len(logits)), False
+            self._plan, self._changed = self._planned(), False
         plan = self._plan
         if plan is None:
             return logits
         if plan.names:
             seen = cut(logits, self._vocab_size)
-            total_GV = plan.alpha_GB @ seen
+            # No row adds to another group, not even 0 times what it has: another request's may be −inf (a grammar, a
+            # shortest length), or an overflow, and 0 · −inf is no number.
+            total_GV = F.embedding_bag(
+                plan.rows_N, seen, plan.starts_G, mode="sum", per_sample_weights=plan.alpha_N
+            )  # fmt: skip
             for rows_g, alpha_g, values_gV in self._guides.read():
                 total_GV.index_add_(0, rows_g, cut(values_gV, self._vocab_size).to(total_GV) * alpha_g[:, None])
             law_GV = torch.log_softmax(total_GV, dim=-1)
             if plan.cutting:
                 law_GV = truncate(law_GV, plan.top_k_G, plan.top_p_G, plan.min_p_G)
             token_G = draw(law_GV, plan.uniforms_GT[:, plan.steps])
+            token_G1 = token_G[:, None]
+            logp_G = law_GV.gather(1, token_G1)[:, 0]
             if any(plan.names):
-                base_GV, token_G1 = normalised(seen[plan.base_G]), token_G[:, None]
-                logp_G, base_G = law_GV.gather(1, token_G1)[:, 0], base_GV.gather(1, token_G1)[:, 0]
+                base_GV = normalised(seen[plan.base_G])
+                base_G = base_GV.gather(1, token_G1)[:, 0]
                 plan.sums_G3 += torch.stack([logp_G, base_G, kl_divergence(law_GV, base_GV)], dim=1)
+            lawful_G = logp_G.isfinite()
+            if not bool(lawful_G.all()):  # a model gave what is no number, and nothing may be drawn from it
+                token_G = torch.where(lawful_G, token_G, plan.mark_G)
+                logits[plan.rows_N[~lawful_G[plan.group_N]]] = 0
             logits[plan.rows_N, token_G[plan.group_N]] = torch.inf
             self._guides.append(token_G)
             plan.steps += 1
         if len(plan.lost):
+            logits[plan.lost] = 0  # beside what is no number, +inf would not be the likeliest
             logits[plan.lost, plan.marks] = torch.inf
         return logits
 
@@ -180,14 +198,11 @@ class LaneProcessor(LogitsProcessor):
         order = self._guides.order({name: len(self._rows[rows[0]].output) for name, rows in whole.items()})
         return {name: whole[name] for name in order}, lost
 
-    def _planned(self, size: int) -> _Plan:
+    def _planned(self) -> _Plan:
         """What the batch is made of: each of its rows gets one token per step, until it changes."""
         whole, lost = self._grouped()
-        alpha_GB = torch.zeros(len(whole), size)
-        for place, rows in enumerate(whole.values()):
-            for row in rows:
-                lane = self._rows[row]
-                alpha_GB[place, row] = lane.alpha / (lane.temperature or 1.0)
+        rows_n = [row for rows in whole.values() for row in rows]
+        sizes = [len(rows) for rows in whole.values()]
         told = [self._rows[rows[0]] for rows in whole.values()]
         self._guides.seat(
             [
@@ -204,15 +219,16 @@ class LaneProcessor(LogitsProcessor):
         top_k = [lane.top_k if lane.temperature else 1 for lane in told]
         left = [torch.from_numpy(lane.uniforms[len(lane.output) :]) for lane in told]
         return _Plan(
-            self._index([row for rows in whole.values() for row in rows]),
-            self._index([place for place, rows in enumerate(whole.values()) for _ in rows]),
-            alpha_GB.to(self._device), self._index([rows[0] for rows in whole.values()]),
+            self._index(rows_n), self._index([place for place, size in enumerate(sizes) for _ in range(size)]),
+            self._values([self._rows[row].alpha / (self._rows[row].temperature or 1.0) for row in rows_n]),
+            self._index(list(accumulate(sizes, initial=0))[:-1]), self._index([rows[0] for rows in whole.values()]),
             [lane.group if lane.sums else None for lane in told],
             self._index(top_k), self._values([lane.top_p for lane in told]),
             self._values([lane.min_p for lane in told]),
             any(top_k) or any(lane.top_p < 1 or lane.min_p > 0 for lane in told),
             pad_sequence(left, batch_first=True).to(self._device) if left else torch.empty(0, 0),
             0, torch.zeros(len(whole), 3, dtype=torch.float64, device=self._device),
+            self._index([lane.mark for lane in told]),
             self._index(lost), self._index([self._rows[row].mark for row in lost]),
         )  # fmt: skip
 

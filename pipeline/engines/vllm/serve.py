@@ -20,9 +20,9 @@ from typing import Any
 
 from pipeline.config import Workspace, load_params
 from pipeline.engines.vllm import guides
-from pipeline.engines.vllm.settings import ENVIRONMENT, TOLD, ends_and_marks, settings
+from pipeline.engines.vllm.settings import ENVIRONMENT, ROOM, TOLD, ends_and_marks, settings
 from pipeline.lanes import Beside, arranged
-from pipeline.models import Source
+from pipeline.models import Prompter, Source
 from pipeline.stages import guard
 
 
@@ -34,10 +34,18 @@ def command(
     told |= {"lora_modules": [f"{arm}={folder.absolute()}" for arm, folder in adapters.items()]} if adapters else {}
     told |= {"middleware": "pipeline.engines.vllm.middleware.Guided"}
     if base.template is not None:
-        before, after = map(json.dumps, base.template.split("{prompt}", 1))
-        told["chat_template"] = f"{{{{ {before} }}}}{{{{ messages[-1]['content'] }}}}{{{{ {after} }}}}"
+        told["chat_template"] = _chat_template(base.prompter())
     flags = [flag for name, value in told.items() for flag in _flag(name, value)]
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
+
+
+def _chat_template(prompter: Prompter) -> str:
+    """A template with room for one turn, as vLLM wants it: with the special tokens that begin a text."""
+    before, after = str(prompter.template).split("{prompt}", 1)
+    first = str(prompter.tokenizer.decode(prompter.tokenizer("").input_ids))
+    several = "{% if messages | length > 1 %}{{ raise_exception('this model is asked one message') }}{% endif %}"
+    pieces = json.dumps(first + before), "messages[0]['content']", json.dumps(after)
+    return several + "".join(f"{{{{ {piece} }}}}" for piece in pieces)
 
 
 def _flag(name: str, value: Any) -> list[str]:
@@ -66,10 +74,10 @@ def main() -> None:
     adapters, beside = arranged(source, arms, weak, {}, reference=weak is not None)
     told = {
         "base": params.base, "folder": str(source.folder), "groups": given.groups, "adapters": list(adapters),
-        "guides": guides.told(beside), "marks": ends_and_marks(source)[1],
+        "guides": guides.told(beside), "marks": ends_and_marks(source)[1], "template": source.template,
     }  # fmt: skip
     os.environ |= {TOLD: json.dumps(told), **ENVIRONMENT}
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB; vLLM's own choice is nearly all memory there is
+    os.environ.setdefault(*ROOM)
     if allocator := find_library("tcmalloc_minimal"):  # as vLLM advises on CPUs: glibc's keeps what others give back
         os.environ.setdefault("LD_PRELOAD", allocator)
     started = command(params.base, source, adapters, beside, given.groups, given.port)

@@ -6,18 +6,21 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from pipeline.adapters import read_adapter
 from pipeline.config import UserError
 from pipeline.engines.vllm.guides import told
 from pipeline.lanes import Beside, ends_of
-from pipeline.models import Source, check_vocabulary
+from pipeline.models import Prompter, Source, check_vocabulary
 
 EXTRA = "guidance"  # the key of a lane's facts in `SamplingParams.extra_args`, and of ours in `additional_config`
 TOLD = "GENARM_SERVE"  # environment variable: what the server's launcher tells the middleware
 SUPPORTED = ("0.32",)  # of vLLM: its interface to logits processors has changed between minor versions
 # Our processor is of the kind that vLLM's first model runner knows; the second, which it may choose on GPUs, is not.
 ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_NO_USAGE_STATS": "1"}
+ROOM = ("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB unless told otherwise; vLLM's own choice is nearly all memory there is
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's buffers for adapters come in
 
 
@@ -50,6 +53,7 @@ def settings(base: Source, adapters: Mapping[str, Path], beside: Sequence[Beside
     if base.quantisation == "nf4":
         found["quantization"] = "bitsandbytes"
     if adapters:
+        _check_adapters(prompter, base, adapters)
         # One slot more than adapters: on CPUs rows without an adapter read the last slot, which has to be empty.
         rank = max(_rank(name, folder) for name, folder in adapters.items())
         found |= {"enable_lora": True, "max_loras": len(adapters) + 1, "max_lora_rank": rank}
@@ -71,12 +75,19 @@ def ends_and_marks(base: Source) -> tuple[list[int], list[int]]:
     return sorted(ends), [token for token in range(prompter.vocab_size) if token not in ends][-2:]
 
 
+def _check_adapters(prompter: Prompter, base: Source, adapters: Mapping[str, Path]) -> None:
+    """Refuse what `GuidedDecoder` refuses: vLLM would load some of it, and apply something else."""
+    with torch.device("meta"):  # its layers' names and shapes, and no weights
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.folder, local_files_only=True))
+    for name, folder in adapters.items():
+        read_adapter(folder, model)
+        if (folder / "tokenizer_config.json").is_file():
+            check_vocabulary(prompter.tokenizer, Prompter.load(folder, prompter.template).tokenizer, name)
+
+
 def _rank(name: str, folder: Path) -> int:
     """The least of vLLM's ranks that has room for an adapter."""
-    told = folder / "adapter_config.json"
-    if not told.is_file():
-        raise UserError(f"{name} in {folder} is no LoRA adapter of the base: use decoding.engine=transformers.")
-    rank = int(json.loads(told.read_text(encoding="utf-8"))["r"])
+    rank = int(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"])
     if rank > _RANKS[-1]:
         raise UserError(f"{name} in {folder} has rank {rank}, and vLLM takes {_RANKS[-1]} at most: lower arm.lora.r.")
     return next(size for size in _RANKS if size >= rank)
