@@ -4,13 +4,15 @@ Shapes: B rows, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from pipeline.config import UserError
+from pipeline.crosstoken.interpreter import Interpreter
+from pipeline.crosstoken.lanes import CrossLanes
 from pipeline.guidance import cut, draw, entropy, guided_logps, kl_divergence, normalised, random_stream, truncate
 from pipeline.lanes import BASE, Backbone, Lanes
 from pipeline.store import digest
@@ -79,6 +81,7 @@ class Generation:
     logp_base: float  # under the base at temperature 1
     kl: float  # Σ_t KL(π ‖ π_base), the base at temperature 1
     forwards: int | None = None  # positions computed by any model beyond the prompt; None: as many as lanes × tokens
+    left_out: float | None = None  # across tokenizers: Σ_t of the base's mass on tokens that no ARM was asked about
 
 
 @dataclass
@@ -123,14 +126,17 @@ def until_stop(text: str, stops: Sequence[str]) -> str:
 class Batch:
     """The rows being generated, with what has been summed over their tokens."""
 
-    def __init__(self, backbones: Sequence[Backbone], vocab_size: int) -> None:
+    def __init__(self, backbones: Sequence[Backbone], vocab_size: int, interpreter: Interpreter | None = None) -> None:
         self.rows: list[Row] = []
-        self._lanes = [Lanes(backbone) for backbone in backbones]
+        translated = [] if interpreter is None else interpreter.backbones
+        self._lanes = {number: Lanes(one) for number, one in enumerate(backbones) if one not in translated}
+        self._abroad = [number for number, one in enumerate(backbones) if one in translated]
         self._ends, self._spell = backbones[0].ends, backbones[0].prompter.spell
         self._arms = [lane for backbone in backbones for lane in backbone.lanes if lane != BASE]
         self._vocab_size, self._device = vocab_size, backbones[0].device
+        self._across = None if interpreter is None else CrossLanes(interpreter, self._device)
         self._last_B = torch.zeros(0, dtype=torch.long, device=self._device)
-        self._sums_B3 = torch.zeros(0, 3, dtype=torch.float64, device=self._device)
+        self._sums_BN = torch.zeros(0, 4, dtype=torch.float64, device=self._device)  # as in Generation
 
     @property
     def alive(self) -> int:
@@ -140,13 +146,16 @@ class Batch:
     def seat(self, newcomers: Sequence[Row]) -> None:
         """Let ended rows go and add new ones behind those that stay."""
         kept = [place for place, row in enumerate(self.rows) if not row.ended]
-        for number, lanes in enumerate(self._lanes):
+        for number, lanes in self._lanes.items():
             prompts = sorted({row.prompts[number] for row in newcomers})
             served = [(prompts.index(row.prompts[number]), row.lanes) for row in newcomers]
             lanes.seat(kept, prompts, served)
+        if self._across is not None:
+            told = [[row.prompts[number] for number in self._abroad] for row in newcomers]
+            self._across.seat(kept, told, [row.lanes for row in newcomers])
         kept_b = torch.tensor(kept, dtype=torch.long, device=self._device)
         self._last_B = torch.cat([self._last_B[kept_b], self._last_B.new_zeros(len(newcomers))])
-        self._sums_B3 = torch.cat([self._sums_B3[kept_b], self._sums_B3.new_zeros(len(newcomers), 3)])
+        self._sums_BN = torch.cat([self._sums_BN[kept_b], self._sums_BN.new_zeros(len(newcomers), 4)])
         self.rows = [*(self.rows[place] for place in kept), *newcomers]
         asked = [row.request for row in self.rows]
         self._alpha = {arm: self._tensor([request.arms.get(arm, 0.0) for request in asked]) for arm in self._arms}
@@ -173,9 +182,11 @@ class Batch:
         Returns:
             logps_BV, base_BV, and per ARM the rows it serves, its α there, and its logits there.
         """
-        for lanes in self._lanes:
+        for lanes in self._lanes.values():
             if lanes.rows:
                 lanes.step(self._last_B)
+        if self._across is not None and self._across.rows:
+            self._across.step(self._last_B, [not row.ended for row in self.rows])
         base_BV, arms = self._logits()
         weight_B = self._base_weight_B
         if self._gate_B is not None:
@@ -183,6 +194,8 @@ class Batch:
             arms = {arm: (at, alpha.masked_fill(alone_B[at], 0.0), values) for arm, (at, alpha, values) in arms.items()}
             weight_B = None if weight_B is None else weight_B.masked_fill(alone_B, 1.0)
         logps_BV = guided_logps(base_BV, arms.values(), self._temperature_B, weight_B)
+        if self._across is not None:
+            logps_BV = torch.log_softmax(logps_BV.masked_fill_(~self._across.judged_BV, -torch.inf), dim=-1)
         if self._cutting is not None:
             at = self._cutting
             logps_BV[at] = truncate(logps_BV[at], self._top_k_B[at], self._top_p_B[at], self._min_p_B[at])
@@ -210,7 +223,9 @@ class Batch:
         )
         if not bool(new_B3.isfinite().all()):
             self._blame(base_BV, arms)
-        self._sums_B3 += new_B3
+        self._sums_BN[:, :3] += new_B3
+        if self._across is not None:
+            self._sums_BN[:, 3] += self._across.left_out_B
         if any(row.watched for row in self.rows):
             self._reward(drawn_B1, base_logps_BV, arms)
         self.append(tokens_B)
@@ -230,13 +245,17 @@ class Batch:
 
     def _logits(self) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor, Tensor]]]:
         """The base's logits, and per ARM the rows it guides, its α there, and its logits there."""
-        arms = {}
-        for lanes in self._lanes:
+        base_BV, arms = cut(self._lanes[0].logits(BASE), self._vocab_size), {}
+        for lanes in self._lanes.values():
             for lane, rows_b in lanes.rows.items():
                 if lane != BASE:
                     at, logits_bV = rows_b.to(self._device), cut(lanes.logits(lane), self._vocab_size)
                     arms[lane] = at, self._alpha[lane][at], logits_bV.to(self._device)
-        return cut(self._lanes[0].logits(BASE), self._vocab_size), arms
+        if self._across is not None:
+            named = {lane for row in self.rows for lane in row.lanes}
+            for lane, (at, values_bV) in self._across.translated(base_BV, named).items():
+                arms[lane] = at, self._alpha[lane][at], values_bV
+        return base_BV, arms
 
     def _ended(self, tokens: list[int]) -> list[tuple[Row, Generation]]:
         ended = []
@@ -247,8 +266,9 @@ class Batch:
             if finish := self._finish(row):
                 row.ended = True
                 text = until_stop(self._spell(row.tokens), row.request.stop).strip()
-                sums = self._sums_B3[place].tolist()
-                ended.append((row, Generation(text, len(row.ids), row.tokens, finish, *sums)))
+                *sums, left_out = self._sums_BN[place].tolist()
+                found = Generation(text, len(row.ids), row.tokens, finish, *sums)
+                ended.append((row, found if self._across is None else replace(found, left_out=left_out)))
         return ended
 
     def _finish(self, row: Row) -> str | None:

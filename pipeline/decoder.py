@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from pipeline.batch import Batch, Generation, Request, Row
 from pipeline.config import UserError
+from pipeline.crosstoken.interpreter import Interpreter, common_vocabulary
 from pipeline.guidance import normalised
-from pipeline.lanes import BASE, Backbone, arranged, common_vocabulary
-from pipeline.models import Source, resolve_device
+from pipeline.lanes import BASE, REFERENCE, Backbone, arranged
+from pipeline.models import Source, resolve_device, same_vocabulary
 from pipeline.trace import GUIDED, Trace
 
 __all__ = ["Draft", "Generation", "GuidedDecoder", "Request", "Trace"]
@@ -41,22 +42,31 @@ class GuidedDecoder:
             print(requests[index].prompt, generation.text)
 
     ARMs that are LoRA adapters of the base run with it in one forward; each of `others`, an ARM that is a model of its
-    own or several on a backbone of theirs, is a further forward. Requests may name any of them, in any mix.
+    own or several on a backbone of theirs, is a further forward. Requests may name any of them, in any mix. ARMs of
+    another tokenizer come with the model that they were made from, as lane `reference`, and guide through
+    `pipeline.crosstoken`: each as if it were an ARM of the base, log π_base + log P_arm − log P_ref.
 
     Args:
         base: the backbone whose lane `base` is steered.
-        others: backbones of further ARMs, of the base's vocabulary.
+        others: backbones of further ARMs.
         batch_size: rows generated at once; halved once if memory does not suffice.
 
     Raises:
-        UserError: an ARM has another tokenizer, or two have one name.
+        UserError: an ARM of another tokenizer comes without its reference, or one of the two tokenizers does not tell
+            its bytes; two lanes have one name.
     """
 
     def __init__(self, base: Backbone, *others: Backbone, batch_size: int = 64) -> None:
         self._backbones = [base, *others]
         if BASE not in base.lanes:
             raise UserError(f"the first backbone has no lane {BASE}: leave its name as it is.")
-        self._vocab_size = common_vocabulary(base.prompter, *self._backbones)
+        self._vocab_size = common_vocabulary(base.prompter, self._backbones)
+        abroad = [one for one in others if not same_vocabulary(base.prompter.tokenizer, one.prompter.tokenizer)]
+        self._interpreter = None
+        if abroad:
+            self._interpreter = Interpreter(base.prompter, base.ends, abroad, self._vocab_size)
+            told = ", ".join(lane for lane in self._interpreter.lanes if lane != REFERENCE)
+            warnings.warn(f"{told}: another tokenizer than the base's, so guidance is across tokenizers.", stacklevel=2)
         self._arms = [lane for backbone in self._backbones for lane in backbone.lanes if lane != BASE]
         self._batch_size = batch_size
         self._halved = False
@@ -81,7 +91,8 @@ class GuidedDecoder:
             arm_base: what the ARMs were made from, where that is not the base: adapters run on it, whole models are
                 loaded and asked as it is.
             policies: adapters of the base itself beside ARMs of another model; with ARMs of the base, name them there.
-            reference: give `arm_base` a lane called `reference`, for the log-ratio form.
+            reference: give `arm_base` a lane called `reference`, for the log-ratio form; one of another tokenizer has
+                it anyway.
             device: as `decoding.device` in the configuration.
             batch_size: rows generated at once.
 
@@ -91,7 +102,8 @@ class GuidedDecoder:
         place = resolve_device(device)
         strong = base if isinstance(base, Source) else Source(base)
         weak = Source(arm_base) if isinstance(arm_base, Path) else arm_base
-        own, beside = arranged(strong, arms, weak, policies or {}, reference)
+        across = weak is not None and not same_vocabulary(strong.prompter().tokenizer, weak.prompter().tokenizer)
+        own, beside = arranged(strong, arms, weak, policies or {}, reference or across)
         backbones = [Backbone(strong.load(place), strong.prompter(), own), *(other.load(place) for other in beside)]
         return cls(*backbones, batch_size=batch_size)
 
@@ -120,7 +132,7 @@ class GuidedDecoder:
             UserError: as `generate`.
         """
         rows = [replace(row, watched=frozenset(row.request.weights) - {BASE}) for row in self._named(requests)]
-        batch = Batch(self._backbones, self._vocab_size)
+        batch = Batch(self._backbones, self._vocab_size, self._interpreter)
         ended: dict[int, Generation] = {}
         batch.seat(rows)
         pieces = self._backbones[0].prompter.pieces
@@ -159,7 +171,7 @@ class GuidedDecoder:
             raise UserError("an empty response has no tokens to explain: give it a text.")
         sizes = map(len, responses)
         asked = [replace(request, max_new_tokens=size) for request, size in zip(requests, sizes, strict=True)]
-        batch = Batch(self._backbones, self._vocab_size)
+        batch = Batch(self._backbones, self._vocab_size, self._interpreter)
         batch.seat([replace(row, watched=frozenset(row.request.weights) - {BASE}) for row in self._named(asked)])
         laws: list[dict[str, list[torch.Tensor]]] = [{} for _ in asked]
         for step in range(max(map(len, responses))):
@@ -257,7 +269,7 @@ class GuidedDecoder:
             for group in [list(of_prompt)]
             for start in range(0, len(group), piece)
         )
-        batch = Batch(self._backbones, self._vocab_size)
+        batch = Batch(self._backbones, self._vocab_size, self._interpreter)
         while True:
             gone = len(batch.rows) - batch.alive
             if not batch.alive or gone >= max(1, len(batch.rows) // _SLACK):

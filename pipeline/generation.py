@@ -290,4 +290,8 @@ def _row(request: Request, generation: Generation) -> Row:
         "seed": request.seed,
         "stream": request.stream,
     }
-    return row if generation.forwards is None else {**row, "forwards": generation.forwards}
+    if generation.forwards is not None:
+        row["forwards"] = generation.forwards
+    if generation.left_out is not None:
+        row["left_out"] = round(generation.left_out, 4)
+    return row

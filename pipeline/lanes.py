@@ -216,7 +216,7 @@ class Lanes:
         first_L = self._index([prompts[prompt][-1] if prompt >= 0 else -1 for _, _, _, prompt in seated])
         self._waiting_L = first_L if newcomers else None
         self._seated = [(self._names[at], row) for at, row, _, _ in seated]
-        self._blocks = _blocks([lane for lane, _ in self._seated])
+        self._blocks = blocks_of([lane for lane, _ in self._seated])
         self.rows = {
             lane: self._index([row for _, row in self._seated[first:last]]) for lane, first, last in self._blocks
         }
@@ -252,7 +252,7 @@ class Lanes:
         length_L = self._index([len(prompt) for prompt in prompts])
         if not any(map(len, prompts)):
             return cache, length_L
-        self._backbone.adapted.serve(_blocks(lanes), step=False)
+        self._backbone.adapted.serve(blocks_of(lanes), step=False)
         ids_LT, mask_LT = left_pad(prompts, self._backbone.prompter.eos, self._device)
         self._backbone.adapted.model.base_model(
             input_ids=ids_LT,
@@ -283,24 +283,9 @@ class Lanes:
         return torch.tensor(places, dtype=torch.long, device=self._device)
 
 
-def _blocks(lanes: Sequence[str]) -> list[Block]:
-    """Where each lane's block begins and ends, given the lane of every block row."""
+def blocks_of(lanes: Sequence[str]) -> list[Block]:
+    """Where each lane's block begins and ends, given the lane of every block row; a lane's rows lie together."""
     return [(lane, lanes.index(lane), lanes.index(lane) + lanes.count(lane)) for lane in dict.fromkeys(lanes)]
-
-
-def common_vocabulary(base: Prompter, *backbones: Backbone) -> int:
-    """How many tokens all models share: their logits are cut to these.
-
-    Raises:
-        UserError: a backbone's tokens mean something else than the base's, or two lanes have one name.
-    """
-    names = [lane for backbone in backbones for lane in backbone.lanes]
-    for lane in names:
-        if names.count(lane) > 1:
-            raise UserError(f"two models are called {lane}: name each ARM differently.")
-    for backbone in backbones:
-        check_vocabulary(base.tokenizer, backbone.prompter.tokenizer, ", ".join(backbone.lanes))
-    return min([base.vocab_size, *(backbone.vocab_size for backbone in backbones)])
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

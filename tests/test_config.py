@@ -283,7 +283,9 @@ def test_dvc_names_the_folders_of_the_workspace():
     where = space.results / "tune" / "${item.base}" / "${item.rival}"
     rival = space.rival("${item.base}", "${item.rival}")
     assert set(outs_of("tune")) == {str(rival), str(where / "curve.csv"), str(where / "metrics.json")}
-    assert {path.rpartition("/")[0] for path in outs_of("weak_to_strong")} == {str(space.results / "weak_to_strong")}
+    assert {path.rpartition("/")[0] for path in outs_of("weak_to_strong")} == {
+        str(space.results / "${weak_to_strong.name}")
+    }
     assert outs_of("generate") == [str(space.results / "generate" / "rows.jsonl")]
     assert outs_of("judge") == [str(space.results / "judge")]
     assert {path.rpartition("/")[0] for path in outs_of("pareto")} == {

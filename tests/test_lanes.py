@@ -104,7 +104,7 @@ def test_two_arms_of_one_name_are_refused(base, prompter, arms):
 
 def test_an_arm_model_with_another_tokenizer_is_refused_by_name(base, prompter):
     foreign = Prompter(tiny_tokenizer(extra=["<other>"]), None)
-    with pytest.raises(UserError, match="stranger: token 4 is '<other>'"):
+    with pytest.raises(UserError, match=r"stranger: token 4 is '<other>', .*weighed against the model"):
         GuidedDecoder(Backbone(base, prompter), Backbone(base, foreign, name="stranger"))
 
 

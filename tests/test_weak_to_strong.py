@@ -59,12 +59,13 @@ def test_every_point_is_a_line_with_its_method_and_alpha(params):
     assert told["dpo"] == ("dpo", "", None)
 
 
-def test_a_point_of_several_objectives_is_refused(compose_params):
-    both = compose_params(
-        "experiment=weak_to_strong", "objectives=default", "+sweep.points.p050.weights.conciseness=1.0"
-    )
-    with pytest.raises(UserError, match=r"sweep\.points\.p050 weighs several objectives"):
-        lines_of(both)
+def test_a_point_of_several_objectives_is_for_none_alone(compose_params):
+    told = {
+        name: dataclasses.astuple(line) for name, line in lines_of(compose_params("experiment=cross_family")).items()
+    }
+    assert told["p100_c000"] == ("genarm_log_ratio", "positivity", "smollm2-135m", 1.0)
+    assert told["p050_c010"] == ("genarm_log_ratio", "", "smollm2-135m", 0.6)
+    assert told["best_of_4/conciseness"] == ("best_of_4", "conciseness", "", None)
 
 
 def test_the_law_of_each_form_by_lane(params):

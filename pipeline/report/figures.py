@@ -162,30 +162,39 @@ def curves(table: pd.DataFrame) -> Drawing:
     return drawn
 
 
-def ladder(table: pd.DataFrame, objective: str) -> Drawing:
-    """One panel per base: the reward of every method with its interval, against KL to that base."""
-    bases = list(table.base.unique())
+def ladder(table: pd.DataFrame, objectives: Sequence[str]) -> Drawing:
+    """One panel per base and objective: the reward of every method with its interval, against KL to that base."""
+    shown = [(base, objective) for base in table.base.unique() for objective in objectives]
     drawn = drawing.new(
-        "ladder", 4.6 * len(bases), 4.6,
+        "ladder", 4.6 * len(shown), 4.6,
         "For each base, reward against KL for the control, guidance, DPO and best-of-N, as in the table.",
     )  # fmt: skip
-    panels = drawn.panels(len(bases), sharey=True)
-    for axes, base in zip(panels, bases, strict=True):
+    panels = drawn.panels(len(shown), sharey=len(objectives) == 1)
+    for axes, (base, objective) in zip(panels, shown, strict=True):
         mine = table[table.base == base]
+        if "picked_by" in mine:
+            mine = mine[mine.picked_by.isin(["", objective])]
         level = mine[mine.method == "control"][f"reward_{objective}"].iloc[0]
         axes.axhline(level, color=CONTROL, lw=0.8, ls=":", zorder=0)
         for method, (marker, colour, label) in _LADDER.items():
             part = mine[mine.method.str.startswith("best_of") if method == "best_of" else mine.method == method]
             if not part.empty:
-                _steps(drawn, axes, part.sort_values("alpha"), objective, (marker, colour, label))
+                weight = f"alpha_{objective}" if f"alpha_{objective}" in part else "alpha"
+                _steps(drawn, axes, part.sort_values([weight, "alpha"]), objective, (marker, colour, label))
         axes.set_title(base, fontsize=10, loc="left", color=INK)
-        label_axes(axes, KL_LABEL, objective if base == bases[0] else "")
+        label_axes(axes, KL_LABEL, objective if len(objectives) > 1 or (base, objective) == shown[0] else "")
     handles, labels = panels[0].get_legend_handles_labels()
     drawn.figure.legend(
         handles, labels, loc="upper center", ncol=len(labels), frameon=False, fontsize=9, labelcolor=INK
     )
     drawn.figure.tight_layout(rect=(0, 0, 1, 0.93))
     return drawn
+
+
+def _strength(line: Mapping[Any, Any]) -> str:
+    """A line's α; where there are several objectives, each one's."""
+    each = [f"{value:g}" for name, value in line.items() if str(name).startswith("alpha_")]
+    return ", ".join(each) if each and line["method"].startswith("genarm") else f"{line['alpha']:g}"
 
 
 def _steps(drawn: Drawing, axes: Axes, part: pd.DataFrame, objective: str, look: tuple[str, str, str]) -> None:
@@ -197,12 +206,12 @@ def _steps(drawn: Drawing, axes: Axes, part: pd.DataFrame, objective: str, look:
         ls="-" if guided else "none", color=colour, ms=11 if marker == "*" else 7, capsize=3, lw=1.2, label=label,
     )  # fmt: skip
     lines = part.to_dict("records")
-    strengths = [f" α = {line['alpha']:g}" if pd.notna(line["alpha"]) else "" for line in lines]
+    strengths = [f" α = {_strength(line)}" if pd.notna(line["alpha"]) else "" for line in lines]
     words = [f"{interval(line, objective, 'reward')}\nKL {line['kl']:.1f} nats" for line in lines]
     drawn.tell(shown, [f"{label}{alpha}\n{said}" for alpha, said in zip(strengths, words, strict=True)])
     for line in lines if guided else ():
         axes.annotate(
-            f"α = {line['alpha']:g}", (line["kl"], line[f"reward_{objective}"]), xytext=(7, -12),
+            f"α = {_strength(line)}", (line["kl"], line[f"reward_{objective}"]), xytext=(7, -12),
             textcoords="offset points", fontsize=8, color=INK,
         )  # fmt: skip
 

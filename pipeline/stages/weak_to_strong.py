@@ -1,4 +1,4 @@
-"""weak_to_strong: one ARM on every base of the ladder: table, figure and page, results/weak_to_strong/.
+"""weak_to_strong: the ARMs on every base of the ladder: table, figure and page, results/<weak_to_strong.name>/.
 
 python -m pipeline.stages.weak_to_strong
 """
@@ -17,7 +17,7 @@ from pipeline.store import Row, read_jsonl, replacing, write_jsonl
 
 def run(params: Params, workspace: Workspace) -> None:
     """Steer each base of `params.weak_to_strong`, compare with what tuning it gives."""
-    results, out = workspace.results, workspace.results / "weak_to_strong"
+    results, out = workspace.results, workspace.results / params.weak_to_strong.name
     prompts = [row["prompt"] for _, row in read_jsonl(results / "prepare" / "prompts.jsonl")]
     bases = params.weak_to_strong.bases
     weak_to_strong.lines_of(params)  # refuses what it cannot compare before anything is generated
@@ -33,7 +33,7 @@ def run(params: Params, workspace: Workspace) -> None:
     write_jsonl(out / "rows.jsonl", rows)
     with replacing(out / "table.csv") as stream:
         table.to_csv(stream, index=False)
-    drawn = figures.ladder(table, next(iter(params.objectives)))
+    drawn = figures.ladder(table, list(params.objectives))
     drawn.save(out / "figure.png")
     names = dict.fromkeys([params.arm.base, *bases])
     ladder = {name: json.loads((results / "fetch" / f"{name}.json").read_text(encoding="utf-8")) for name in names}
