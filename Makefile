@@ -46,6 +46,7 @@ bench: install  ## speed of guided decoding against the unguided base, and of tr
 	python -m tests.bench_decoding
 	python -m tests.bench_training
 	python -m tests.bench_prepare
+	test ! -d models/gemma3-270m || python -m tests.bench_crosstoken
 
 report: install  ## where to look at the results; TRACKING=online builds the report in W&B (BASELINE=group to compare with)
 	@python -m pipeline.report $(if $(TRACKING),--tracking $(TRACKING)) $(if $(BASELINE),--baseline $(BASELINE))

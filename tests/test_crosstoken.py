@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -18,8 +19,10 @@ from pipeline.config import UserError
 from pipeline.crosstoken.exact import END, ByteModel, product, text_logp
 from pipeline.crosstoken.spelling import Spelling
 from pipeline.decoder import GuidedDecoder, Request
+from pipeline.generation import generate_sweep
 from pipeline.lanes import REFERENCE, Backbone
 from pipeline.models import Prompter
+from pipeline.params import Model, Point, Sweep
 from pipeline.processor import GuidanceProcessor
 from tests.foreign import Slow, foreign_model, sentencepiece
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -302,3 +305,27 @@ def test_an_arm_whose_context_is_full_is_one_sentence(tmp_path, prompter):
     decoder = GuidedDecoder(base, Backbone(small, prompter, name=REFERENCE), Backbone(small, prompter, name="one"))
     with pytest.raises(UserError, match="context of 24"):
         list(decoder.generate([Request("Tips?", log_ratio({"one": 1.0}), max_new_tokens=40)]))
+
+
+def test_a_sweep_on_a_base_of_another_family_needs_no_more_than_its_name(smoke_params, tiny, arms, workspace, tmp_path):
+    tokenizer = sentencepiece()
+    foreign_model(len(tokenizer)).save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    spec = Model(source="path", location=str(tmp_path / "source"))
+    models.fetch("foreign", spec, workspace.model("foreign"))
+    shutil.copytree(tiny, workspace.model("tiny"))
+    shutil.copytree(arms["one"], workspace.arm("positivity"))
+    points = {
+        "base": Point(),
+        "plain": Point({"positivity": 1.0}),
+        "ratio": Point({"positivity": 1.0}, form="log_ratio"),
+    }
+    params = dataclasses.replace(
+        smoke_params, base="foreign", models={**smoke_params.models, "foreign": spec},
+        arm=dataclasses.replace(smoke_params.arm, base="tiny"), sweep=Sweep("base", points),
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="positivity: another tokenizer than the base's"):
+        rows = generate_sweep(params, workspace, "foreign", ["Tips?", "Why?"])
+    told = {row["point"]: row["left_out"] for row in rows}
+    assert told["base"] == 0.0
+    assert told["plain"] > 0.0 and told["ratio"] > 0.0

