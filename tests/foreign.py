@@ -6,9 +6,10 @@ from functools import cached_property, lru_cache
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.reference import log_softmax
+from tests.tiny import tiny_model
 
 WORDS = ["good", "great", "rain", "rainy", "the", "there", "happy", "sad", "cat", "and", "a", "on", "walk"]
 
@@ -51,14 +52,8 @@ def sentencepiece() -> PreTrainedTokenizerFast:
     return fast
 
 
-def foreign_model(vocab_size: int, seed: int = 3) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.3,
-        bos_token_id=None, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+def foreign_model(vocab_size: int) -> LlamaForCausalLM:
+    return tiny_model(vocab_size, seed=3).eval()
 
 
 class Slow:
