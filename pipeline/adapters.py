@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.config import UserError
+from pipeline.replay import fused, side_by_side
 
 _UNKNOWN = (  # what PEFT's LoRA can also do and `read_adapter` does not
     "use_dora", "modules_to_save", "alpha_pattern", "lora_bias", "trainable_token_indices", "alora_invocation_tokens",
     "layer_replication", "target_parameters", "use_bdlora", "use_qalora", "arrow_config", "kasa_config",
     "monteclora_config",
 )  # fmt: skip
+_FEW = 16  # rows
 Block = tuple[str, int, int]  # a lane, its first block row, its last + 1
 
 
@@ -91,6 +93,7 @@ class AdaptedModel:
     def __init__(self, model: PreTrainedModel, adapters: Mapping[str, Mapping[str, LowRank]]) -> None:
         shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
         self.model: PreTrainedModel = copy.deepcopy(model, shared)
+        self.lanes = list(adapters)
         names = {layer: name for name, layer in self.model.named_modules()}
         self._groups: list[_Group] = []
         self._served: tuple[tuple[Block, ...], bool] | None = None
@@ -101,7 +104,11 @@ class AdaptedModel:
                 if any(names[layer] in found for layer in layers)
             }
             if updates or len(layers) > 1:
-                self._groups.append(_Group(layers, updates, model.dtype))
+                self._groups.append(_Group(layers, updates, self.lanes, model.dtype))
+        # Layers whose adapters have the same ranks share it.
+        self._adapter_R = {
+            group.ranks: torch.tensor(group.ranks, device=model.device) for group in self._groups if group.ranks
+        }
 
     def serve(self, blocks: Sequence[Block], step: bool) -> None:
         """Say which block rows of the next forward belong to which lane, and whether it is one token or a prompt.
@@ -111,6 +118,31 @@ class AdaptedModel:
         for group in self._groups if (tuple(blocks), step) != self._served else ():
             group.serve(blocks, step)
         self._served = tuple(blocks), step
+
+    def serve_slots(self, adapter_S: Tensor | None) -> None:
+        """Say which adapter each row of the next forward, of one token each, belongs to: its place in `lanes`, or −1.
+
+        The tensor is read while the forward runs, so that a replayed one follows what it holds then. None: no row has
+        an adapter.
+        """
+        self._served, own = None, {}
+        if adapter_S is not None:
+            own = {ranks: adapter_S[:, None] == adapter_R for ranks, adapter_R in self._adapter_R.items()}
+        for group in self._groups:
+            group.serve_slots(own.get(group.ranks))
+
+
+def _low(x_SD: Tensor, a_DR: Tensor, own_SR: Tensor) -> Tensor:
+    """What each row's own adapters make of it: low_SR."""
+    return x_SD @ a_DR * own_SR
+
+
+@fused
+def _few_low(x_SD: Tensor, a_DR: Tensor, own_SR: Tensor) -> Tensor:
+    """As `_low`, as one kernel where a library's product of few rows takes three."""
+    precise = torch.promote_types(x_SD.dtype, torch.float32)
+    low_SR = (x_SD[:, None].to(precise) * a_DR.T.to(precise)).sum(-1)
+    return (low_SR * own_SR).to(x_SD.dtype)
 
 
 def _fed_alike(model: PreTrainedModel, adapted: Collection[str]) -> list[list[nn.Module]]:
@@ -156,7 +188,11 @@ class _Group:
     """Linear layers fed the same tensor, as one product with the low-rank updates of every lane."""
 
     def __init__(
-        self, layers: Sequence[nn.Module], updates: Mapping[str, Sequence[LowRank | None]], dtype: torch.dtype
+        self,
+        layers: Sequence[nn.Module],
+        updates: Mapping[str, Sequence[LowRank | None]],
+        lanes: Sequence[str],
+        dtype: torch.dtype,
     ) -> None:
         self._sizes = [int(cast(Any, layer).out_features) for layer in layers]
         self._plain = layers[0].forward
@@ -166,6 +202,10 @@ class _Group:
         if len(layers) > 1:
             self._join(cast(Sequence[nn.Linear], layers))
         self._updates = {lane: self._stacked(found) for lane, found in updates.items()}
+        # Whose each rank of all adapters side by side is: the adapter's place in `lanes`.
+        self.ranks = tuple(lanes.index(lane) for lane, update in self._updates.items() for _ in update.b_RO)
+        self._all: LowRank | None = None  # side by side, for slots
+        self._own_SR: Tensor | None = None
         self._served: tuple[str, ...] = ()
         self._step = False
         self._rows = self._first = 0
@@ -203,6 +243,7 @@ class _Group:
 
     def serve(self, blocks: Sequence[Block], step: bool) -> None:
         self._input, self._outputs, self._step = None, (), step  # a forward that failed may have left something
+        self._own_SR = None
         served = [(lane, first, last) for lane, first, last in blocks if lane in self._updates and last > first]
         lanes = tuple(lane for lane, _, _ in served)
         if lanes != self._served:
@@ -226,6 +267,18 @@ class _Group:
         foreign_LR = foreign_LR[self._first :]
         self._foreign_LR = foreign_LR.to(self._at_work[0].a_DR.device) if bool(foreign_LR.any()) else None
 
+    def serve_slots(self, own_SR: Tensor | None) -> None:
+        """As `serve`, with rows in any order: which ranks are each row's own, or None if nothing adapts the layers."""
+        self._input, self._outputs, self._own_SR = None, (), own_SR
+        if own_SR is None:
+            self._at_work, self._served = None, ()
+        elif self._all is None:
+            a_DR, b_RO = (
+                torch.cat([getattr(update, side) for update in self._updates.values()], dim=dim).to(self._dtype)
+                for side, dim in (("a_DR", 1), ("b_RO", 0))
+            )
+            self._all = LowRank(a_DR.T.contiguous().T, b_RO)
+
     def _output(self, place: int, given: Tensor) -> Tensor:
         """The output of the layer at `place`; the first of the group to be asked computes all."""
         if given is not self._input:
@@ -235,9 +288,13 @@ class _Group:
             self._input, self._outputs = None, ()
         return output
 
+    def _unadapted(self, x_LTD: Tensor) -> Tensor:
+        return self._plain(x_LTD) if self._weight_OD is None else F.linear(x_LTD, self._weight_OD, self._bias_O)
+
     def _product(self, x_LTD: Tensor) -> Tensor:
-        weight_OD = self._weight_OD
-        y_LTO = self._plain(x_LTD) if weight_OD is None else F.linear(x_LTD, weight_OD, self._bias_O)
+        if self._own_SR is not None:
+            return self._slots_product(x_LTD, self._own_SR)
+        y_LTO = self._unadapted(x_LTD)
         if self._at_work is None:
             return y_LTO
         if x_LTD.dim() != 3 or x_LTD.shape[0] != self._rows:
@@ -248,3 +305,15 @@ class _Group:
             low_LTR.masked_fill_(self._foreign_LR[:, None], 0)
         y_LTO[self._first :] += low_LTR @ update.b_RO
         return y_LTO
+
+    def _slots_product(self, x_S1D: Tensor, own_SR: Tensor) -> Tensor:
+        """The product of a step whose rows are slots: every row times every adapter, what is not its own blanked."""
+        assert self._all is not None
+        a_DR, b_RO = self._all.a_DR, self._all.b_RO
+        low = _few_low if len(x_S1D) <= _FEW else _low
+        # The small product runs while the large one waits for its weights.
+        low_SR, y_S1O = side_by_side(
+            lambda: low(x_S1D[:, 0], a_DR, own_SR), lambda: self._unadapted(x_S1D), device=x_S1D.device
+        )
+        y_S1O[:, 0].addmm_(low_SR, b_RO)
+        return y_S1O

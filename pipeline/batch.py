@@ -14,7 +14,9 @@ from pipeline.config import UserError
 from pipeline.crosstoken.interpreter import Interpreter
 from pipeline.crosstoken.lanes import CrossLanes
 from pipeline.guidance import cut, draw, entropy, guided_logps, kl_divergence, normalised, random_stream, truncate
-from pipeline.lanes import BASE, Backbone, Lanes
+from pipeline.lanes import BASE, Backbone
+from pipeline.replay import Arriving
+from pipeline.static_lanes import StaticLanes, lanes_of, release
 from pipeline.store import digest
 
 
@@ -129,7 +131,9 @@ class Batch:
     def __init__(self, backbones: Sequence[Backbone], vocab_size: int, interpreter: Interpreter | None = None) -> None:
         self.rows: list[Row] = []
         translated = [] if interpreter is None else interpreter.backbones
-        self._lanes = {number: Lanes(one) for number, one in enumerate(backbones) if one not in translated}
+        self._lanes = {number: lanes_of(one) for number, one in enumerate(backbones) if one not in translated}
+        self._static = [lanes for lanes in self._lanes.values() if isinstance(lanes, StaticLanes)]
+        self._ahead = False  # whether the models have read the last tokens already
         self._abroad = [number for number, one in enumerate(backbones) if one in translated]
         self._ends, self._spell = backbones[0].ends, backbones[0].prompter.spell
         self._arms = [lane for backbone in backbones for lane in backbone.lanes if lane != BASE]
@@ -145,6 +149,11 @@ class Batch:
 
     def seat(self, newcomers: Sequence[Row]) -> None:
         """Let ended rows go and add new ones behind those that stay."""
+        if self._ahead:
+            self._ahead = False
+            for lanes in self._static:
+                if lanes.rows:
+                    lanes.rewind()
         kept = [place for place, row in enumerate(self.rows) if not row.ended]
         for number, lanes in self._lanes.items():
             prompts = sorted({row.prompts[number] for row in newcomers})
@@ -172,6 +181,16 @@ class Batch:
         self._min_p_B = self._tensor([request.min_p for request in asked])
         cutting_B = (self._top_k_B > 0) | (self._top_p_B < 1) | (self._min_p_B > 0)
         self._cutting = cutting_B.nonzero()[:, 0] if bool(cutting_B.any()) else None
+        # The streams of all rows lie on the device: a step picks its numbers without waiting for it.
+        longest = max((request.max_new_tokens for request in asked), default=0)
+        streams = [[*row.uniforms, *[0.0] * (longest - len(row.uniforms))] for row in self.rows]
+        self._uniforms_BT = torch.tensor(streams, dtype=torch.float64, device=self._device)
+        self._drawn_B = torch.tensor([len(row.tokens) for row in self.rows], device=self._device)
+
+    def release(self) -> None:
+        """Give the models' sessions back, once no row is generated any more."""
+        for lanes in self._lanes.values():
+            release(lanes)
 
     def _tensor(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._device)
@@ -182,9 +201,9 @@ class Batch:
         Returns:
             logps_BV, base_BV, and per ARM the rows it serves, its α there, and its logits there.
         """
-        for lanes in self._lanes.values():
-            if lanes.rows:
-                lanes.step(self._last_B)
+        if not self._ahead:
+            self._advance()
+        self._ahead = False
         if self._across is not None and self._across.rows:
             self._across.step(self._last_B, [not row.ended for row in self.rows])
         base_BV, arms = self._logits()
@@ -201,6 +220,11 @@ class Batch:
             logps_BV[at] = truncate(logps_BV[at], self._top_k_B[at], self._top_p_B[at], self._min_p_B[at])
         return logps_BV, base_BV, arms
 
+    def _advance(self) -> None:
+        for lanes in self._lanes.values():
+            if lanes.rows:
+                lanes.step(self._last_B)
+
     def append(self, tokens_B: Tensor) -> None:
         """Make these the rows' last tokens."""
         self._last_B = tokens_B.to(self._device)
@@ -208,9 +232,9 @@ class Batch:
     def step(self) -> list[tuple[Row, Generation]]:
         """Draw one token per row; return the rows that ended."""
         logps_BV, base_BV, arms = self.read()
-        places = [min(len(row.tokens), row.request.max_new_tokens - 1) for row in self.rows]
-        uniforms = [row.uniforms[place] for row, place in zip(self.rows, places, strict=True)]
-        tokens_B = draw(logps_BV, torch.tensor(uniforms, dtype=torch.float64, device=self._device))
+        place_B1 = self._drawn_B.clamp_max(self._uniforms_BT.shape[1] - 1)[:, None]  # ended rows draw on, unheard
+        tokens_B = draw(logps_BV, self._uniforms_BT.gather(1, place_B1)[:, 0])
+        self._drawn_B += 1
         base_logps_BV = normalised(base_BV)
         drawn_B1 = tokens_B[:, None]
         new_B3 = torch.stack(
@@ -221,15 +245,29 @@ class Batch:
             ],
             dim=1,
         )
-        if not bool(new_B3.isfinite().all()):
-            self._blame(base_BV, arms)
+        # One look at the device per step: what it drew, and whether all of it was a number.
+        told = Arriving(torch.cat([tokens_B, new_B3.isfinite().all()[None]]))
         self._sums_BN[:, :3] += new_B3
         if self._across is not None:
             self._sums_BN[:, 3] += self._across.left_out_B
         if any(row.watched for row in self.rows):
             self._reward(drawn_B1, base_logps_BV, arms)
         self.append(tokens_B)
-        return self._ended(tokens_B.tolist())
+        if self._goes_on():
+            self._advance()
+            self._ahead = True
+        *tokens, finite = told.tolist()
+        if not finite:
+            self._blame(base_BV, arms)
+        return self._ended(tokens)
+
+    def _goes_on(self) -> bool:
+        """Whether models read the new tokens before they are looked at here: the device then never waits for Python.
+
+        In vain where a row ends, so not for many rows, nor where one reaches its length.
+        """
+        last = any(len(row.tokens) + 1 >= row.request.max_new_tokens for row in self.rows if not row.ended)
+        return not last and len(self._static) == len(self._lanes) and all(lanes.small for lanes in self._static)
 
     def _reward(
         self, drawn_B1: Tensor, base_logps_BV: Tensor, arms: Mapping[str, tuple[Tensor, Tensor, Tensor]]

@@ -3,6 +3,7 @@
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -16,6 +17,7 @@ from pipeline.crosstoken.interpreter import Interpreter, common_vocabulary
 from pipeline.guidance import normalised
 from pipeline.lanes import BASE, REFERENCE, Backbone, arranged
 from pipeline.models import Source, resolve_device, same_vocabulary
+from pipeline.replay import lacks_memory
 from pipeline.trace import GUIDED, Trace
 
 __all__ = ["Draft", "Generation", "GuidedDecoder", "Request", "Trace"]
@@ -132,21 +134,21 @@ class GuidedDecoder:
             UserError: as `generate`.
         """
         rows = [replace(row, watched=frozenset(row.request.weights) - {BASE}) for row in self._named(requests)]
-        batch = Batch(self._backbones, self._vocab_size, self._interpreter)
         ended: dict[int, Generation] = {}
-        batch.seat(rows)
         pieces = self._backbones[0].prompter.pieces
-        while batch.alive:
-            ended |= {row.index: generation for row, generation in batch.step()}
-            yield [
-                Draft(
-                    tuple(row.tokens),
-                    pieces(row.tokens),
-                    {name: tuple(rewards) for name, rewards in row.rewards.items()},
-                    ended.get(row.index),
-                )
-                for row in rows
-            ]
+        with self._batch() as batch:
+            batch.seat(rows)
+            while batch.alive:
+                ended |= {row.index: generation for row, generation in batch.step()}
+                yield [
+                    Draft(
+                        tuple(row.tokens),
+                        pieces(row.tokens),
+                        {name: tuple(rewards) for name, rewards in row.rewards.items()},
+                        ended.get(row.index),
+                    )
+                    for row in rows
+                ]
 
     def trace(self, request: Request, tokens: Sequence[int]) -> Trace:
         """What base, ARMs and the guided law say of each token of a response to the request's prompt.
@@ -171,19 +173,19 @@ class GuidedDecoder:
             raise UserError("an empty response has no tokens to explain: give it a text.")
         sizes = map(len, responses)
         asked = [replace(request, max_new_tokens=size) for request, size in zip(requests, sizes, strict=True)]
-        batch = Batch(self._backbones, self._vocab_size, self._interpreter)
-        batch.seat([replace(row, watched=frozenset(row.request.weights) - {BASE}) for row in self._named(asked)])
         laws: list[dict[str, list[torch.Tensor]]] = [{} for _ in asked]
-        for step in range(max(map(len, responses))):
-            guided_BV, base_BV, arms = batch.read()
-            everywhere = torch.arange(len(asked), device=base_BV.device)
-            said = {BASE: (everywhere, base_BV), **{name: (at, values) for name, (at, _, values) in arms.items()}}
-            said = {name: (at, normalised(values)) for name, (at, values) in said.items()}
-            for name, (at, logps_BV) in {**said, GUIDED: (everywhere, guided_BV)}.items():
-                for place, row in enumerate(at.tolist()):
-                    if step < len(responses[row]):
-                        laws[row].setdefault(name, []).append(logps_BV[place].cpu())
-            batch.append(torch.tensor([tokens[min(step, len(tokens) - 1)] for tokens in responses]))
+        with self._batch() as batch:
+            batch.seat([replace(row, watched=frozenset(row.request.weights) - {BASE}) for row in self._named(asked)])
+            for step in range(max(map(len, responses))):
+                guided_BV, base_BV, arms = batch.read()
+                everywhere = torch.arange(len(asked), device=base_BV.device)
+                said = {BASE: (everywhere, base_BV), **{name: (at, values) for name, (at, _, values) in arms.items()}}
+                said = {name: (at, normalised(values)) for name, (at, values) in said.items()}
+                for name, (at, logps_BV) in {**said, GUIDED: (everywhere, guided_BV)}.items():
+                    for place, row in enumerate(at.tolist()):
+                        if step < len(responses[row]):
+                            laws[row].setdefault(name, []).append(logps_BV[place].cpu())
+                batch.append(torch.tensor([tokens[min(step, len(tokens) - 1)] for tokens in responses]))
         spell = self._backbones[0].prompter
         return [
             Trace(one, list(tokens), {name: torch.stack(parts) for name, parts in found.items()}, spell)
@@ -244,8 +246,8 @@ class GuidedDecoder:
                 for row, generation in self._run(list(left.values())):
                     del left[row.index]
                     yield row.index, generation
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+            except (MemoryError, RuntimeError) as error:
+                if not lacks_memory(error):
                     raise
                 if self._halved or self._batch_size == 1:
                     raise UserError(
@@ -269,14 +271,29 @@ class GuidedDecoder:
             for group in [list(of_prompt)]
             for start in range(0, len(group), piece)
         )
+        with self._batch() as batch:
+            while True:
+                gone = len(batch.rows) - batch.alive
+                if not batch.alive or gone >= max(1, len(batch.rows) // _SLACK):
+                    newcomers: list[Row] = []
+                    while waiting and batch.alive + len(newcomers) + len(waiting[0]) <= self._batch_size:
+                        newcomers += waiting.popleft()
+                    if not batch.alive and not newcomers:
+                        return
+                    batch.seat(newcomers)
+                yield from batch.step()
+
+    @contextmanager
+    def _batch(self) -> Iterator[Batch]:
+        """A batch whose sessions the next one may take over, unless an error left them half-way."""
         batch = Batch(self._backbones, self._vocab_size, self._interpreter)
-        while True:
-            gone = len(batch.rows) - batch.alive
-            if not batch.alive or gone >= max(1, len(batch.rows) // _SLACK):
-                newcomers: list[Row] = []
-                while waiting and batch.alive + len(newcomers) + len(waiting[0]) <= self._batch_size:
-                    newcomers += waiting.popleft()
-                if not batch.alive and not newcomers:
-                    return
-                batch.seat(newcomers)
-            yield from batch.step()
+        try:
+            yield batch
+        except Exception:
+            for backbone in self._backbones:
+                backbone.idle.clear()  # and what they hold, should memory have run out
+            raise
+        except GeneratorExit:  # whoever asked wants no more of it
+            batch.release()
+            raise
+        batch.release()

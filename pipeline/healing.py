@@ -161,7 +161,7 @@ def make_sibling(params: Params, workspace: Workspace, name: str) -> dict[str, f
     identity = digest([models.model_digest(source.folder), str(dtype), asdict(config)])
     checkpoints = workspace.scratch / "healing" / f"{name}-{identity}"
     child, history = heal(parent, train, held_out, config, dtype, prompter.eos, checkpoints)
-    child.to(dtype)  # type: ignore[arg-type]
+    child.to(parent.device, dtype)  # type: ignore[arg-type]  # Lightning leaves it on the CPU
     measured = compare(parent, child, held_out, config.batch_size, prompter.eos)
     with models.replacing_folder(workspace.model(name)) as partial:
         child.save_pretrained(partial)

@@ -122,6 +122,24 @@ class Backbone:
         self.vocab_size = min(prompter.vocab_size, int(model.config.vocab_size))
         self.ends = ends_of(prompter, model.generation_config)
         self.adapted = AdaptedModel(model, {lane: read_adapter(folder, model) for lane, folder in adapters.items()})
+        # Whether rows are kept in fixed shapes, whose steps a GPU replays: see `pipeline.static_lanes`.
+        self.static = self.device.type == "cuda" and has_fixed_shapes(model)
+        self.idle: list[Any] = []  # sessions of fixed shapes that wait for rows
+
+
+def has_fixed_shapes(model: PreTrainedModel) -> bool:
+    """Whether a step of the model can be one of fixed shapes that never waits for the device.
+
+    Not where it looks back a window only, spreads over several devices, is quantised (whose kernels may look at the
+    data), routes tokens to experts, or changes its rotary embedding with the length.
+    """
+    config = model.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {one.get("rope_type") for one in [rope, *rope.values()] if isinstance(one, dict)}
+    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+    spread = hasattr(model, "hf_device_map") or getattr(model, "is_quantized", False)
+    routed = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    return plain and config._attn_implementation == "sdpa" and not (spread or routed or kinds & {"dynamic", "longrope"})
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.guidance import normalised
@@ -153,5 +154,7 @@ def reward_metrics(chosen_B: Tensor, rejected_B: Tensor, beta: Tensor | float) -
 
 
 def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether no tensor holds a NaN or an infinity."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+    """Whether no tensor holds a NaN or an infinity; the device is waited for once, whatever their number."""
+    finite = [torch.isfinite(tensor).all() for tensor in tensors]
+    whole = [flag.full_tensor() if isinstance(flag, DTensor) else flag for flag in finite]
+    return not whole or bool(torch.stack(whole).all())

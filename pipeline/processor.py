@@ -16,6 +16,7 @@ from pipeline.crosstoken.lanes import CrossLanes
 from pipeline.guidance import cut, guided_logps
 from pipeline.lanes import BASE, Backbone, Lanes, ends_of
 from pipeline.models import Prompter, same_vocabulary
+from pipeline.static_lanes import StaticLanes, lanes_of
 
 
 class GuidanceProcessor(LogitsProcessor):
@@ -68,7 +69,7 @@ class GuidanceProcessor(LogitsProcessor):
                 )
             self._interpreter = Interpreter(prompter, ends_of(prompter, None), self._abroad, self._vocab_size)
         self._prompts = [[one.prompter.prompt_ids(prompt) for one in self._abroad] for prompt in prompts]
-        self._lanes: list[Lanes] = []
+        self._lanes: list[Lanes | StaticLanes] = []
         self._across: CrossLanes | None = None
         self._mask, self._pad = attention_mask, prompter.tokenizer.pad_token_id
         # A prompt may begin with the very token that also pads.
@@ -116,7 +117,7 @@ class GuidanceProcessor(LogitsProcessor):
             raise UserError("a prompt holds a special token that not all models know: leave it out.")
         prompts = [list(prompt) for prompt in sorted(set(map(tuple, rows)))]
         served = [(prompts.index(row), self._weights.keys()) for row in rows]
-        self._lanes = [Lanes(backbone) for backbone in self._backbones]
+        self._lanes = [lanes_of(backbone) for backbone in self._backbones]
         for lanes in self._lanes:
             lanes.seat([], prompts, served)
         if self._interpreter is not None:
