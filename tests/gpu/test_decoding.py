@@ -1,0 +1,97 @@
+"""The guided decoder on a GPU: the same law, the same rows as on the CPU, whatever stands around them."""
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import models
+from pipeline.decoder import GuidedDecoder, Request
+from pipeline.lanes import REFERENCE, Backbone
+from pipeline.models import Prompter
+from pipeline.processor import GuidanceProcessor
+from tests import test_processor
+from tests.foreign import foreign_model, sentencepiece
+from tests.gpu.rows import changed
+from tests.reference import CPU, POINTS, PROMPTS, requests, run
+from tests.test_crosstoken import log_ratio
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 0.0])
+def test_decoder_equals_an_independent_float64_loop(backbone_of, reference, static, temperature):
+    wanted = requests(temperature=temperature)
+    rows = run(GuidedDecoder(backbone_of(static=static), batch_size=8), wanted)
+    for request, row in zip(wanted, rows, strict=True):
+        tokens, sums, _ = reference.row(request)
+        assert row.tokens == tokens
+        np.testing.assert_allclose([row.logp, row.logp_base, row.kl], sums, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("how", [{}, {"top_k": 20, "top_p": 0.9, "min_p": 0.01}, {"gate": 2.0}], ids=str)
+def test_rows_draw_the_same_tokens_as_on_the_cpu(backbone_of, static, how):
+    wanted = [
+        Request(prompt, point, max_new_tokens=12, sample=sample, **how)
+        for sample in range(3) for prompt in PROMPTS for point in POINTS
+    ]  # fmt: skip
+    here = run(GuidedDecoder(backbone_of(static=static), batch_size=16), wanted)
+    there = run(GuidedDecoder(backbone_of(CPU), batch_size=16), wanted)
+    assert changed(here, there, f"device and CPU, {how}") <= 1
+
+
+def test_rows_that_take_the_places_of_others_are_what_they_are_alone(backbone_of, static):
+    lengths = [1, 2, 3, 60, 5, 90, 8, 30]
+    wanted = [
+        Request(PROMPTS[n % 5], POINTS[n % 4], temperature=0.7, max_new_tokens=lengths[n % 8], sample=n)
+        for n in range(40)
+    ]
+    backbone = backbone_of(static=static)
+    together = run(GuidedDecoder(backbone, batch_size=8), wanted)
+    alone = run(GuidedDecoder(backbone, batch_size=1), wanted)
+    assert len({len(row.tokens) for row in alone}) > 5
+    assert changed(together, alone, "eight at once and one at a time") <= 1
+
+
+@pytest.mark.parametrize("candidates", [64, 10**9])
+@pytest.mark.filterwarnings("ignore:.*another tokenizer")
+def test_arms_of_another_tokenizer_guide_as_on_the_cpu(backbone_of, device, static, candidates):
+    tokenizer, found = sentencepiece(), []
+    wanted = [
+        Request(prompt, log_ratio(weights), max_new_tokens=10, seed=seed)
+        for prompt in PROMPTS for weights in ({"one": 1.0}, {"one": 0.5, "two": 0.7}) for seed in (0, 1)
+    ]  # fmt: skip
+    for place, fixed in ((device, static), (CPU, False)):
+        base = Backbone(foreign_model(len(tokenizer)).to(place), Prompter(tokenizer, None))
+        base.static = fixed
+        decoder = GuidedDecoder(base, backbone_of(place, static=fixed, name=REFERENCE), batch_size=8)
+        decoder._interpreter.candidates = candidates
+        found.append(run(decoder, wanted))
+    assert changed(*found, "across tokenizers, device and CPU") <= 1
+    assert [row.left_out for row in found[0]] == pytest.approx([row.left_out for row in found[1]], abs=1e-3)
+
+
+def test_generate_and_the_decoder_choose_the_same_tokens(tiny, prompter, arms, device, static):
+    model = models.load_model(tiny, torch.float32, device)
+    arm, base = Backbone(model, prompter, arms, name=None), Backbone(model, prompter, arms)
+    arm.static = base.static = static
+    given = test_processor.inputs(prompter)
+    given |= {name: given[name].to(device) for name in ("input_ids", "attention_mask")}
+    guidance = GuidanceProcessor(prompter, test_processor.WEIGHTS, arm)
+    found = model.generate(**given, do_sample=False, max_new_tokens=12, logits_processor=[guidance])
+    wanted = [
+        Request(prompt, test_processor.WEIGHTS, temperature=0.0, max_new_tokens=12) for prompt in test_processor.PROMPTS
+    ]
+    for tokens, row in zip(found, run(GuidedDecoder(base), wanted), strict=True):
+        assert tokens[given["input_ids"].shape[1] :].tolist()[: len(row.tokens)] == row.tokens
+
+
+@pytest.mark.filterwarnings("ignore:.*another tokenizer")
+def test_generate_is_guided_across_tokenizers_too(backbone_of, device, static):
+    tokenizer = sentencepiece()
+    prompter, model = Prompter(tokenizer, None), foreign_model(len(tokenizer)).to(device)
+    base, arm = Backbone(model, prompter), backbone_of(static=static, name=REFERENCE)
+    base.static = static
+    weights = {"one": 1.0, REFERENCE: -1.0}
+    guidance = GuidanceProcessor(prompter, weights, arm, prompts=["Tips?"])
+    ids = torch.tensor([prompter.prompt_ids("Tips?")], device=device)
+    found = model.generate(ids, do_sample=False, max_new_tokens=10, logits_processor=[guidance], pad_token_id=0)
+    (row,) = run(GuidedDecoder(base, arm), [Request("Tips?", weights, temperature=0.0, max_new_tokens=10)])
+    assert found[0, ids.shape[1] :].tolist()[: len(row.tokens)] == row.tokens
