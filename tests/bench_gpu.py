@@ -63,18 +63,16 @@ from pipeline.models import Prompter, resolve_device
 from pipeline.store import replacing, write_json
 
 DEVICE = resolve_device("auto")
-SHARES = {"decoding": 0.6, "profile": 0.12, "training": 0.28}  # of the time; what a part leaves goes to the next
+SHARES = {"decoding": 0.62, "profile": 0.1, "training": 0.28}  # of the time; what a part leaves goes to the next
 FILES = {"decoding": "gpu.csv", "profile": "gpu_profile.txt", "training": "gpu_training.csv"}
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 STEPS, WARM = 6, 2  # of training, and how many of them are not counted
 _SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 SHAPES = {"7b": (4096, 32, 32, 32, 11008), "1b": (2048, 16, 32, 8, 8192), "13b": (5120, 40, 40, 40, 13824)}
 Cell = tuple[str, int]  # a method and its k
-CELLS: dict[str, list[Cell]] = {
-    "7b": [("unguided", 0), ("ours", 0), ("ours", 2), ("ours", 1), ("eager", 2), ("own", 1), ("naive", 2)],
-    "1b": [("unguided", 0), ("ours", 0), ("ours", 2), ("ours", 1), ("eager", 2)],
-    "13b": [("unguided", 0), ("ours", 0), ("ours", 2)],
-}
+QUICK: list[Cell] = [("ours", 0), ("ours", 1), ("ours", 2)]
+OWN, GENERATE, EAGER, NAIVE = ("own", 1), ("unguided", 0), ("eager", 2), ("naive", 2)
+SLOW = ("unguided", "eager", "naive")  # methods that launch kernel by kernel, whatever else is in the way
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class Scale:
     shapes: dict[str, tuple[int, ...]]
     vocabulary: int
     dtype: torch.dtype
-    settings: tuple[tuple[str, int, int], ...]  # model, batch and tokens of a prompt, the most important first
+    settings: tuple[tuple[str, int, int, list[Cell]], ...]  # model, batch, tokens of a prompt; what matters most first
     new_tokens: int
     pairs: int  # of a training step
     prompts: dict[str, int]  # words of those that are trained on
@@ -95,13 +93,18 @@ class Scale:
 
 FULL = Scale(
     SHAPES, 32_000, torch.bfloat16,
-    (*(("7b", batch, length) for length in (64, 1024) for batch in (1, 32, 8, 128)),
-     ("1b", 1, 64), ("1b", 32, 64), ("13b", 1, 64), ("13b", 32, 64)),
-    64, 8, {"short": 64, "long": 512}, 48, 2**32, 8192,
+    (("7b", 1, 64, [GENERATE, *QUICK, OWN, EAGER, NAIVE]), ("7b", 32, 64, [GENERATE, *QUICK, OWN, EAGER]),
+     ("7b", 8, 64, [GENERATE, *QUICK, OWN]), ("7b", 128, 64, [GENERATE, *QUICK, OWN]),
+     ("7b", 1, 1024, [GENERATE, *QUICK, OWN]), ("7b", 32, 1024, [GENERATE, *QUICK, OWN]),
+     ("7b", 8, 1024, [*QUICK]), ("7b", 128, 1024, [*QUICK]),
+     ("1b", 1, 64, [GENERATE, *QUICK]), ("1b", 32, 64, [GENERATE, *QUICK]),
+     ("13b", 1, 64, [GENERATE, *QUICK]), ("13b", 32, 64, [GENERATE, *QUICK])),
+    32, 8, {"short": 64, "long": 512}, 48, 2**32, 8192,
 )  # fmt: skip
 TINY = Scale(
     dict.fromkeys(SHAPES, (64, 2, 4, 2, 128)), 512, torch.float32,
-    (("7b", 1, 8), ("7b", 2, 8), ("1b", 2, 8), ("13b", 1, 8)), 6, 2, {"short": 8, "long": 16}, 6, 2**20, 128,
+    (("7b", 1, 8, [GENERATE, *QUICK, OWN, EAGER, NAIVE]), ("1b", 2, 8, [GENERATE, *QUICK]), ("13b", 1, 8, QUICK)),
+    6, 2, {"short": 8, "long": 16}, 6, 2**20, 128,
 )  # fmt: skip
 scale = FULL
 
@@ -298,10 +301,11 @@ class Models:
         return found
 
 
-def setting(models: Models, batch: int, length: int, copying: float, deadline: float) -> Iterator[list[dict[str, Any]]]:
+def setting(
+    models: Models, batch: int, length: int, cells: list[Cell], copying: float, deadline: float
+) -> Iterator[list[dict[str, Any]]]:
     """All methods on the same prompts: the rows of the table, again and again as repetitions are done."""
     new, prompts = scale.new_tokens, texts(length, batch, length)
-    cells = [cell for cell in CELLS[models.name] if cell[0] != "naive" or length < 1024]
     seconds: dict[Cell, list[float | None]] = {cell: [] for cell in cells}
     halves: dict[Cell, list[float | None]] = {cell: [] for cell in cells}
     peaks: dict[Cell, float] = {}
@@ -325,7 +329,7 @@ def setting(models: Models, batch: int, length: int, copying: float, deadline: f
         return spent
 
     def ratio(cell: Cell, floor: Cell) -> float | None:
-        pairs = zip(seconds[cell], seconds[floor], strict=False)
+        pairs = zip(seconds[cell], seconds.get(floor, []), strict=False)
         found = [other / mine for mine, other in pairs if mine and other]
         return round(statistics.median(found), 3) if found else None
 
@@ -348,13 +352,13 @@ def setting(models: Models, batch: int, length: int, copying: float, deadline: f
 
     try:
         for cell in cells:  # warm-up
-            run(cell, new)
+            run(cell, 2 if cell[0] in SLOW else new)
         for _ in range(3 if batch <= 8 else 2):
             for cell in cells:
                 seconds[cell].append(run(cell, new))
             yield [row(cell) for cell in cells]
-        for cell in cells:  # short runs tell a step's time badly
-            for _ in range(3 if models.last.get(cell, 1) < 1 else 1):
+        for cell in cells:  # short runs tell the time of a step badly
+            for _ in range(3 if models.last.get(cell, 1) < 0.7 else 1):
                 halves[cell].append(run(cell, new // 2))
     except TimeoutError:
         pass
@@ -368,7 +372,7 @@ def decoding(out: Path, deadline: float, wanted: list[str]) -> None:
     lines: list[dict[str, Any]] = []
     models: Models | None = None
     with tempfile.TemporaryDirectory() as folder:
-        for name, batch, length in (one for one in scale.settings if one[0] in wanted):
+        for name, batch, length, cells in (one for one in scale.settings if one[0] in wanted):
             started, rows = time.perf_counter(), []
             try:
                 need(deadline, 10 if scale is FULL else 0)
@@ -376,11 +380,11 @@ def decoding(out: Path, deadline: float, wanted: list[str]) -> None:
                     models = None
                     clean()
                     models = Models(name, Path(folder))
-                if length >= 1024:  # whose caches need the room
+                if NAIVE not in cells:  # whose copies take room
                     models.__dict__.pop("merged", None)
+                models.base.idle.clear()
                 clean()
-                need(deadline, 2 * sum(models.last.values()))
-                for rows in setting(models, batch, length, machine["copy_bytes_per_s"], deadline):
+                for rows in setting(models, batch, length, cells, machine["copy_bytes_per_s"], deadline):
                     save(out / "gpu.csv", [*lines, *rows])
             except Exception as error:
                 rows = [{"model": name, "batch": batch, "prompt_tokens": length, "error": told(error), "card": card()}]
@@ -426,7 +430,7 @@ def profile(out: Path, deadline: float, _: list[str]) -> None:
     found: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         models = Models("7b", Path(folder))
-        for method, k in [("ours", 0), ("ours", 2), ("eager", 2), ("eager", 0)]:
+        for method, k in [("ours", 0), ("ours", 2), ("eager", 2)]:
             try:
                 need(deadline, 3)
                 found.append(steps_of(models, method, k))
@@ -503,7 +507,7 @@ def train(out: Path, deadline: float, wanted: list[str]) -> None:
         }
         speeds: dict[str, list[float]] = {each: [] for each in found}
         tokens, last = {}, {"ours": 7.0 if scale is FULL else 0.0, "trl": 7.0 if scale is FULL else 0.0}
-        for trainer, run in (("ours", ours), ("trl", trl)) * 2:
+        for trainer, run in (("ours", ours), ("trl", trl)) * (2 if kind == "short" else 1):
             clean()
             row, started = found[trainer], time.perf_counter()
             try:
