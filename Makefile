@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help install repro test params plan lint smoke bench report vllm test-vllm bench-vllm serve pictures playground clean
+.PHONY: help install repro test params plan lint smoke bench bench-gpu test-gpu report vllm test-vllm bench-vllm serve pictures playground clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -47,6 +47,12 @@ bench: install  ## speed of guided decoding against the unguided base, and of tr
 	python -m tests.bench_training
 	python -m tests.bench_prepare
 	test ! -d models/gemma3-270m || python -m tests.bench_crosstoken
+
+test-gpu: install  ## the tests that need a GPU (tests/gpu); elsewhere they are skipped
+	python -m pytest tests/gpu -n 4 --dist load -rs
+
+bench-gpu: install  ## speed on a GPU, with random models of 1B, 7B and 13B; seven minutes (FLAGS="--seconds 600")
+	python -m tests.bench_gpu $(FLAGS)
 
 report: install  ## where to look at the results; TRACKING=online builds the report in W&B (BASELINE=group to compare with)
 	@python -m pipeline.report $(if $(TRACKING),--tracking $(TRACKING)) $(if $(BASELINE),--baseline $(BASELINE))

@@ -151,9 +151,9 @@ class Batch:
         """Let ended rows go and add new ones behind those that stay."""
         if self._ahead:
             self._ahead = False
-            for lanes in self._static:
-                if lanes.rows:
-                    lanes.rewind()
+            for static in self._static:
+                if static.rows:
+                    static.rewind()
         kept = [place for place, row in enumerate(self.rows) if not row.ended]
         for number, lanes in self._lanes.items():
             prompts = sorted({row.prompts[number] for row in newcomers})

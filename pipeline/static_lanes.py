@@ -24,6 +24,8 @@ _AT_ONCE = 32_768  # tokens of prompts that are read in one forward
 class _SlotLayer(DynamicLayer):
     """One layer's keys and values: a step writes those of its tokens at their columns and reads all columns."""
 
+    keys: Tensor
+    values: Tensor
     column_S: Tensor
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -65,7 +67,7 @@ class StaticLanes:
         self._row_S = self._index([])
         self._adapted = False  # whether any slot has an adapter: else none is multiplied with
         self._waiting_S: Tensor | None = None  # the last prompt token of new rows, −1 at the others
-        self._replayed: ReplayedStep | None = None
+        self._steps: dict[bool, ReplayedStep] = {}  # with adapters and without
         self._logits_SV: Tensor | None = None
 
     def seat(
@@ -97,9 +99,9 @@ class StaticLanes:
         if (longest := self._longest()) >= self._columns and self._columns < self.backbone.context:
             self._move(range(len(self._slots)), len(self._slots), _rounded_columns(longest + 1, len(self._slots)))
         self._lengths = [length + 1 for length in self._lengths]
-        if self._replayed is None:
-            self._replayed = ReplayedStep(self._forward, self._device)
-        self._logits_SV = self._replayed()
+        if self._adapted not in self._steps:
+            self._steps[self._adapted] = ReplayedStep(self._forward, self._device)
+        self._logits_SV = self._steps[self._adapted]()
 
     def rewind(self) -> None:
         """Undo the last step, for rows that stay: the next one reads its token again, to the same place."""
@@ -164,7 +166,7 @@ class StaticLanes:
             torch.cat([held[from_b], held.new_zeros(behind)])
             for held in (self._token_S, self._length_S, self._adapter_S)
         )
-        self._columns, self._replayed, self._logits_SV = columns, None, None
+        self._columns, self._steps, self._logits_SV = columns, {}, None
 
     def _read(self, slots: Sequence[int], asked: Sequence[tuple[str, tuple[int, ...]]]) -> None:
         """Read all but the last token of each new slot's prompt, once per lane and prompt."""
@@ -204,9 +206,7 @@ class StaticLanes:
 
     def _index_rows(self) -> None:
         self._row_S = self._index([one[1] if one else 0 for one in self._slots])
-        adapted = any(one and one[0] in self.backbone.adapted.lanes for one in self._slots)
-        if adapted != self._adapted:
-            self._adapted, self._replayed = adapted, None
+        self._adapted = any(one and one[0] in self.backbone.adapted.lanes for one in self._slots)
         self.rows, self._places = {}, {}
         for lane in self.backbone.lanes:
             served = sorted((one[1], slot) for slot, one in enumerate(self._slots) if one and one[0] == lane)
@@ -261,4 +261,4 @@ def lanes_of(backbone: Backbone) -> Lanes | StaticLanes:
 def release(lanes: Lanes | StaticLanes) -> None:
     """Give a session back that no row is in any more: a small one is kept for the next, with memory and graph."""
     if isinstance(lanes, StaticLanes) and lanes.small:
-        lanes.backbone.idle = [lanes]
+        lanes.backbone.idle[:] = [lanes]

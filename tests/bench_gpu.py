@@ -16,12 +16,12 @@ interleaved. What fails says why in column `error`, and the rest goes on.
     ours        `GuidedDecoder` as it is: base and ARMs are one forward, replayed as a CUDA graph; k = 0 is the base
     own         `GuidedDecoder` with a model of its own as ARM, 1b guiding 7b
 
-tokens_per_s is of the whole call, reading of prompts and capture of graphs included (median, low and high). Ratios are
-of tokens_per_s within a repetition, to `ours` at k = 0 (ratio_to_unguided) and to `unguided` (ratio_to_generate).
-step_ms is one more step, prompts and capture left out: (t(N) − t(N/2)) / (N/2). bandwidth_share is the least that such
-a step reads (weights, and keys and values at their mean length) over step_ms and over the copy bandwidth, which counts
-bytes read and written: weights are only read, so 1 is what a copy reaches and no strict bound. peak_gb leaves out the
-weights of models that the method does not use.
+tokens_per_s is of the whole call (median, low and high): reading of prompts included, and capture of graphs where more
+than one row is generated. Ratios are of tokens_per_s within a repetition, to `ours` at k = 0 (ratio_to_unguided) and to
+`unguided` (ratio_to_generate). step_ms is one more step of running rows. bandwidth_share is the least that such a step
+reads (weights, and keys and values) over step_ms and over the copy bandwidth, which counts bytes read and written:
+weights are only read, so 1 is what a copy reaches and no strict bound. peak_gb leaves out the weights of models that
+the method does not use.
 
 Training is a step of 8 pairs with a LoRA adapter of the default shape in bfloat16, responses of 48 words behind prompts
 of 64 (short) or 512 (long): `ours` is `pipeline.training.fit`, `trl` TRL's CPOTrainer with the same loss, its weights
@@ -72,6 +72,7 @@ SHAPES = {"7b": (4096, 32, 32, 32, 11008), "1b": (2048, 16, 32, 8, 8192), "13b":
 Cell = tuple[str, int]  # a method and its k
 QUICK: list[Cell] = [("ours", 0), ("ours", 1), ("ours", 2)]
 OWN, GENERATE, EAGER, NAIVE = ("own", 1), ("unguided", 0), ("eager", 2), ("naive", 2)
+UNDER_WAY = 8  # steps
 SLOW = ("unguided", "eager", "naive")  # methods that launch kernel by kernel, whatever else is in the way
 
 
@@ -169,10 +170,21 @@ def now() -> float:
     return time.perf_counter()
 
 
+def seconds_of(run: Callable[[], Any], times: int) -> float:
+    """Of one run, the first three left out."""
+    for _ in range(3):
+        run()
+    started = now()
+    for _ in range(times):
+        run()
+    return (now() - started) / times
+
+
 def clean() -> None:
     """Give all memory back that nothing holds, and forget the peak."""
     gc.collect()
     if DEVICE.type == "cuda":
+        torch.cuda.init()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(DEVICE)
 
@@ -193,17 +205,10 @@ def save(path: Path, lines: list[dict[str, Any]]) -> None:
 def ceilings() -> dict[str, Any]:
     """The card, and how fast it copies and multiplies."""
 
-    def seconds(run: Callable[[], Any]) -> float:
-        for place in range(13):
-            if place == 3:
-                started = now()
-            run()
-        return (now() - started) / 10
-
     pair = torch.randint(256, (2, scale.copied), dtype=torch.uint8, device=DEVICE)
-    copying = seconds(lambda: pair[0].copy_(pair[1]))
+    copying = seconds_of(lambda: pair[0].copy_(pair[1]), 10)
     left, right = torch.randn(2, scale.product, scale.product, device=DEVICE, dtype=scale.dtype)
-    multiplying = seconds(lambda: left @ right)
+    multiplying = seconds_of(lambda: left @ right, 10)
     return {
         "card": card(), "torch": torch.__version__, "transformers": version("transformers"),
         "copy_bytes_per_s": round(2 * scale.copied / copying),
@@ -221,6 +226,7 @@ class Models:
         self.base = Backbone(self.model, self.prompter, self.folders)
         self.static = getattr(self.base, "static", False)
         self.last: dict[Cell, float] = {}  # seconds of the last whole run
+        self.sessions: dict[Any, list[Any]] = {}  # of each cell, as if it were all that the model is used for
 
     @cached_property
     def own(self) -> tuple[LlamaForCausalLM, Backbone]:
@@ -239,6 +245,7 @@ class Models:
         backbones = [self.base, *([self.own[1]] if method == "own" else [])]
         for backbone in backbones:
             backbone.static = self.static and method != "eager"
+            backbone.idle = self.sessions.setdefault((method, k, id(backbone)), [])
             backbone.ends = frozenset()  # rows that end early would make the work of two repetitions differ
         decoder = GuidedDecoder(*backbones, batch_size=len(prompts))
         decoder._halved = True  # half the batch would be another measurement
@@ -272,9 +279,10 @@ class Models:
     def timed(self, cell: Cell, prompts: list[str], new: int, deadline: float) -> tuple[float, float]:
         """Seconds of one run, and its peak in GB; a warning that a step could not be captured is an error."""
         need(deadline, 1.5 * self.last.get(cell, 0) + 2)
+        if len(prompts) > 1:
+            self.sessions.clear()
+        clean()  # `generate` leaves its cache to the garbage collector
         run = self.prepare(*cell, prompts, new)
-        if DEVICE.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(DEVICE)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", ".*runs eagerly.*")
             started = now()
@@ -285,6 +293,26 @@ class Models:
         beside = {"naive": self.__dict__.get("merged", ()), "own": self.__dict__.get("own", ())[:1]}
         idle = sum(size_of(model) for method, found in beside.items() if method != cell[0] for model in found)
         return spent, (torch.cuda.max_memory_allocated() - idle) / 1e9
+
+    @torch.inference_mode()
+    def running(self, method: str, k: int, prompts: list[str]) -> Batch:
+        """Rows some steps under way: compiled and captured."""
+        decoder, requests = self.decoder(method, k, prompts, 5 * UNDER_WAY)
+        batch = Batch(decoder._backbones, decoder._vocab_size, decoder._interpreter)
+        batch.seat(decoder._rows(requests))
+        for _ in range(UNDER_WAY):
+            batch.step()
+        return batch
+
+    @torch.inference_mode()
+    def step_seconds(self, cell: Cell, prompts: list[str], whole: float, deadline: float) -> float:
+        """Seconds of one more step; of `generate`, which has no steps to call, the rest of a run of `whole` seconds."""
+        if cell[0] in ("unguided", "naive"):
+            return (whole - self.timed(cell, prompts, 2, deadline)[0]) / (scale.new_tokens - 2)
+        need(deadline, 3 * whole + 2)
+        clean()
+        batch = self.running(*cell, prompts)
+        return seconds_of(batch.step, 2 * UNDER_WAY)
 
     def least(self, method: str, k: int, batch: int, length: int) -> int:
         """Bytes that a step reads: the weights it multiplies with, and keys and values of rows of that length."""
@@ -307,7 +335,7 @@ def setting(
     """All methods on the same prompts: the rows of the table, again and again as repetitions are done."""
     new, prompts = scale.new_tokens, texts(length, batch, length)
     seconds: dict[Cell, list[float | None]] = {cell: [] for cell in cells}
-    halves: dict[Cell, list[float | None]] = {cell: [] for cell in cells}
+    steps: dict[Cell, float] = {}
     peaks: dict[Cell, float] = {}
     errors: dict[Cell, str] = {}
 
@@ -336,10 +364,9 @@ def setting(
     def row(cell: Cell) -> dict[str, Any]:
         found = [each for each in seconds[cell] if each]
         speeds = [round(batch * new / each, 1) for each in found]
-        step = share = None
-        if found and (half := [each for each in halves[cell] if each]):
-            step = (statistics.median(found) - statistics.median(half)) / (new - new // 2)
-            share = models.least(*cell, batch, length + 3 * new // 4) / copying / step
+        step, share = steps.get(cell), None
+        if step:
+            share = models.least(*cell, batch, length + 2 * UNDER_WAY) / copying / step
         return {
             "model": models.name, "method": cell[0], "k": cell[1], "batch": batch, "prompt_tokens": length,
             "new_tokens": new, "tokens_per_s": statistics.median(speeds) if speeds else None,
@@ -357,9 +384,14 @@ def setting(
             for cell in cells:
                 seconds[cell].append(run(cell, new))
             yield [row(cell) for cell in cells]
-        for cell in cells:  # short runs tell the time of a step badly
-            for _ in range(3 if models.last.get(cell, 1) < 0.7 else 1):
-                halves[cell].append(run(cell, new // 2))
+        for cell in (cell for cell in cells if cell not in errors):
+            whole = statistics.median(each for each in seconds[cell] if each)
+            try:
+                steps[cell] = models.step_seconds(cell, prompts, whole, deadline)
+            except TimeoutError:
+                raise
+            except Exception as error:
+                errors[cell] = told(error)
     except TimeoutError:
         pass
     yield [row(cell) for cell in cells]
@@ -396,16 +428,9 @@ def decoding(out: Path, deadline: float, wanted: list[str]) -> None:
 @torch.inference_mode()
 def steps_of(models: Models, method: str, k: int) -> str:
     """Where the time of a decoding step goes, at batch 1."""
-    counted, activity = 8, torch.profiler.ProfilerActivity
-    decoder, requests = models.decoder(method, k, texts(0, 1, 64), 60)
-    batch = Batch(decoder._backbones, decoder._vocab_size, decoder._interpreter)
-    batch.seat(decoder._rows(requests))
-    for _ in range(counted):  # compiled and captured by then
-        batch.step()
-    started = now()
-    for _ in range(3 * counted):
-        batch.step()
-    wall, on_gpu = (now() - started) / 3 / counted, DEVICE.type == "cuda"
+    counted, activity, on_gpu = UNDER_WAY, torch.profiler.ProfilerActivity, DEVICE.type == "cuda"
+    batch = models.running(method, k, texts(0, 1, 64))
+    wall = seconds_of(batch.step, 2 * counted)
     with torch.profiler.profile(activities=[activity.CPU, *[activity.CUDA] * on_gpu]) as profiler:
         for _ in range(counted):
             batch.step()

@@ -214,9 +214,11 @@ def test_a_session_is_taken_over_with_its_memory_and_its_step(fixed):
     wanted = requests(points=[{"one": 1.0}])
     expected = [row.tokens for row in run(GuidedDecoder(backbone, batch_size=2), wanted)]
     (session,) = backbone.idle
-    step = session._replayed
+    step = session._steps[True]
     assert [row.tokens for row in run(GuidedDecoder(backbone, batch_size=2), wanted)] == expected
-    assert backbone.idle == [session] and session._replayed is step, "the same shapes are captured once"
+    run(GuidedDecoder(backbone, batch_size=2), requests(points=[{}]))
+    assert backbone.idle == [session] and session._steps[True] is step, "the same shapes are captured once"
+    assert session._steps.keys() == {False, True}
     generating = fixed.generate(wanted)
     next(generating)
     assert not backbone.idle, "two generations at once have sessions of their own"
