@@ -12,12 +12,11 @@ import torch
 from pipeline import memory
 from pipeline.config import UserError, Workspace
 from pipeline.decoder import Generation, GuidedDecoder, Request
+from pipeline.identity import LAW_VERSION, folder_identity
 from pipeline.lanes import BASE, REFERENCE
 from pipeline.models import Source, resolve_device
 from pipeline.params import Params, Point
-from pipeline.store import Row, RowStore, digest, file_digest
-
-_VERSION = 2  # of the decoding rule: raise it when the same request would give another row
+from pipeline.store import Row, RowStore, digest
 
 
 def point_requests(params: Params, base: str, prompts: Sequence[str]) -> Iterator[tuple[str, Request]]:
@@ -122,8 +121,9 @@ def generate_stored(
 ) -> list[Row]:
     """The rows of the requests, in their order; what the store lacks is generated and kept there, chunk by chunk.
 
-    A row's key is a digest of all that determines it: base, dtype, template, the adapters that have a say, and the
-    request. A killed run therefore goes on with the chunk it was in, and a new point costs only itself.
+    A row's key is a digest of all that determines it: the law's version, base, dtype, the adapters that have a say, the
+    request, and its prompt as each model reads it. A killed run therefore goes on with the chunk it was in, and a new
+    point costs only itself.
 
     Args:
         requests: what to generate; they may name the ARMs and the base's policies of the workspace.
@@ -138,11 +138,12 @@ def generate_stored(
     used = {name for request in requests for name in request.arms}
     models = Served(params, workspace, base, used, adapters)
     engine = [] if params.decoding.engine == "transformers" else [params.decoding.engine]  # draws by other streams
-    origin, lanes = [_VERSION, *models.strong.identity(device), *engine], models.identities(device)
+    origin, lanes = [LAW_VERSION, *models.strong.identity(device), *engine], models.identities(device)
+    tokens = prompt_tokens(requests, models.strong, *([models.weak] if models.weak else []))
 
     def key(request: Request) -> str:
         law = {name: [weight, lanes.get(name)] for name, weight in request.law.items()}
-        return digest([*origin, request_key(request) | {"weights": law}])
+        return digest([*origin, request_key(request) | {"weights": law}, tokens[request.prompt]])
 
     def decoder() -> Decoder:
         if params.decoding.engine == "vllm":
@@ -156,6 +157,13 @@ def request_key(request: Request) -> dict[str, Any]:
     """What a request says, as a JSON value."""
     said = asdict(request)
     return said if request.gate else {name: value for name, value in said.items() if name != "gate"}
+
+
+def prompt_tokens(requests: Sequence[Request], *sources: Source) -> dict[str, list[list[int]]]:
+    """Every prompt of the requests as each model reads it: templates and tokenizers may put the same text otherwise."""
+    prompters = [source.prompter() for source in sources]
+    prompts = dict.fromkeys(request.prompt for request in requests)
+    return {prompt: [prompter.prompt_ids(prompt) for prompter in prompters] for prompt in prompts}
 
 
 class Decoder(Protocol):
@@ -233,7 +241,9 @@ class Served:
 
     def identities(self, device: torch.device) -> dict[str, Any]:
         """Per lane, all that its log-probabilities depend on beside the base."""
-        found: dict[str, Any] = {name: folder_digest(folder) for name, folder in {**self.arms, **self.policies}.items()}
+        found: dict[str, Any] = {
+            name: folder_identity(folder) for name, folder in {**self.arms, **self.policies}.items()
+        }
         if self.weak is not None:
             weak = self.weak.identity(device)
             found |= {REFERENCE: weak} | {name: [found[name], *weak] for name in self.arms}
@@ -269,11 +279,6 @@ class Served:
             self.strong, self.arms, arm_base=self.weak, policies=self.policies, reference=REFERENCE in self._used,
             batch_size=batch_size,
         )  # fmt: skip
-
-
-def folder_digest(folder: Path) -> str:
-    """All of an ARM's folder that its log-probabilities depend on."""
-    return file_digest(*sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")]))
 
 
 def _row(request: Request, generation: Generation) -> Row:

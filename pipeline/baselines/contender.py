@@ -13,7 +13,8 @@ from pipeline.baselines.reading import TextReward
 from pipeline.baselines.transfer_q import TransferQ
 from pipeline.config import UserError, Workspace
 from pipeline.decoder import GuidedDecoder, Request
-from pipeline.generation import Decoder, Served, folder_digest, generate_stored, request_key, stored
+from pipeline.generation import Decoder, Served, generate_stored, prompt_tokens, request_key, stored
+from pipeline.identity import LAW_VERSION, folder_identity
 from pipeline.models import Source, resolve_device
 from pipeline.params import BestOf, Candidates, GenArm, Method, Params, Policies, Segments
 from pipeline.store import Row, digest
@@ -75,9 +76,13 @@ class Contender:
     def _keys(self, requests: Sequence[Request]) -> list[str]:
         said = {name: value for name, value in asdict(self._method).items() if name not in ("strengths", "prompts")}
         device = resolve_device(self._params.decoding.device)
-        origin = [_VERSION, *self._source.identity(device), said]
-        rewards = {name: folder_digest(folder) for name, folder in self._rewards.items()}
-        return [digest([*origin, [rewards[name] for name in asked.arms], request_key(asked)]) for asked in requests]
+        origin = [_VERSION, LAW_VERSION, *self._source.identity(device), said]
+        rewards = {name: folder_identity(folder) for name, folder in self._rewards.items()}
+        tokens = prompt_tokens(requests, self._source)
+        return [
+            digest([*origin, [rewards[name] for name in asked.arms], request_key(asked), tokens[asked.prompt]])
+            for asked in requests
+        ]
 
     def decoder(self, batch_size: int | None = None) -> Decoder:
         """What answers its requests, loaded.

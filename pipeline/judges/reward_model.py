@@ -3,7 +3,8 @@
 Shapes: B rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from pipeline.baselines.reward_model import merged_classifier
 from pipeline.config import UserError, Workspace
+from pipeline.identity import folder_identity
 from pipeline.lanes import left_pad
-from pipeline.models import Prompter, Source, resolve_device, resolve_dtype
+from pipeline.models import Prompter, Source, model_digest, resolve_device, resolve_dtype
 from pipeline.params import Params, RewardJudge, Scoring
 from pipeline.store import Row, digest
 
@@ -35,11 +37,15 @@ class RewardModelJudge:
             raise UserError(f"judge.models has no reward model for {lacking[0]}: add judge.models.{lacking[0]}.")
 
     def identity(self, objective: str) -> str:
-        """What its scores of an objective depend on."""
+        """What its scores of an objective depend on: how it is asked, and its files or the commit of the hub."""
         spec = self._judge.models[objective]
-        folder = Path(spec.location)
-        files = sorted(folder.glob("*.safetensors")) if spec.source == "path" else []
-        return digest([repr(spec), [file.stat().st_size for file in files], [_tail(file) for file in files]])
+        device = resolve_device(self._params.decoding.device)
+        how = [repr(spec), str(resolve_dtype(spec.dtype, device)), device.type]
+        if spec.source == "path":
+            folder, own = Path(spec.location), _trained_on(spec)
+            return digest([*how, folder_identity(folder), own and model_digest(self._workspace.model(own))])
+        with _loading(spec):
+            return digest([*how, AutoConfig.from_pretrained(spec.location, revision=spec.revision)._commit_hash])
 
     def score(self, objective: str, rows: Sequence[Row]) -> list[float]:
         """The reward of every response, higher is better."""
@@ -58,10 +64,20 @@ class RewardModelJudge:
         return found
 
 
-def _tail(file: Path) -> str:
-    with file.open("rb") as stream:
-        stream.seek(max(0, file.stat().st_size - 2**16))
-        return digest(stream.read().hex())
+def _trained_on(spec: Scoring) -> str | None:
+    """The model that an adapter trained here is of, by its name in the configuration; None for whole models."""
+    if spec.source != "path" or not (Path(spec.location) / "adapter_config.json").is_file():
+        return None
+    return str(PeftConfig.from_pretrained(spec.location).base_model_name_or_path)  # as stage tune writes it
+
+
+@contextmanager
+def _loading(spec: Scoring) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the reward model {spec.location} could not be loaded ({reason}): check the name.") from error
 
 
 def _text(spec: Scoring, tokenizer: Any, row: Row) -> str:
@@ -103,12 +119,11 @@ def _load(spec: Scoring, params: Params, workspace: Workspace) -> tuple[Any, Any
     device = resolve_device(params.decoding.device)
     where: dict[str, Any] = {"revision": spec.revision} if spec.source == "hub" else {"local_files_only": True}
     own = None
-    try:
+    with _loading(spec):
         tokenizer = AutoTokenizer.from_pretrained(spec.location, **where)
-        if spec.source == "path" and (Path(spec.location) / "adapter_config.json").is_file():
-            name = PeftConfig.from_pretrained(spec.location).base_model_name_or_path  # as stage tune writes it
-            model = merged_classifier(Path(spec.location), workspace.model(str(name)))
-            own = Source.of(params, workspace, str(name)).prompter()
+        if name := _trained_on(spec):
+            model = merged_classifier(Path(spec.location), workspace.model(name))
+            own = Source.of(params, workspace, name).prompter()
         else:
             config = AutoConfig.from_pretrained(spec.location, **where)
             kind = (config.architectures or ["a model without architecture"])[0]
@@ -124,9 +139,6 @@ def _load(spec: Scoring, params: Params, workspace: Workspace) -> tuple[Any, Any
             )  # fmt: skip
             if found["missing_keys"]:
                 raise UserError(f"{spec.location} lacks the weights {min(found['missing_keys'])}: use a whole model.")
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"the reward model {spec.location} could not be loaded ({reason}): check the name.") from error
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
