@@ -51,7 +51,7 @@ bench: install  ## speed of guided decoding against the unguided base, and of tr
 test-gpu: install  ## the tests that need a GPU (tests/gpu); elsewhere they are skipped
 	python -m pytest tests/gpu -n 4 --dist load -rs
 
-bench-gpu: install  ## speed on a GPU, with random models of 1B, 7B and 13B; seven minutes (FLAGS="--seconds 600")
+bench-gpu: install  ## the tests on a GPU and its speed with random models of 1B, 7B and 13B; eight minutes (FLAGS="--seconds 600")
 	python -m tests.bench_gpu $(FLAGS)
 
 report: install  ## where to look at the results; TRACKING=online builds the report in W&B (BASELINE=group to compare with)

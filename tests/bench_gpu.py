@@ -1,12 +1,12 @@
-"""Guided decoding, and training against TRL, on one NVIDIA GPU: `make bench-gpu`.
+"""Tests, guided decoding, and training against TRL on one NVIDIA GPU: `make bench-gpu`.
 
-    python -m tests.bench_gpu                                   # an H100 or H200; seven minutes and no more
+    python -m tests.bench_gpu                                   # an H100 or H200; eight minutes and no more
     python -m tests.bench_gpu --only decoding --models 1b,13b   # what the seven minutes may not have reached
     python -m tests.bench_gpu --tiny --out /tmp/bench           # tiny shapes, without a GPU too: does it still run?
 
 Writes below results/bench as it goes: gpu.csv (decoding), gpu_training.csv, gpu_profile.txt (where a step spends its
-time) and gpu.json (the card and its two ceilings). Each part is a process of its own, stopped when its share of
-`--seconds` is over. Models are random and of Llama's shapes, ARMs random adapters: speed does not depend on values.
+time) and gpu.json (the card and its two ceilings). Each part, the tests among them, is a process of its own, stopped when
+its share of `--seconds` is over. Models are random and of Llama's shapes, ARMs random adapters: speed does not depend on values.
 Every method generates the same prompts and exactly as many new tokens per row; repetitions of all methods are
 interleaved. What fails says why in column `error`, and the rest goes on.
 
@@ -63,7 +63,12 @@ from pipeline.models import Prompter, resolve_device
 from pipeline.store import replacing, write_json
 
 DEVICE = resolve_device("auto")
-SHARES = {"decoding": 0.62, "profile": 0.1, "training": 0.28}  # of the time; what a part leaves goes to the next
+SHARES = {
+    "tests": 0.2,
+    "decoding": 0.5,
+    "profile": 0.08,
+    "training": 0.22,
+}  # of the time; what a part leaves goes to the next
 FILES = {"decoding": "gpu.csv", "profile": "gpu_profile.txt", "training": "gpu_training.csv"}
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 STEPS, WARM = 6, 2  # of training, and how many of them are not counted
@@ -560,11 +565,12 @@ def main() -> None:
     global scale
     began = max(psutil.Process().create_time(), time.time() - 60)
     runs = {"decoding": decoding, "profile": profile, "training": train}
+    tests = [sys.executable, "-m", "pytest", "tests/gpu", "-n", "4", "--dist", "load", "-q", "-rs"]
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("results/bench"))
-    parser.add_argument("--seconds", type=float, default=420, help="wall clock of everything")
+    parser.add_argument("--seconds", type=float, default=480, help="wall clock of everything")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, on a CPU too")
-    parser.add_argument("--only", default=",".join(runs), help="parts, in this order")
+    parser.add_argument("--only", default=",".join(SHARES), help="parts, in this order")
     parser.add_argument("--models", default=",".join(SHAPES), help="models that are decoded with and trained")
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -581,13 +587,14 @@ def main() -> None:
         share = (began + options.seconds - 3 - started) * SHARES[part] / sum(SHARES[name] for name in parts[place:])
         command = [sys.executable, "-m", "tests.bench_gpu", "--only", part, "--deadline", str(started + share),
                    "--out", str(options.out), "--models", options.models, *["--tiny"] * options.tiny]  # fmt: skip
+        command = tests if part == "tests" else command
         try:
             done = subprocess.run(command, env=os.environ | offline | quiet, timeout=share, check=False)
             end = f"status {done.returncode}"
         except subprocess.TimeoutExpired:
             end = "its time was over"
         print(f"{part}: {time.time() - started:.0f} s of {share:.0f}, {end}", flush=True)
-    for part in reversed(parts):
+    for part in (part for part in reversed(parts) if part in FILES):
         path = options.out / FILES[part]
         if not path.is_file() or path.stat().st_mtime < began:
             print(f"{part}: nothing was measured")
