@@ -246,7 +246,7 @@ class Batch:
             dim=1,
         )
         # One look at the device per step: what it drew, and whether all of it was a number.
-        told = Arriving(torch.cat([tokens_B, new_B3.isfinite().all()[None]]))
+        arriving = Arriving(torch.cat([tokens_B, new_B3.isfinite().all()[None]]))
         self._sums_BN[:, :3] += new_B3
         if self._across is not None:
             self._sums_BN[:, 3] += self._across.left_out_B
@@ -256,7 +256,7 @@ class Batch:
         if self._goes_on():
             self._advance()
             self._ahead = True
-        *tokens, finite = told.tolist()
+        *tokens, finite = arriving.tolist()
         if not finite:
             self._blame(base_BV, arms)
         return self._ended(tokens)

@@ -54,7 +54,7 @@ class ReplayedStep:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         try:
             # Other threads of a server may go on allocating meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.device(self._device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._output = self._function()
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # which a capture that breaks off leaves changed

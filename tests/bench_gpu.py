@@ -5,10 +5,10 @@
     python -m tests.bench_gpu --tiny --out /tmp/bench           # tiny shapes, without a GPU too: does it still run?
 
 Writes below results/bench as it goes: gpu.csv (decoding), gpu_training.csv, gpu_profile.txt (where a step spends its
-time) and gpu.json (the card and its two ceilings). Each part, the tests among them, is a process of its own, stopped when
-its share of `--seconds` is over. Models are random and of Llama's shapes, ARMs random adapters: speed does not depend on values.
-Every method generates the same prompts and exactly as many new tokens per row; repetitions of all methods are
-interleaved. What fails says why in column `error`, and the rest goes on.
+time) and gpu.json (the card and its two ceilings). Each part, the tests among them, is a process of its own, stopped
+when its share of `--seconds` is over. Models are random and of Llama's shapes, ARMs random adapters: speed does not
+depend on values. Every method generates the same prompts and exactly as many new tokens per row; repetitions of all
+methods are interleaved. What fails says why in column `error`, and the rest goes on.
 
     unguided    `model.generate` of transformers on the base alone
     naive       `model.generate` with a plain logits processor: 1 + k models and forwards per token; 7b, short prompts
