@@ -6,6 +6,7 @@ text: a question, or a dialogue as `dialogues` spells it.
 """
 
 from typing import Any
+from unicodedata import normalize
 
 from pipeline.params import Data
 from pipeline.store import digest
@@ -19,9 +20,14 @@ def uniform_of(*key: Any) -> float:
     return int(digest(list(key))[:13], 16) / 16**13
 
 
+def canonical(text: str) -> str:
+    """What is the same text to a reader: spaces and line ends alike, and Unicode's ways to write a letter."""
+    return " ".join(normalize("NFKC", text).split())
+
+
 def split_of(prompt: str, data: Data, seed: int) -> str:
-    """The split of a prompt that names none; every row of a prompt falls into the same one."""
-    place = uniform_of("split", seed, prompt)
+    """The split of a prompt that names none; every row of a prompt, however it is spaced, falls into the same one."""
+    place = uniform_of("split", seed, canonical(prompt))
     if place < data.test_fraction:
         return "test"
     return "validation" if place < data.test_fraction + data.validation_fraction else "train"
