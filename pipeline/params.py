@@ -73,7 +73,7 @@ class Download(_Strict):
 
     repository: str
     revision: str
-    folder: str
+    folder: str  # an output of DVC, which empties it first
     files: tuple[str, ...] = ()  # patterns of those wanted; empty: all that can be read
 
 
