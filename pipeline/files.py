@@ -68,7 +68,7 @@ def parse_json(text: str) -> Any:
             last), a number of thousands of digits, or nested too deeply.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_int=_integer)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from error
     except RecursionError as error:
@@ -87,3 +87,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)} is there twice")
     return row
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer)

@@ -16,6 +16,7 @@ from pipeline.params import Data, Download, Objective
 from pipeline.preferences import sources
 from pipeline.preferences.card import DataCard
 from pipeline.preferences.reading import Prompts, read_rows
+from pipeline.stages import prepare
 from tests import schemas
 
 HUMAN = {"human": Objective(label="human")}
@@ -165,6 +166,19 @@ def test_a_folder_is_read_whatever_its_files_are_called_and_packed_with(tmp_path
     assert sources.passed_over(shown) == []
 
 
+def test_the_data_card_names_the_files_of_a_folder_that_were_not_read(tmp_path, compose_params, workspace, capsys):
+    for split in ("train", "validation", "test"):
+        stored([EXPLICIT | {"prompt": split, "split": split, "chosen_ended": False}], tmp_path / f"{split}.csv.gz")
+    (tmp_path / "more.lz4").write_text("x")
+    own = ("data=own", f"data.path={tmp_path}", "objectives=human_preference", "sweep=human_preference")
+    prepare.run(compose_params(*own), workspace)
+    folder = workspace.results / "prepare"
+    assert json.loads((folder / "data_card.json").read_text())["files not read"] == ["more.lz4"]
+    assert "passed over: more.lz4" in capsys.readouterr().out
+    pairs = (folder / "pairs" / "human_preference.jsonl").read_text().splitlines()
+    assert [json.loads(pair)["chosen_ended"] for pair in pairs] == [False] * 3
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".tsv.gz", ".json", ".jsonl"])
 def test_words_and_digits_are_texts(tmp_path, suffix):
     words = ["NA", "None", "null", "nan", "n/a", "1", "007", "1e5", "2020-01-01", "99999999999999999999", "true"]
@@ -232,7 +246,7 @@ DEFLATED = gzip.compress(ROW * 50)
         ("rows.csv", FIRST.encode() + b"\xff", "line 3: byte 1 is not UTF-8"),
         ("rows.csv", f'{FIRST}How?,"a,b\n'.encode(), "behind row 1"),
         ("rows.jsonl.gz", b"no gzip", "cannot be unpacked"),
-        ("rows.jsonl.gz", DEFLATED[:12] + b"\xff" * 9 + DEFLATED[21:], "cannot be unpacked"),
+        ("rows.jsonl.gz", DEFLATED[:10] + b"\xff" + DEFLATED[11:], "cannot be unpacked"),
         ("rows.jsonl.gz", DEFLATED[:-9], "cannot be unpacked"),
         ("rows.jsonl.zst", zstd(ROW * 50)[:-9], "cannot be unpacked"),
         ("rows.jsonl", b"", "is empty"),

@@ -5,6 +5,7 @@ prefers (0, 1, or None for a tie). A pair is what one objective makes of a row: 
 text: a question, or a dialogue as `dialogues` spells it.
 """
 
+from functools import lru_cache
 from typing import Any
 from unicodedata import normalize
 
@@ -20,6 +21,7 @@ def uniform_of(*key: Any) -> float:
     return int(digest(list(key))[:13], 16) / 16**13
 
 
+@lru_cache(maxsize=16)  # several questions are asked about each prompt as its row passes
 def canonical(text: str) -> str:
     """What is the same text to a reader: spaces and line ends alike, and Unicode's ways to write a letter."""
     return " ".join(normalize("NFKC", text).split())
