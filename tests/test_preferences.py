@@ -152,6 +152,8 @@ def test_a_faulty_row_is_named_by_file_and_line(read, tmp_path, row, reason):
         (chosen(chosen=[message("assistant", None)]), "a message that calls a tool or has no text"),
         (chosen(chosen=[SAID | {"tool_calls": [{"name": "f"}]}]), "a message that calls a tool or has no text"),
         (chosen(prompt=[message("user", [{"type": "image"}])]), "a message of something else than text"),
+        (chosen(prompt=str([ASKED])), "a list of messages written as a text"),
+        (chosen(chosen=json.dumps([SAID])), "a list of messages written as a text"),
         (chosen(score_chosen=1.0, score_rejected=9.0), "a rejected response with the higher score"),
         (chosen(prompt="Why \ud83d?"), "half a character in the prompt"),
         (chosen(chosen=[message("assistant", "\ud83d")]), "half a character in the chosen"),

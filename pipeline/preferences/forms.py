@@ -10,6 +10,7 @@ Each of the texts may be a list of messages instead (UltraFeedback, TRL's conver
 may stand before the prompt. Numbers may be the texts that CSV has of them.
 """
 
+import re
 from collections.abc import Mapping
 from math import isnan
 from typing import Any
@@ -20,6 +21,7 @@ from pipeline.preferences import RESPONSES
 from pipeline.preferences.dialogues import Text, UnfitError, divided, exchange, messages_of, prompt_text
 from pipeline.store import Row
 
+_WRITTEN = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]""")  # as tables have lists, which they cannot hold
 _TRUTH = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -77,6 +79,8 @@ def _text(row: Row, key: str, where: str) -> Text:
         raise UnfitError(f"an empty {key.partition('_')[0]}")
     if not isinstance(value, str):
         raise UserError(f"{where}: {key} is {value!r:.80}: it must be a text or a list of messages.")
+    if _WRITTEN.match(value):
+        raise UnfitError("a list of messages written as a text")
     return value
 
 
