@@ -150,6 +150,7 @@ def test_a_faulty_row_is_named_by_file_and_line(read, tmp_path, row, reason):
             "a system text that its messages contradict",
         ),
         (chosen(chosen=[message("assistant", None)]), "a message that calls a tool or has no text"),
+        (chosen(chosen=[{"role": "assistant"}]), "a message that calls a tool or has no text"),
         (chosen(chosen=[SAID | {"tool_calls": [{"name": "f"}]}]), "a message that calls a tool or has no text"),
         (chosen(prompt=[message("user", [{"type": "image"}])]), "a message of something else than text"),
         (chosen(prompt=str([ASKED])), "a list of messages written as a text"),

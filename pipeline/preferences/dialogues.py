@@ -156,7 +156,7 @@ def messages_of(value: Any) -> list[Message] | None:
     if not isinstance(value, list) or not all(
         isinstance(item, dict)
         and isinstance(item.get("role"), str)
-        and isinstance(item.get("content", 0), str | list | None)
+        and isinstance(item.get("content"), str | list | None)
         for item in value
     ):
         return None
@@ -164,9 +164,11 @@ def messages_of(value: Any) -> list[Message] | None:
 
 
 def _content(message: dict[str, Any]) -> str:
-    content = message["content"]
+    content = message.get("content")
     if content is None or message.get("tool_calls"):
         raise UnfitError("a message that calls a tool or has no text")
+    if isinstance(content, str):
+        return content
     parts = [part.get("text") if isinstance(part, dict) else part for part in content]
     texts = [part for part in parts if isinstance(part, str)]
     if len(texts) < len(parts):

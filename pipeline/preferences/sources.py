@@ -122,11 +122,11 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 def _json(path: Path) -> Iterator[Row]:
     """Of one list of objects; or of JSON Lines, which the Hub has under this name as well."""
-    first = next((line for _, line in text_lines(path) if line.strip()), "")
+    first = next((line for _, line in text_lines(path) if line.strip()), "{}")
     try:
-        by_line = isinstance(parse_json(first), dict)
-    except ValueError:
-        by_line = not first
+        by_line = first.lstrip().startswith("{") and isinstance(parse_json(first), dict)
+    except ValueError:  # an object over several lines
+        by_line = False
     if by_line:
         yield from _json_lines(path)
         return
