@@ -169,5 +169,11 @@ def _check(params: Params, origin: str) -> None:
         raise UserError(f"{origin}: a quantised base cannot be trained whole: set arm.quantisation=null or arm=lora.")
     if params.arm.quantisation is not None and params.trainer.strategy == "fsdp":
         raise UserError(f"{origin}: a quantised base cannot be sharded: use arm=lora, or trainer=ddp.")
+    folders = [one.folder for one in params.data.download]
+    if folders and not any(Path(params.data.path).is_relative_to(folder) for folder in folders):
+        raise UserError(
+            f"{origin}: data.path is {params.data.path}, but data.download fills {', '.join(folders)} anew: set "
+            "data.download=[] to read files of your own."
+        )
     if params.data.validation_fraction + params.data.test_fraction >= 1:
         raise UserError(f"{origin}: data.validation_fraction and data.test_fraction leave nothing to train on.")

@@ -14,8 +14,8 @@ Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Split = Literal["train", "validation", "test"]
 Column = Literal[
-    "id", "split", "prompt", "response_0", "response_1", "chosen", "rejected", "objective", "score_chosen",
-    "score_rejected",
+    "id", "split", "system", "prompt", "response_0", "response_1", "ended_0", "ended_1", "chosen", "rejected",
+    "chosen_ended", "rejected_ended", "objective", "score_chosen", "score_rejected",
 ]  # fmt: skip
 
 
@@ -73,7 +73,7 @@ class Download(_Strict):
 
     repository: str
     revision: str
-    folder: str
+    folder: str  # an output of DVC, which empties it first
     files: tuple[str, ...] = ()  # patterns of those wanted; empty: all that can be read
 
 
@@ -81,7 +81,7 @@ class Download(_Strict):
 class Data(_Strict):
     """Preference rows, or prompts to sample and label (`sampling` set)."""
 
-    path: str  # a file (JSON Lines, JSON, Parquet, CSV), or a folder of such
+    path: str  # a file (JSON Lines, JSON, Parquet, CSV, TSV), or a folder of such
     sampler: str  # the model that writes the responses where they are sampled, whatever base is steered later
     prompts: str  # where the prompts to generate from are: `path` is its test split, another file all of its prompts
     download: tuple[Download, ...] = ()  # what must be fetched first

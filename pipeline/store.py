@@ -4,26 +4,21 @@ The store is what survives: DVC deletes a stage's outputs before it runs the sta
 outside the outputs, keyed by a digest of everything that determines them.
 """
 
-import bz2
 import errno
 import fcntl
-import gzip
 import hashlib
 import json
-import lzma
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from pipeline.config import UserError
+from pipeline.files import parse_json, text_lines
 
 Row = dict[str, Any]
-
-_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-JSONL = (".jsonl", *(f".jsonl{packed}" for packed in _OPENERS))
 
 
 def digest(value: Any) -> str:
@@ -45,36 +40,24 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
     """Yield (line number from 1, object) of a JSON Lines file, packed or not, as its lines are read.
 
     Raises:
-        UserError: the file is missing or empty, or a line is blank, not UTF-8, or not a JSON object.
+        UserError: the file is missing, damaged or empty, or a line before the end is blank, or one is no JSON object.
     """
-    if not path.is_file():
-        raise UserError(f"{path} is missing: check the path, or run the stage that writes it with `dvc repro`.")
-    number = 0
-    with _OPENERS.get(path.suffix, open)(path, "rb") as stream:
-        for number, raw in enumerate(_unpacked(stream, path), 1):
-            where = f"{path}, line {number}"
-            try:
-                line = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where}: byte {error.start + 1} is not UTF-8: save the file as UTF-8.") from error
-            if not line.strip():
-                raise UserError(f"{where}: the line is empty: remove it.")
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}): correct the line.") from error
-            if not isinstance(row, dict):
-                raise UserError(f'{where}: not a JSON object: write one {{"key": value, …}} per line.')
-            yield number, row
-    if number == 0:
+    row, blank = None, ""
+    for number, (where, line) in enumerate(text_lines(path), 1):
+        if not line.strip():  # no fault where nothing follows
+            blank = blank or where
+            continue
+        if blank:
+            raise UserError(f"{blank}: the line is empty: remove it.")
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}: correct the line.") from error
+        if not isinstance(row, dict):
+            raise UserError(f'{where}: not a JSON object: write one {{"key": value, …}} per line.')
+        yield number, row
+    if row is None:
         raise UserError(f"{path} is empty: it needs at least one row.")
-
-
-def _unpacked(stream: Iterable[bytes], path: Path) -> Iterator[bytes]:
-    try:
-        yield from stream
-    except (EOFError, lzma.LZMAError, OSError) as error:
-        raise UserError(f"{path} cannot be unpacked ({error}): fetch the file again.") from error
 
 
 @contextmanager

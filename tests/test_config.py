@@ -229,6 +229,16 @@ def test_every_loss_arm_and_trainer_composes(compose_params, loss, arm, trainer)
     assert params.trainer.strategy == ("auto" if trainer == "default" else trainer)
 
 
+@pytest.mark.parametrize("data", ["full_hh_rlhf", "hh_rlhf", "pku_saferlhf_10k", "ultrafeedback_binarized"])
+def test_a_folder_of_ones_own_never_becomes_one_that_dvc_empties_and_fills(compose_params, data):
+    published = compose_params(f"data={data}").data
+    assert [one.folder for one in published.download] == [published.path] == [f"datasets/{data}"]
+    with pytest.raises(UserError, match=r"data\.path is my/folder, but .* set data\.download=\[\] to read"):
+        compose_params(f"data={data}", "data.path=my/folder")
+    assert compose_params(f"data={data}", "data.path=my/folder", "data.download=[]").data.path == "my/folder"
+    assert compose_params(f"data={data}", f"data.path=datasets/{data}/part")
+
+
 def test_options_that_contradict_each_other_are_refused(compose_params):
     with pytest.raises(UserError, match="hinge loss knows no label smoothing"):
         compose_params("loss=hinge", "loss.label_smoothing=0.1")

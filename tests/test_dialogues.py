@@ -4,7 +4,16 @@ from hypothesis import strategies as st
 
 from pipeline.config import UserError
 from pipeline.models import Prompter
-from pipeline.preferences.dialogues import UnfitError, divided, divided_messages, is_dialogue, spelled, turns_of
+from pipeline.preferences.dialogues import (
+    UnfitError,
+    divided,
+    exchange,
+    is_dialogue,
+    prompt_text,
+    spelled,
+    transcript,
+    turns_of,
+)
 
 QUICK = settings(max_examples=100, deadline=None, derandomize=True)
 WORDS = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20).filter(str.strip)
@@ -77,14 +86,23 @@ def test_texts_that_cannot_be_divided_are_refused(chosen, rejected, reason):
         divided(chosen, rejected)
 
 
-def test_lists_of_messages_differ_in_the_last_one():
-    start = [said("user", "Why?"), said("assistant", "Because."), said("user", "How?")]
-    good, bad = [*start, said("assistant", "Slowly.")], [*start, said("assistant", "Fast.")]
-    assert divided_messages(good, bad) == (FIRST, "Slowly.", "Fast.")
-    with pytest.raises(UnfitError, match="part before"):
-        divided_messages(good, [said("user", "Who?"), *bad[1:]])
+@pytest.mark.parametrize("spelling", [str.lstrip, lambda text: text.replace("\n", "\r\n"), lambda text: "\n" + text])
+def test_transcripts_with_other_line_ends_are_divided_alike(spelling):
+    texts = [spelling(FIRST + answer) for answer in (" Yes, I can.", " Yes, but no.")]
+    assert divided(*texts) == (FIRST, " Yes, I can.", " Yes, but no.")
+    assert divided(texts[0], FIRST + " Yes, but no.") == (FIRST, " Yes, I can.", " Yes, but no.")
+    assert prompt_text(spelling(FIRST)) == FIRST
+    assert transcript("a\r\nHuman: b") == "a\r\nHuman: b", "not a transcript"
+    assert prompt_text("Human: b") == "Human: b", "nobody is to answer"
+
+
+def test_an_answer_is_the_last_message_and_the_assistants():
+    turns = [said("user", "Why?"), said("assistant", "Because."), said("user", "How?")]
+    assert exchange(None, [*turns, said("assistant", "Slowly.")]) == (FIRST, "Slowly.")
     with pytest.raises(UnfitError, match="not the assistant's"):
-        divided_messages([*start, said("user", "x")], [*start, said("user", "y")])
+        exchange(None, turns)
+    with pytest.raises(UnfitError, match="not the assistant's"):
+        exchange("Why?", [])
 
 
 def test_a_chat_template_is_asked_the_turns_and_a_plain_one_the_text(prompter):

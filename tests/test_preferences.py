@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pipeline.config import UserError
 from pipeline.pairs import tokenise
 from pipeline.params import Data, Objective
-from pipeline.preferences import SPLITS, split_of
+from pipeline.preferences import SPLITS, canonical, split_of
 from pipeline.preferences.card import DataCard
 from pipeline.preferences.labelling import label_samples, pair_of
 from pipeline.preferences.reading import Prompts, read_prompts, read_rows
@@ -34,8 +34,16 @@ def labelled(prompt="Why?", **changes):
     return {key: value for key, value in (row | changes).items() if value is not ...}
 
 
-def chosen(**changes):
-    return {"prompt": "Why?", "chosen": "yes", "rejected": "no", "objective": "warm"} | changes
+def chosen(prompt="Why?", **changes):
+    row = {"prompt": prompt, "chosen": "yes", "rejected": "no", "objective": "warm"}
+    return {key: value for key, value in (row | changes).items() if value is not ...}
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+ASKED, SAID = message("user", "Once more?"), message("assistant", "yes")
 
 
 @pytest.fixture
@@ -98,6 +106,11 @@ def test_a_single_objective_need_not_be_named(read):
         (labelled(split="dev"), "split is 'dev': use one of train, validation, test"),
         (chosen(objective="kind"), "objective is 'kind': use one of warm, short"),
         (chosen(rejected=3), "rejected is 3: it must be a text"),
+        (chosen(system=3), "system is 3: it must be a text"),
+        (chosen(score_chosen={}), "score_chosen is {}: use a number or null"),
+        (chosen(chosen_ended=3), "chosen_ended is 3: use true or false"),
+        (labelled(ended_1="no"), "ended_1 is 'no': use true or false"),
+        (labelled(warmer=10**400), "warmer is 1000"),
     ],
 )
 def test_a_faulty_row_is_named_by_file_and_line(read, tmp_path, row, reason):
@@ -119,10 +132,34 @@ def test_a_faulty_row_is_named_by_file_and_line(read, tmp_path, row, reason):
         (chosen(rejected=None), "an empty rejected"),
         (chosen(rejected="yes"), "equal responses"),
         (labelled("Once?"), "a row that was there before"),
-        (labelled("Once?", response_0="no", response_1="yes", warmer=1), "a row that was there before"),
+        (labelled("Once?", response_0="no", response_1="yes", warmer=1, shorter=0), "a row that was there before"),
+        (labelled(" Once?\n"), "a row that was there before"),
+        (labelled("Once?", warmer=1), "a row that was there before with another label"),
+        (labelled("Once?", response_0="no", response_1="yes"), "a row that was there before with another label"),
+        (labelled("Once?", warmer=None), "a row that was there before with another label"),
         (labelled("Held out?", split="train", response_1="maybe"), "a prompt that is in split test as well"),
-        (chosen(prompt=None), "texts that share no prompt"),
-        (chosen(prompt=None, chosen="\n\nHuman: a", rejected="\n\nHuman: b"), "transcripts that share no answer"),
+        (labelled("Held  out?\r\n", split="train", response_1="maybe"), "a prompt that is in split test as well"),
+        (chosen(prompt=...), "texts that share no prompt"),
+        (chosen(prompt=..., chosen="\n\nHuman: a", rejected="\n\nHuman: b"), "transcripts that share no answer"),
+        (chosen(prompt=None, chosen="I like dogs.", rejected="I like cats."), "an empty prompt"),
+        (chosen(prompt=None, chosen=[ASKED, SAID]), "an empty prompt"),
+        (chosen(prompt="Who?", chosen=[ASKED, SAID]), "a prompt that its messages contradict"),
+        (chosen(prompt=[message("user", "Who?")], chosen=[ASKED, SAID]), "a prompt that its messages contradict"),
+        (
+            chosen(system="Shout.", chosen=[message("system", "Hush."), message("user", "Why?"), SAID]),
+            "a system text that its messages contradict",
+        ),
+        (chosen(chosen=[message("assistant", None)]), "a message that calls a tool or has no text"),
+        (chosen(chosen=[{"role": "assistant"}]), "a message that calls a tool or has no text"),
+        (chosen(chosen=[SAID | {"tool_calls": [{"name": "f"}]}]), "a message that calls a tool or has no text"),
+        (chosen(prompt=[message("user", [{"type": "image"}])]), "a message of something else than text"),
+        (chosen(prompt=str([ASKED])), "a list of messages written as a text"),
+        (chosen(chosen=json.dumps([SAID])), "a list of messages written as a text"),
+        (chosen(score_chosen=1.0, score_rejected=9.0), "a rejected response with the higher score"),
+        (chosen(prompt="Why \ud83d?"), "half a character in the prompt"),
+        (chosen(chosen=[message("assistant", "\ud83d")]), "half a character in the chosen"),
+        (labelled(response_1="\ud83d"), "half a character in the response"),
+        (labelled(id="\ud83d"), "half a character in the id"),
         (chosen(prompt=[{"role": "tool", "content": "x"}]), "a message of the role tool"),
         (chosen(prompt=[{"role": "assistant", "content": "x"}]), "a prompt that no user asks"),
     ],
@@ -154,6 +191,77 @@ def test_a_label_written_as_a_float_is_refused_or_understood(read, label):
         assert pairs_of(rows, "warm", WARM, 0.0, 0)[0]["chosen"] == ["yes", "no"][int(label)]
 
 
+@pytest.mark.parametrize("same", ["Sky\u00e9?", "Skye\u0301?", " Sky\u00e9? ", "Sky\u00e9?\r\n", "\uff33ky\u00e9?"])
+def test_a_prompt_in_another_spelling_falls_into_the_same_split_and_is_asked_once(read, same):
+    assert canonical(same) == "Sky\u00e9?"
+    halves = {"test_fraction": 0.4, "validation_fraction": 0.4}
+    rows = read(labelled("Sky\u00e9?"), labelled(same, response_1="maybe"), **halves)
+    assert len(rows) == 2 and rows[0]["split"] == rows[1]["split"]
+    held_out = read(labelled("Sky\u00e9?", split="test"), labelled(same, response_1="maybe"), **halves)
+    assert [row["split"] for row in held_out] == ["test", "test"]
+    assert unseen(Data(path="x", sampler="", prompts="x"), held_out) == ["Sky\u00e9?"]
+    with pytest.raises(UserError, match="line 2: the prompt of line 1 again"):
+        read({"prompt": "Sky\u00e9?"}, {"prompt": same}, reader=read_prompts)
+
+
+def test_texts_with_a_zero_byte_are_not_taken_for_others(read):
+    assert len(read(chosen(prompt="p\0", chosen="a"), chosen(prompt="p", chosen="\0a"))) == 2
+
+
+TURNS = [message("user", "7 x 8?"), message("assistant", "56"), message("user", "Twice?")]
+SPELLED = "\n\nHuman: 7 x 8?\n\nAssistant: 56\n\nHuman: Twice?\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "before", "whole"),
+    [
+        (TURNS[:1], TURNS[1:], SPELLED),
+        ("7 x 8?", TURNS[1:], SPELLED),
+        (TURNS[:2], TURNS[2:], SPELLED),
+        (TURNS, [], SPELLED),
+        (..., TURNS, SPELLED),
+        (None, TURNS, SPELLED),
+        ("7 x 8? ", TURNS, SPELLED),
+        ("Twice?", TURNS, SPELLED),
+        (SPELLED, TURNS, SPELLED),
+        (SPELLED, [], SPELLED),
+        (TURNS[:1], TURNS[:1], "7 x 8?"),
+        ("7 x 8?", [], "7 x 8?"),
+        ([message("user", [{"type": "text", "text": "7 x"}, {"type": "text", "text": " 8?"}])], [], "7 x 8?"),
+    ],
+)
+def test_a_prompt_and_the_turns_beside_it_become_one_dialogue(read, prompt, before, whole):
+    answers = {side: [*before, message("assistant", side)] for side in ("chosen", "rejected")}
+    (row,) = read(chosen(prompt=prompt, **answers))
+    assert [row[key] for key in ("prompt", "response_0", "response_1")] == [whole, "chosen", "rejected"]
+    if prompt not in (..., None):
+        (row,) = read(labelled(prompt, response_0=answers["chosen"], response_1=answers["rejected"]))
+        assert [row[key] for key in ("prompt", "response_0", "response_1")] == [whole, "chosen", "rejected"]
+
+
+def test_a_system_text_stands_before_the_prompt(read):
+    kind, first = "\n\nSystem: Be kind.", "\n\nHuman: Why?\n\nAssistant:"
+    told = [message("system", "Be kind."), message("user", "Why?"), SAID]
+    for row in (
+        chosen(system="Be kind."),
+        chosen(system="Be kind.", prompt=[message("user", "Why?")]),
+        chosen(system="Be kind.", prompt=..., chosen=told, rejected=[*told[:2], message("assistant", "no")]),
+        chosen(system="Be kind.", prompt=first),
+        labelled(system="Be kind."),
+    ):
+        assert read(row)[0]["prompt"] == kind + first
+    assert read({"prompt": "Why?", "system": "Be kind."}, reader=read_prompts)[0]["prompt"] == kind + first
+    assert read(chosen(system=None), chosen("How?", system=" "))[1]["prompt"] == "How?"
+    named = chosen(instruction="Be kind.")
+    assert read(named, columns={"system": "instruction"})[0]["prompt"] == kind + first
+
+
+@pytest.mark.parametrize("label", ["1", "1.0", 1.0, 1])
+def test_a_number_may_be_the_text_that_a_table_has_of_it(read, label):
+    assert read(labelled(warmer=label))[0]["warmer"] == 1
+    assert read(chosen(score_chosen=label, score_rejected="1"))[0]["warmer"] is None
+
+
 def test_an_objective_that_is_no_text_is_refused_with_its_line(read):
     with pytest.raises(UserError, match="line 1: objective is"):
         read(chosen(objective=["warm"]))
@@ -182,7 +290,7 @@ def test_faulty_prompts_are_named_by_line(read, row, reason):
 
 
 @QUICK
-@given(prompts=st.lists(TEXTS.filter(str.strip), min_size=2, max_size=8, unique=True), data=st.data())
+@given(prompts=st.lists(TEXTS.filter(str.strip), min_size=2, max_size=8, unique_by=canonical), data=st.data())
 def test_splits_are_stable_and_shared_by_all_rows_of_a_prompt(tmp_path_factory, prompts, data):
     def splits(rows):
         path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
@@ -307,6 +415,22 @@ def test_whether_a_response_ended_goes_with_its_text_into_the_tokens(prompter, t
     ended, cut = responses[::-1] if noise else responses
     assert ended == [*prompter.tokenizer("love", add_special_tokens=False).input_ids, prompter.eos]
     assert cut == prompter.tokenizer("hate", add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("cut", [False, "False", "0"])
+def test_own_responses_may_say_that_they_were_cut_and_teach_no_end_then(read, prompter, cut):
+    rows = read(
+        chosen(split="train", chosen_ended=cut, rejected_ended=True),
+        labelled("How?", split="train", warmer=1, ended_0=cut),
+        chosen(prompt="Who?", split="train", chosen_ended=None),
+    )
+    pairs = pairs_of(rows, "warm", WARM, 0.0, 0)
+    assert [(pair["chosen_ended"], pair["rejected_ended"]) for pair in pairs] == [
+        (False, True), (True, False), (True, True),
+    ]  # fmt: skip
+    groups = tokenise(pairs, prompter, 256, "pairs.jsonl").groups
+    ends = [[response[-1] == prompter.eos for response in group.responses] for group in groups]
+    assert ends == [[False, True], [True, False], [True, True]]
 
 
 def test_limits_keep_all_rows_of_the_first_prompts_of_a_split(read):

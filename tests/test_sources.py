@@ -1,7 +1,13 @@
+import bz2
+import gzip
 import json
 import lzma
+import random
+from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -10,6 +16,7 @@ from pipeline.params import Data, Download, Objective
 from pipeline.preferences import sources
 from pipeline.preferences.card import DataCard
 from pipeline.preferences.reading import Prompts, read_rows
+from pipeline.stages import prepare
 from tests import schemas
 
 HUMAN = {"human": Objective(label="human")}
@@ -84,22 +91,36 @@ FORMATS = {
 }
 
 
+def zstd(content):
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+PACKERS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": zstd}
+
+
 def stored(rows, path):
-    match "".join(path.suffixes):
-        case ".jsonl":
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        case ".jsonl.xz":
-            path.write_bytes(lzma.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    name = path.name.lower()
+    packed = next(ending for ending in sorted(PACKERS, reverse=True) if name.endswith(ending))
+    if name.endswith(".parquet"):
+        pd.DataFrame(rows).to_parquet(path)
+        return Data(path=str(path), sampler="", prompts=str(path))
+    match Path(name.removesuffix(packed)).suffix:
         case ".json":
-            path.write_text(json.dumps(rows))
-        case ".parquet":
-            pd.DataFrame(rows).to_parquet(path)
+            text = json.dumps(rows)
         case ".csv":
-            pd.DataFrame(rows).to_csv(path, index=False)
+            text = pd.DataFrame(rows).to_csv(index=False)
+        case ".tsv":
+            text = pd.DataFrame(rows).to_csv(index=False, sep="\t")
+        case _:
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_bytes(PACKERS[packed](text.encode()))
     return Data(path=str(path), sampler="", prompts=str(path))
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.xz", ".json", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson.zst", ".JSONL.xz", ".json", ".Json.bz2", ".parquet"])
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_preference_formats_of_trl_are_read_from_any_file(tmp_path, form, suffix):
     rows, _ = rows_of(stored([FORMATS[form]], tmp_path / f"rows{suffix}"))
@@ -128,14 +149,117 @@ def test_a_whole_folder_is_read_where_no_file_is_named(tmp_path):
     assert [row["id"] for row in rows_of(Data(str(tmp_path), "", str(tmp_path)))[0]] == ["a.jsonl", "b.jsonl"]
 
 
+@pytest.mark.parametrize("packed", PACKERS)
+@pytest.mark.parametrize("kind", [".jsonl", ".ndjson", ".json", ".csv", ".tsv"])
+def test_a_folder_is_read_whatever_its_files_are_called_and_packed_with(tmp_path, kind, packed):
+    shown = stored([EXPLICIT], tmp_path / f"Rows{(kind + packed).upper()}")
+    assert [row["prompt"] for row in rows_of(shown)[0]] == ["The sky is"]
+    for name in (".hidden.jsonl", ".cache/rows.jsonl", "dataset_infos.json", "deep/dataset_info.json", "origin.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"default": {"description": ""}}')
+    for name in ("README.md", "deep/rows.lz4"):
+        (tmp_path / name).write_text("x")
+    folder = Data(str(tmp_path), "", str(tmp_path))
+    assert [row["prompt"] for row in rows_of(folder)[0]] == ["The sky is"]
+    assert sources.passed_over(folder) == ["README.md", "deep/rows.lz4"]
+    assert sources.passed_over(Data(str(tmp_path), "", "", files={"train": "**/rows*"})) == ["deep/rows.lz4"]
+    assert sources.passed_over(shown) == []
+
+
+def test_the_data_card_names_the_files_of_a_folder_that_were_not_read(tmp_path, compose_params, workspace, capsys):
+    for split in ("train", "validation", "test"):
+        stored([EXPLICIT | {"prompt": split, "split": split, "chosen_ended": False}], tmp_path / f"{split}.csv.gz")
+    (tmp_path / "more.lz4").write_text("x")
+    own = ("data=own", f"data.path={tmp_path}", "objectives=human_preference", "sweep=human_preference")
+    prepare.run(compose_params(*own), workspace)
+    folder = workspace.results / "prepare"
+    assert json.loads((folder / "data_card.json").read_text())["files not read"] == ["more.lz4"]
+    assert "passed over: more.lz4" in capsys.readouterr().out
+    pairs = (folder / "pairs" / "human_preference.jsonl").read_text().splitlines()
+    assert [json.loads(pair)["chosen_ended"] for pair in pairs] == [False] * 3
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv.gz", ".json", ".jsonl"])
+def test_words_and_digits_are_texts(tmp_path, suffix):
+    words = ["NA", "None", "null", "nan", "n/a", "1", "007", "1e5", "2020-01-01", "99999999999999999999", "true"]
+    rows = [{"prompt": word, "chosen": f"{word} ", "rejected": "x"} for word in words]
+    found, dropped = rows_of(stored(rows, tmp_path / f"rows{suffix}"))
+    assert ([row["prompt"] for row in found], dropped) == (words, {})
+    assert [row["response_0"] for row in found] == [f"{word} " for word in words]
+
+
+def test_an_empty_prompt_of_a_table_is_none(tmp_path):
+    rows = [{"prompt": None, "chosen": "I like dogs.", "rejected": "I like cats."}]
+    assert rows_of(stored(rows, tmp_path / "rows.csv")) == ([], {"an empty prompt": 1})
+
+
+ROW = b'{"prompt": "Why?", "chosen": "a", "rejected": "b"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl", b"\xef\xbb\xbf" + ROW),
+        ("rows.jsonl", ROW + b"\n\n  \r\n"),
+        ("rows.json", b"\xef\xbb\xbf\n[" + ROW + b"]\n"),
+        ("rows.json", ROW + b"\n" + ROW.replace(b"W", b"H")),
+        ("rows.csv", b'\xef\xbb\xbfprompt,chosen,rejected\r\nWhy?,"a\n\nb",b\r\n\r\n'),
+        ("rows.tsv", b"prompt\tchosen\trejected\nWhy?\ta\tb\n\n"),
+    ],
+)
+def test_marks_of_the_byte_order_and_empty_lines_at_the_end_do_no_harm(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert rows_of(Data(str(tmp_path / name), "", ""))[0][0]["prompt"] == "Why?"
+
+
+def parquet(table):
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
+
+
+FIRST = "prompt,chosen,rejected\nWhy?,a,b\n"
+DEFLATED = gzip.compress(ROW * 50)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
         ("rows.txt", b"x", "is of no kind that can be read"),
         ("rows.parquet", b"no parquet", "behind row 0"),
-        ("rows.csv", b"", "behind row 0"),
+        ("rows.parquet", parquet(pa.table([[1], [2]], names=["a", "a"])), "behind row 0: the column a is there twice"),
+        (
+            "rows.parquet",
+            parquet(pa.table({"day": pa.array([2**31 - 1], pa.date32())})),
+            "row 0: column day: .*: correct",
+        ),
+        (
+            "rows.parquet",
+            parquet(pa.table({"at": pa.array([0], pa.timestamp("s", "Mars/Base"))})),
+            "row 0: column at: ",
+        ),
+        ("rows.csv", b"", "is empty"),
+        ("rows.csv", b"prompt,chosen,rejected\n", "is empty"),
+        ("rows.csv", f"{FIRST}How?,a\n".encode(), "behind row 1: 2 fields, but 3 columns"),
+        ("rows.csv", f"{FIRST}How?,a,b,c\n".encode(), "behind row 1: 4 fields, but 3 columns"),
+        ("rows.csv", b"prompt,prompt\nx,y\n", "the column prompt is there twice"),
+        ("rows.csv", FIRST.encode() + b"\xff", "line 3: byte 1 is not UTF-8"),
+        ("rows.csv", f'{FIRST}How?,"a,b\n'.encode(), "behind row 1"),
         ("rows.jsonl.gz", b"no gzip", "cannot be unpacked"),
+        ("rows.jsonl.gz", DEFLATED[:10] + b"\xff" + DEFLATED[11:], "cannot be unpacked"),
+        ("rows.jsonl.gz", DEFLATED[:-9], "cannot be unpacked"),
+        ("rows.jsonl.zst", zstd(ROW * 50)[:-9], "cannot be unpacked"),
         ("rows.jsonl", b"", "is empty"),
+        ("rows.jsonl", b"\n", "is empty"),
+        ("rows.json", b"", "is empty"),
+        ("rows.json", b"[]", "is empty"),
+        ("rows.json", b"3", "neither a list of objects nor an object per line"),
+        ("rows.json", b"[3]", "neither a list of objects nor an object per line"),
+        ("rows.json", b"[" + ROW, "behind row 0: not JSON"),
+        ("rows.json", b'[{"a": 0, "a": 1}]', "the key a is there twice"),
+        ("rows.jsonl", ROW + b'\n{"a": {"b": 0, "b": 1}}\n', "line 2: the key b is there twice: correct the line"),
+        ("rows.jsonl", b'{"a": %s}\n' % (b"9" * 5000), "line 1: a number of 5000 digits: correct the line"),
+        ("rows.jsonl", b'{"a": %s1%s}' % (b"[" * 100_000, b"]" * 100_000), "line 1: lists in lists"),
     ],
 )
 def test_files_that_cannot_be_read_are_named(tmp_path, name, content, reason):
@@ -144,6 +268,25 @@ def test_files_that_cannot_be_read_are_named(tmp_path, name, content, reason):
         rows_of(Data(str(tmp_path / name), "", ""))
     assert name in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json.xz", ".csv.bz2", ".tsv.zst", ".parquet"])
+def test_a_damaged_file_is_read_or_refused_in_one_sentence(tmp_path, suffix):
+    dice = random.Random(0)
+    rows = [
+        {"prompt": f"{n}?", "chosen": dice.randbytes(9).hex(), "rejected": "x", "score_chosen": 1} for n in range(40)
+    ]
+    path = tmp_path / f"rows{suffix}"
+    data, whole = stored(rows, path), path.read_bytes()
+    for _ in range(60):
+        content = bytearray(whole)
+        for _ in range(dice.randint(1, 3)):
+            content[dice.randrange(len(content))] = dice.randrange(256)
+        path.write_bytes(bytes(content[: dice.choice([len(content), dice.randrange(len(content))])]))
+        try:
+            rows_of(data)
+        except UserError as refused:
+            assert "\n" not in str(refused)
 
 
 def test_missing_files_and_patterns_that_match_none_are_refused(tmp_path):

@@ -5,7 +5,9 @@ prefers (0, 1, or None for a tie). A pair is what one objective makes of a row: 
 text: a question, or a dialogue as `dialogues` spells it.
 """
 
+from functools import lru_cache
 from typing import Any
+from unicodedata import normalize
 
 from pipeline.params import Data
 from pipeline.store import digest
@@ -19,9 +21,15 @@ def uniform_of(*key: Any) -> float:
     return int(digest(list(key))[:13], 16) / 16**13
 
 
+@lru_cache(maxsize=16)  # several questions are asked about each prompt as its row passes
+def canonical(text: str) -> str:
+    """What is the same text to a reader: spaces and line ends alike, and Unicode's ways to write a letter."""
+    return " ".join(normalize("NFKC", text).split())
+
+
 def split_of(prompt: str, data: Data, seed: int) -> str:
-    """The split of a prompt that names none; every row of a prompt falls into the same one."""
-    place = uniform_of("split", seed, prompt)
+    """The split of a prompt that names none; every row of a prompt, however it is spaced, falls into the same one."""
+    place = uniform_of("split", seed, canonical(prompt))
     if place < data.test_fraction:
         return "test"
     return "validation" if place < data.test_fraction + data.validation_fraction else "train"

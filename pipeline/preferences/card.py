@@ -108,7 +108,7 @@ def _oddities(text: str) -> list[str]:
         "replacement characters": "\ufffd" in text,
         "control characters": _CONTROL.search(text) is not None,
         "wrongly decoded text": _MOJIBAKE.search(text) is not None,
-        "mostly other than Latin letters": len(text.encode(errors="replace")) > _FOREIGN * len(text),
+        "mostly other than Latin letters": len(text.encode()) > _FOREIGN * len(text),
     }
     return [name for name, seen in signs.items() if seen]
 

@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from os.path import commonprefix
 from typing import Any
 
+from pipeline.preferences import canonical
+
 Message = dict[str, str]
+Text = str | list[Message]  # as rows have it
 
 _MARK = {"system": "\n\nSystem:", "user": "\n\nHuman:", "assistant": "\n\nAssistant:"}
 _ROLE = {mark: role for role, mark in _MARK.items()}
@@ -35,6 +38,12 @@ def turns_of(prompt: str) -> list[Message]:
     ends = [mark.start() for mark in marks[1:]]
     turns = zip(marks[:-1], ends, strict=True)  # the last mark opens the answer
     return [{"role": _ROLE[mark.group()], "content": prompt[mark.end() : end].strip()} for mark, end in turns]
+
+
+def transcript(text: str) -> str:
+    """A text that begins with the mark of a turn, with the line ends that HH-RLHF has; any other text as it is."""
+    marked = "\n\n" + text.replace("\r\n", "\n").lstrip()
+    return marked if _ANY_MARK.match(marked) else text
 
 
 def spelled(messages: Sequence[Message]) -> str:
@@ -66,6 +75,7 @@ def divided(chosen: str, rejected: str) -> tuple[str, str, str]:
     Raises:
         UnfitError: they share no beginning, or part before the last answer, so a response would have several turns.
     """
+    chosen, rejected = transcript(chosen), transcript(rejected)
     shared = commonprefix([chosen, rejected])  # noqa: RUF071  of texts, not of paths
     if _ANY_MARK.match(shared):
         at = shared.rfind(_ANSWER) + len(_ANSWER)
@@ -82,31 +92,85 @@ def divided(chosen: str, rejected: str) -> tuple[str, str, str]:
     return chosen[:at], chosen[at:], rejected[at:]
 
 
-def divided_messages(chosen: Sequence[Message], rejected: Sequence[Message]) -> tuple[str, str, str]:
-    """Prompt, chosen and rejected response of two lists of messages that differ in the last one, the assistant's.
+def exchange(prompt: Text | None, response: Text, system: str | None = None) -> tuple[str, str]:
+    """The prompt as one text and the answer to it, of a prompt and a response that may each be text or messages.
+
+    Messages may hold the prompt as well (UltraFeedback), or turns that come behind it: all but the last, which is the
+    answer, then belong to the prompt.
+
+    Args:
+        prompt: None where the messages of the response hold it.
+        system: an instruction that stands before the dialogue.
 
     Raises:
-        UnfitError: they differ before, or the last is not the assistant's, or the prompt is not one.
+        UnfitError: no prompt, prompts that contradict each other, or an answer that is not the assistant's.
     """
-    if chosen[:-1] != rejected[:-1]:
-        raise UnfitError("transcripts that part before the last answer")
-    return spelled(chosen[:-1]), answer(chosen), answer(rejected)
-
-
-def answer(messages: Sequence[Message]) -> str:
-    """The text of the last message, which must be the assistant's.
-
-    Raises:
-        UnfitError: it is somebody else's, or there is none.
-    """
-    if not messages or messages[-1]["role"] != "assistant":
+    if isinstance(response, str):
+        if prompt is None:
+            raise UnfitError("an empty prompt")
+        return prompt_text(prompt, system), response
+    if not response or response[-1]["role"] != "assistant":
         raise UnfitError("a response that is not the assistant's")
-    return messages[-1]["content"]
+    before: Text = response[:-1]
+    if prompt is not None:
+        before = _joined(prompt, response[:-1]) if len(response) > 1 else prompt
+    return prompt_text(before, system), response[-1]["content"]
 
 
-def is_messages(value: Any) -> bool:
-    """Whether a value is a list of messages with a role and a text each."""
-    return isinstance(value, list) and all(
-        isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)
+def _joined(prompt: Text, before: list[Message]) -> list[Message]:
+    """The turns of a prompt and of the messages before an answer, which repeat them or go on from them."""
+    turns = turns_of(transcript(prompt)) if isinstance(prompt, str) else prompt
+    ours, theirs = ([(turn["role"], canonical(turn["content"])) for turn in known] for known in (turns, before))
+    if any(theirs[at : at + len(ours)] == ours for at in range(len(theirs))):
+        return before
+    if before[0]["role"] in ("system", *(turn["role"] for turn in turns[-1:])):
+        raise UnfitError("a prompt that its messages contradict")
+    return [*turns, *before]
+
+
+def prompt_text(prompt: Text, system: str | None = None) -> str:
+    """A prompt as one text, behind an instruction if there is one.
+
+    Raises:
+        UnfitError: messages that are no prompt, or that begin with another instruction.
+    """
+    if isinstance(prompt, str):
+        marked = transcript(prompt)
+        prompt = marked if is_dialogue(marked) else prompt
+        if system is None:
+            return prompt
+    turns = turns_of(prompt) if isinstance(prompt, str) else prompt
+    if system is None or turns[:1] == [instruction := {"role": "system", "content": system}]:
+        return spelled(turns)
+    if turns and turns[0]["role"] == "system":
+        raise UnfitError("a system text that its messages contradict")
+    return spelled([instruction, *turns])
+
+
+def messages_of(value: Any) -> list[Message] | None:
+    """The messages of a list of such, texts in parts joined; None of any other value.
+
+    Raises:
+        UnfitError: a message has no text, as a call of a tool, or something else than text, as a picture.
+    """
+    if not isinstance(value, list) or not all(
+        isinstance(item, dict)
+        and isinstance(item.get("role"), str)
+        and isinstance(item.get("content"), str | list | None)
         for item in value
-    )
+    ):
+        return None
+    return [{"role": item["role"], "content": _content(item)} for item in value]
+
+
+def _content(message: dict[str, Any]) -> str:
+    content = message.get("content")
+    if content is None or message.get("tool_calls"):
+        raise UnfitError("a message that calls a tool or has no text")
+    if isinstance(content, str):
+        return content
+    parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+    texts = [part for part in parts if isinstance(part, str)]
+    if len(texts) < len(parts):
+        raise UnfitError("a message of something else than text")
+    return "".join(texts)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.config import UserError, Workspace
 from pipeline.params import Params, Sampling
-from pipeline.preferences import SPLITS, reading
+from pipeline.preferences import SPLITS, reading, sources
 from pipeline.preferences.card import DataCard
 from pipeline.preferences.labelling import label_samples, pair_of
 from pipeline.stages import main
@@ -29,7 +29,10 @@ def run(params: Params, workspace: Workspace) -> None:
         rows = label_samples(asked, samples, params.objectives)
     prompts = write_pairs(rows, params, out, card)
     write_jsonl(out / "prompts.jsonl", ({"prompt": prompt} for prompt in prompts.unseen(data)))
-    write_json(out / "data_card.json", told := card.summary())
+    unread = sources.passed_over(data)
+    write_json(out / "data_card.json", (told := card.summary()) | ({"files not read": unread} if unread else {}))
+    if unread:
+        print(f"prepare: of no kind that can be read, and passed over: {', '.join(unread)}")
     for reason, count in told["dropped"].items():
         print(f"prepare: {count['rows']} of {told['read']} rows left out: {reason}")
     for name, counts in told["objectives"].items():
