@@ -58,22 +58,26 @@ def judge_rows(rows: Sequence[Row], params: Params, workspace: Workspace) -> lis
 def judge_card(pairs: Mapping[str, Sequence[Row]], params: Params, workspace: Workspace) -> Row:
     """How far the judge agrees with held-out labels, for every objective.
 
-    Per objective: `accuracy` with its Wilson interval over pairs with a verdict (a tie agrees with no label),
+    Per objective: `accuracy` with its interval over the prompts of pairs with a verdict (a tie agrees with no label),
     `undetermined` and `ties` as shares of the pairs asked, and of a judge that saw both orders `position_bias`, the
     share of pairs whose verdict went with the place of a response and not with the response.
 
     Args:
-        pairs: per objective, labelled pairs that nothing was trained on.
+        pairs: per objective, labelled pairs that nothing was trained on; `judge.card_pairs` of them are drawn by a
+            hash, so that another number or further pairs leave those that are drawn already.
         params: the experiment.
         workspace: where models and stores are.
     """
     judge, card = params.judge, {}
     for name, labelled in pairs.items():
-        taken = labelled[: judge.card_pairs]
+        taken = sorted(labelled, key=lambda pair: _lot(pair, params.seed))[: judge.card_pairs]
         given = list(_agreement(taken, name, params, workspace))
         scores = [_score(one) for one in given]
-        decided = [score > 0.5 for score in scores if score is not None]
-        told = share(decided, judge.confidence)
+        decided = [
+            (pair["prompt"], score > 0.5) for pair, score in zip(taken, scores, strict=True) if score is not None
+        ]
+        prompts, right = [prompt for prompt, _ in decided], [agrees for _, agrees in decided]
+        told = share(right, prompts, judge.confidence, judge.resamples, params.seed)
         turned = [one for one in given if len(one) == 2 and None not in one]
         card[name] = {
             "accuracy": asdict(told),
@@ -82,6 +86,10 @@ def judge_card(pairs: Mapping[str, Sequence[Row]], params: Params, workspace: Wo
             "position_bias": _rate(one[0] != one[1] and 0.5 not in one for one in turned) if turned else None,
         }
     return {"kind": judge.kind, "objectives": card}
+
+
+def _lot(pair: Row, seed: int) -> str:
+    return digest([seed, pair["prompt"], pair["chosen"], pair["rejected"]])
 
 
 def _agreement(

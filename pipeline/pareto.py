@@ -14,16 +14,12 @@ from scipy.stats import bootstrap, spearmanr
 from pipeline.generation import point_temperature, point_weights
 from pipeline.lanes import BASE
 from pipeline.params import Params
+from pipeline.statistics import hypervolume
 
 
 def non_dominated(scores_NM: np.ndarray) -> np.ndarray:
     """Which points no other point beats (as good everywhere, better somewhere): mask_N."""
     return np.asarray(moocore.is_nondominated(scores_NM, maximise=True, keep_weakly=True), dtype=bool)
-
-
-def hypervolume(scores_NM: np.ndarray, reference_M: Sequence[float]) -> float:
-    """Volume between the reference point and the front; points below the reference add nothing."""
-    return float(moocore.hypervolume(scores_NM, ref=np.asarray(reference_M, dtype=float), maximise=True))
 
 
 def mean_inner_product(weights_NM: np.ndarray, scores_NM: np.ndarray) -> float:

@@ -11,8 +11,8 @@ import pandas as pd
 
 from pipeline.comparison import BASE, entries
 from pipeline.params import Params
-from pipeline.pareto import bootstrap_mean, distinct_2, hypervolume, mean_inner_product
-from pipeline.statistics import hypervolume_difference, interval, resampled_rewards, reward_at
+from pipeline.pareto import bootstrap_mean, distinct_2, mean_inner_product
+from pipeline.statistics import hypervolume, hypervolume_difference, interval, resampled_rewards, reward_at
 from pipeline.store import Row
 
 KLS = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])  # nats per response, at which rewards are compared

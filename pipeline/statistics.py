@@ -5,9 +5,13 @@ Shapes: P prompts, N points of a method, M objectives, R resamples, K values of 
 
 from collections.abc import Sequence
 
+import moocore
 import numpy as np
 
-from pipeline.pareto import hypervolume
+
+def hypervolume(scores_NM: np.ndarray, reference_M: Sequence[float]) -> float:
+    """Volume between the reference point and the front; points below the reference add nothing."""
+    return float(moocore.hypervolume(scores_NM, ref=np.asarray(reference_M, dtype=float), maximise=True))
 
 
 def resampled_means(values_PX: np.ndarray, resamples: int, seed: int) -> np.ndarray:

@@ -13,12 +13,12 @@ from pipeline.pareto import (
     distinct_2,
     front_metrics,
     front_table,
-    hypervolume,
     long_scores,
     mean_inner_product,
     non_dominated,
     rank_correlation,
 )
+from pipeline.statistics import hypervolume
 
 QUICK = settings(max_examples=50, deadline=None, derandomize=True)
 JUDGE = OracleJudge(kind="oracle", confidence=0.95, resamples=100)
