@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Split = Literal["train", "validation", "test"]
@@ -20,9 +20,9 @@ Column = Literal[
 
 
 class _Strict:
-    """Keys that no field carries are refused."""
+    """Keys that no field carries are refused, and so are numbers that are none: NaN and the infinities."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class Point(_Strict):
     """One weight vector α; no weights is the unguided base."""
 
     weights: dict[str, NotNegative] = field(default_factory=dict)
-    temperature: NotNegative | None = None  # null: decoding.temperature
+    sharpen: NotNegative = 0.0  # divides decoding.temperature by 1 + this: unguided, as sharp as guidance by so much Σα
     form: Literal["plain", "log_ratio", "alone", "dpo"] = "plain"  # what the weights weigh: see `method`
 
     @property

@@ -36,7 +36,9 @@ def rank_correlation(weights_N: np.ndarray, scores_N: np.ndarray) -> float | Non
 
 
 def bootstrap_mean(values_N: np.ndarray, confidence: float, resamples: int, seed: int) -> tuple[float, float, float]:
-    """Mean and percentile-bootstrap interval: (mean, low, high)."""
+    """Mean and percentile-bootstrap interval: (mean, low, high); NaN where there are no values."""
+    if not len(values_N):
+        return np.nan, np.nan, np.nan
     mean = float(np.mean(values_N))
     if np.ptp(values_N) == 0:
         return mean, mean, mean
@@ -77,6 +79,11 @@ def distinct_2(texts: Sequence[str]) -> float:
     return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
 
 
+def prompt_means(rows: pd.DataFrame, objective: str) -> np.ndarray:
+    """An objective's mean score of every prompt that has one: undetermined verdicts are none."""
+    return rows[objective].astype(float).groupby(rows.prompt).mean().dropna().to_numpy()
+
+
 def front_table(params: Params, scored: pd.DataFrame, wins: pd.DataFrame) -> pd.DataFrame:
     """front.csv: one line per point with weights, scores and their intervals, cost in KL, win rates.
 
@@ -98,7 +105,7 @@ def front_table(params: Params, scored: pd.DataFrame, wins: pd.DataFrame) -> pd.
         weights = point_weights(point, params, params.base)
         intervals = {
             objective: bootstrap_mean(
-                mine.groupby("prompt")[objective].mean().dropna().to_numpy(),
+                prompt_means(mine, objective),
                 judge.confidence,
                 judge.resamples,
                 params.seed,
@@ -122,11 +129,12 @@ def front_table(params: Params, scored: pd.DataFrame, wins: pd.DataFrame) -> pd.
 
 
 def long_scores(front: pd.DataFrame, objectives: Sequence[str]) -> pd.DataFrame:
-    """The guided points as `point, objective, alpha, score`: a score against its own weight, for any objectives."""
-    guided = front[front.method == "genarm"]
+    """The guided points as `method, point, objective, alpha, score`: a score against its own weight."""
+    guided = front[front.method != "base"]
     parts = [
         pd.DataFrame(
             {
+                "method": guided.method,
                 "point": guided.point,
                 "objective": name,
                 "alpha": guided[f"alpha_{name}"],
@@ -135,25 +143,29 @@ def long_scores(front: pd.DataFrame, objectives: Sequence[str]) -> pd.DataFrame:
         )
         for name in objectives
     ]
-    return pd.concat(parts).sort_values(["objective", "alpha"])
+    return pd.concat(parts).sort_values(["objective", "method", "alpha"])
 
 
 def front_metrics(params: Params, front: pd.DataFrame) -> dict[str, object]:
-    """metrics.json: hypervolume of the sweep and of the unguided points, MIP, size of the front, rank correlations."""
+    """metrics.json: hypervolume of the sweep and of the unguided points, MIP, size of the front, rank correlations.
+
+    MIP and rank correlations are those of each method of guidance: a weight of one is not a weight of another.
+    """
     objectives = list(params.objectives)
     scores = [f"score_{objective}" for objective in objectives]
     reference = [params.objectives[objective].reference for objective in objectives]
-    guided, controls = front[front.method == "genarm"], front[front.method == "base"]
-    spearman = {
-        name: rank_correlation(guided[f"alpha_{name}"].to_numpy(), guided[f"score_{name}"].to_numpy())
-        for name in objectives
-    }
-    alphas = guided[[f"alpha_{name}" for name in objectives]].to_numpy()
+    controls = front[front.method == "base"]
+    mip, spearman = {}, {}
+    for method, guided in front[front.method != "base"].groupby("method", sort=False):
+        alphas_NM, scores_NM = guided[[f"alpha_{name}" for name in objectives]].to_numpy(), guided[scores].to_numpy()
+        mip[method] = mean_inner_product(alphas_NM, scores_NM)
+        ranks = map(rank_correlation, alphas_NM.T, scores_NM.T)
+        spearman[method] = dict(zip(objectives, ranks, strict=True))
     return {
         "hypervolume": hypervolume(front[scores].to_numpy(), reference),
         "hypervolume_controls": hypervolume(controls[scores].to_numpy(), reference) if len(controls) else 0.0,
         "reference": dict(zip(objectives, reference, strict=True)),
-        "mip": mean_inner_product(alphas, guided[scores].to_numpy()) if len(guided) else None,
+        "mip": mip,
         "n_front": int(front.on_front.sum()),
         "spearman": spearman,
     }

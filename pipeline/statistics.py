@@ -10,8 +10,15 @@ import numpy as np
 
 
 def hypervolume(scores_NM: np.ndarray, reference_M: Sequence[float]) -> float:
-    """Volume between the reference point and the front; points below the reference add nothing."""
-    return float(moocore.hypervolume(scores_NM, ref=np.asarray(reference_M, dtype=float), maximise=True))
+    """Volume between the reference point and the front; points below the reference, or without a score, add nothing.
+
+    Raises:
+        ValueError: a coordinate of the reference point is not finite; moocore's answer would be 0.
+    """
+    reference = np.asarray(reference_M, dtype=float)
+    if not np.isfinite(reference).all():
+        raise ValueError(f"the reference point {reference} is not finite.")
+    return float(moocore.hypervolume(scores_NM[~np.isnan(scores_NM).any(axis=1)], ref=reference, maximise=True))
 
 
 def resampled_means(values_PX: np.ndarray, resamples: int, seed: int) -> np.ndarray:

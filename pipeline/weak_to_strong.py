@@ -3,7 +3,6 @@
 Shapes: P prompts.
 """
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +11,9 @@ from statistics import median
 import numpy as np
 import pandas as pd
 
+from pipeline.baselines.best_of_n import best_of_kl
 from pipeline.config import Workspace
-from pipeline.generation import Served, generate_stored, generate_sweep, point_requests, point_temperature
+from pipeline.generation import Served, generate_stored, generate_sweep, point_requests
 from pipeline.judging import score_rows
 from pipeline.params import Params
 from pipeline.pareto import bootstrap_mean, distinct_2, gap_recovered
@@ -36,8 +36,7 @@ class Line:
 def lines_of(params: Params) -> dict[str, Line]:
     """The lines of the table by the name of their rows: the points of the sweep, and best-of-N for each objective.
 
-    Unguided points beside the control are sharpened by a temperature T: their α is that of 1 / T = 1 + α, guidance that
-    sharpens as much.
+    The α of unguided points beside the control is that of guidance that sharpens as much.
     """
     first, control = next(iter(params.objectives)), params.sweep.control
     found = {}
@@ -50,8 +49,7 @@ def lines_of(params: Params) -> dict[str, Line]:
         elif name == control:
             found[name] = Line("control", first, "", 0.0)
         else:
-            temperature = point_temperature(point, params)
-            found[name] = Line("sharpened", first, "", round(1 / temperature - 1, 3) if temperature else None)
+            found[name] = Line("sharpened", first, "", point.sharpen)
     best = f"best_of_{params.weak_to_strong.best_of}"
     return found | {f"{best}/{name}": Line(best, name, "", None) for name in params.objectives}
 
@@ -59,7 +57,7 @@ def lines_of(params: Params) -> dict[str, Line]:
 def generate(params: Params, workspace: Workspace, base: str, prompts: Sequence[str]) -> list[Row]:
     """All rows of a base with their scores: every point of the sweep, and the best of N of its unguided samples.
 
-    Each of the `samples_per_prompt` best-of-N rows has N samples of its own.
+    Each of the `samples_per_prompt` best-of-N rows has N samples of its own. Its KL is bounded as in `best_of_kl`.
     """
     scored = score_rows(generate_sweep(params, workspace, base, prompts), params.objectives)
     own, times = params.decoding.samples_per_prompt, params.weak_to_strong.best_of
@@ -77,7 +75,8 @@ def generate(params: Params, workspace: Workspace, base: str, prompts: Sequence[
         for sample in range(own):
             for name in params.objectives:
                 chosen = max(of_prompt[sample::own], key=lambda row: row[name])
-                scored.append({**chosen, "point": f"{best}/{name}", "sample": sample})
+                kl = best_of_kl(times, chosen["logp"], chosen["logp_base"])
+                scored.append({**chosen, "point": f"{best}/{name}", "sample": sample, "kl": kl})
     return [{"base": base, **row} for row in scored]
 
 
@@ -134,8 +133,7 @@ def _lines(params: Params, rows: pd.DataFrame, speeds: dict[tuple[str, str], flo
             for place, column in enumerate(("reward", "ci_low", "ci_high")):
                 row |= {f"{column}_{objective}": found[place] for objective, found in intervals.items()}
             times = params.weak_to_strong.best_of if line.method.startswith("best_of") else 1
-            # A best-of-N row's KL is bounded by log N - (N - 1) / N (Beirami et al., arXiv 2401.01879).
-            row["kl"] = mine.kl.mean() if times == 1 else math.log(times) - (times - 1) / times
+            row["kl"] = mine.kl.mean()
             row["perplexity"] = float(np.exp(-mine.logp_base.sum() / mine.n_tokens.sum()))
             row["distinct_2"] = distinct_2(list(mine.response))
             if "left_out" in mine:  # of the base's mass, per token

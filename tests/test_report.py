@@ -63,8 +63,8 @@ def page(smoke_params, front, scored, tmp_path):
     names = list(smoke_params.objectives)
     told = {"accuracy": share, "ties": 0.0, "undetermined": 0.0, "position_bias": None}
     metrics = {
-        "hypervolume": 0.5, "hypervolume_controls": 0.1, "reference": dict.fromkeys(names, 0.0), "mip": 0.4,
-        "spearman": dict.fromkeys(names, 1.0), "arms": dict.fromkeys(names, arm),
+        "hypervolume": 0.5, "hypervolume_controls": 0.1, "reference": dict.fromkeys(names, 0.0), "mip": {"genarm": 0.4},
+        "spearman": {"genarm": dict.fromkeys(names, 1.0)}, "arms": dict.fromkeys(names, arm),
         "judge": {"kind": "oracle", "objectives": dict.fromkeys(names, told)},
     }  # fmt: skip
     data = {
