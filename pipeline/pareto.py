@@ -56,11 +56,11 @@ def gap_recovered(
 
     The weak-to-strong measure of Burns et al. (arXiv 2312.09390) with guidance in the place of weak supervision.
     Prompts are resampled together (paired bootstrap). None where the interval of the gap itself, tuned − control,
-    includes 0: a share of nothing is not defined.
+    includes 0, or no prompt has all three: a share of nothing is not defined.
     """
     gap_P = tuned_P - control_P
     _, low, high = bootstrap_mean(gap_P, confidence, resamples, seed)
-    if low <= 0 <= high:
+    if not (low > 0 or high < 0):
         return None
     gain_P = guided_P - control_P
     ratio = gain_P.mean() / gap_P.mean()
@@ -81,7 +81,7 @@ def distinct_2(texts: Sequence[str]) -> float:
 
 def prompt_means(rows: pd.DataFrame, objective: str) -> np.ndarray:
     """An objective's mean score of every prompt that has one: undetermined verdicts are none."""
-    return rows[objective].astype(float).groupby(rows.prompt).mean().dropna().to_numpy()
+    return rows.groupby("prompt")[objective].mean().dropna().to_numpy()
 
 
 def front_table(params: Params, scored: pd.DataFrame, wins: pd.DataFrame) -> pd.DataFrame:

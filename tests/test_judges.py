@@ -324,7 +324,7 @@ def test_a_reward_model_scores_every_response(smoke_params, workspace, tmp_path,
     }
     rows = rows_of(workspace)
     params = dataclasses.replace(smoke_params, judge=RewardJudge(kind="reward_model", models=specs, batch_size=2))
-    scored = judging.judge_rows(rows, params, workspace)
+    scored = judging.judge_rows(rows, params, workspace, {})
     torch.manual_seed(0)
     plain = LlamaForSequenceClassification(config).eval()
     for row in scored:
@@ -355,7 +355,7 @@ def test_a_reward_model_of_ours_judges_as_it_was_trained(smoke_params, workspace
         {"prompt": pair["prompt"], "response": pair["chosen"], "finish": ["length", "eos"][pair["chosen_ended"]]}
         for pair in pairs
     ]
-    judged = [row["positivity"] for row in judging.judge_rows(rows, params, workspace)]
+    judged = [row["positivity"] for row in judging.judge_rows(rows, params, workspace, {})]
     assert judged == pytest.approx([chosen for chosen, _ in rewards], abs=1e-5)
     right = sum(chosen > rejected for chosen, rejected in rewards) / len(rewards)
     card = judging.judge_card({"positivity": pairs}, params, workspace)
@@ -367,10 +367,10 @@ def test_what_is_no_reward_model_is_refused(smoke_params, workspace, tiny):
     specs = {name: Scoring("path", str(tiny)) for name in ("positivity", "conciseness")}
     params = dataclasses.replace(smoke_params, judge=RewardJudge(kind="reward_model", models=specs))
     with pytest.raises(UserError, match="is LlamaForCausalLM with 2 labels: use a sequence classifier"):
-        judging.judge_rows(rows, params, workspace)
+        judging.judge_rows(rows, params, workspace, {})
     params = dataclasses.replace(smoke_params, judge=RewardJudge(kind="reward_model", models={}))
     with pytest.raises(UserError, match=r"judge\.models has no reward model for positivity"):
-        judging.judge_rows(rows, params, workspace)
+        judging.judge_rows(rows, params, workspace, {})
 
 
 def test_unknown_keys_of_a_judge_are_named(compose_params):
