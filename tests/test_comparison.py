@@ -86,6 +86,7 @@ def test_a_comparison_is_judged_by_whoever_judges(human, workspace, endpoint):
     table = pd.read_csv(out / "table.csv")
     assert (table[table.point == "base"].reward_human_preference == 0.5).all()
     assert {"genarm", "mod"} < set(table.method) and len(pd.read_csv(out / "fronts.csv")) == 3
+    assert set(table.forwards_per_token[table.point == "a100"]) == {2}, "the base computes every token of MOD as well"
     page = (out / "index.html").read_text(encoding="utf-8")
     assert "the share of verdicts won against “base”" in page and "oracle" not in page and KEY not in page
 
