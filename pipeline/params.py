@@ -237,7 +237,7 @@ class WeakToStrong(_Strict):
     name: str = "weak_to_strong"  # of the folder below results/ that it goes to
     weak: tuple[str, ...] = ()  # the model of the ARM, `arm.base`; empty: no such comparison
     bases: tuple[str, ...] = ()
-    best_of: Count = 4  # samples of the base, of which the oracle picks one
+    best_of: Count = 4  # samples of the base, of which the judge picks one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,7 +320,7 @@ class _Judge(_Strict):
 
     confidence: Share = 0.95  # of every interval
     resamples: Count = 2000  # of a bootstrap
-    card_pairs: Count = 100  # held-out pairs per objective that the judge is checked on first
+    card_pairs: Count = 100  # held-out pairs per objective, drawn, that the judge is checked on first
 
 
 @dataclass(frozen=True, kw_only=True)
