@@ -8,11 +8,11 @@ from statistics import median
 
 from pipeline.baselines import Mix
 from pipeline.baselines.contender import Contender
-from pipeline.config import Workspace
+from pipeline.config import UserError, Workspace
 from pipeline.decoder import Request
 from pipeline.generation import Decoder, Served, generate_stored, point_requests
-from pipeline.judging import score_rows
-from pipeline.params import Params
+from pipeline.judging import check_judge, judge_rows, responses_of
+from pipeline.params import LlmJudge, LocalJudge, Params
 from pipeline.store import Row
 
 BASE = "base"  # the method of unguided points
@@ -64,8 +64,20 @@ def contenders(params: Params, workspace: Workspace) -> dict[str, Contender]:
     }
 
 
+def check(params: Params, workspace: Workspace) -> None:
+    """Refuse, before anything is generated, what could not be judged.
+
+    Raises:
+        UserError: the judge lacks something, or it compares with a control that every method has its own of.
+    """
+    check_judge(params, workspace)
+    control = params.sweep.control
+    if isinstance(params.judge, LlmJudge | LocalJudge) and params.sweep.points[control].guided:
+        raise UserError(f"sweep.control {control} is guided: name an unguided point for judge={params.judge.kind}.")
+
+
 def generate(params: Params, workspace: Workspace, prompts: Sequence[str]) -> list[Row]:
-    """Rows of all lines with their scores, each with `method`, `point` and the `line` it belongs to."""
+    """Rows of all lines with the judge's scores, each with `method`, `point` and the `line` it belongs to."""
     points = {name: point for name, point in params.sweep.points.items() if not point.guided}
     wanted = [*point_requests(replace(params, sweep=replace(params.sweep, points=points)), params.base, prompts)]
     plain = generate_stored([request for _, request in wanted], params, workspace, params.base, "generate")
@@ -73,6 +85,7 @@ def generate(params: Params, workspace: Workspace, prompts: Sequence[str]) -> li
         {"method": BASE, "point": point, "line": f"{BASE}/{point}", **row, "forwards": row["n_tokens"]}
         for (point, _), row in zip(wanted, plain, strict=True)
     ]
+    control = responses_of(rows, params.sweep.control)
     for name, contender in contenders(params, workspace).items():
         print(f"comparison: {name}")
         lines = [line for line in entries(params) if line.method == name]
@@ -88,7 +101,7 @@ def generate(params: Params, workspace: Workspace, prompts: Sequence[str]) -> li
             {"method": name, "point": line.point, "line": line.name, **row}
             for (line, _, _), row in zip(asked, found, strict=True)
         ]
-    return score_rows(rows, params.objectives)
+    return judge_rows(rows, params, workspace, control)
 
 
 def tokens_per_second(params: Params, workspace: Workspace, prompts: Sequence[str]) -> dict[str, float]:

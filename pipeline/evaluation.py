@@ -1,37 +1,39 @@
 """How good an ARM is on held-out pairs, and how much of that is length.
 
-Shapes: S responses.
+Shapes: S responses, P prompts, R resamples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import binomtest, spearmanr
+from scipy.stats import norm, spearmanr
 from torch.utils.data import DataLoader
 
 from pipeline.arm import ResponseModel
 from pipeline.losses import implicit_rewards
 from pipeline.params import Loss
+from pipeline.statistics import interval, resampled_means
 
 _LIKE = 0.1  # responses whose lengths differ by at most this share of the longer one count as equally long
 
 
 @dataclass(frozen=True)
 class Share:
-    """A share of pairs with its Wilson score interval; None without pairs."""
+    """A share of pairs with an interval over their prompts; None without pairs."""
 
     value: float | None
     ci_low: float | None
     ci_high: float | None
     pairs: int
+    prompts: int  # that the pairs are of
 
     def __str__(self) -> str:
         if self.value is None:
             return "no such pairs"
-        return f"{self.value:.3f} (Wilson {self.ci_low:.3f} to {self.ci_high:.3f}, {self.pairs} pairs)"
+        return f"{self.value:.3f} [{self.ci_low:.3f}, {self.ci_high:.3f}], {self.pairs} pairs of {self.prompts} prompts"
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,37 @@ class HeldOut:
     reward_std: float
 
 
-def share(right: Sequence[bool], confidence: float) -> Share:
-    """The share that is true, with its Wilson score interval."""
+def share(right: Sequence[bool], prompts: Sequence[Hashable], confidence: float, resamples: int, seed: int) -> Share:
+    """The share of pairs that is true, with a percentile interval that resamples prompts with all of their pairs.
+
+    Pairs of one prompt share responses, so they are no independent cases. Where all prompts agree there is nothing to
+    resample: the interval is then Wilson's, with the prompts as its cases.
+
+    Args:
+        right: of each pair.
+        prompts: the prompt that each pair is of.
+        confidence, resamples, seed: of the bootstrap.
+    """
     if not len(right):
-        return Share(None, None, None, 0)
-    found = binomtest(int(sum(right)), len(right))
-    interval = found.proportion_ci(confidence, method="wilson")
-    return Share(found.statistic, float(interval.low), float(interval.high), len(right))
+        return Share(None, None, None, 0, 0)
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    places = [numbers[prompt] for prompt in prompts]
+    counts_P2 = np.stack([np.bincount(places, np.asarray(right, dtype=float)), np.bincount(places)], axis=1)
+    value = float(counts_P2[:, 0].sum() / counts_P2[:, 1].sum())
+    if np.ptp(counts_P2[:, 0] / counts_P2[:, 1]) == 0:
+        low, high = _wilson(value, len(counts_P2), confidence)
+    else:
+        means_R2 = resampled_means(counts_P2, resamples, seed)
+        low, high = interval(means_R2[:, 0] / means_R2[:, 1], confidence)
+    return Share(value, low, high, len(right), len(counts_P2))
+
+
+def _wilson(value: float, cases: int, confidence: float) -> tuple[float, float]:
+    """Wilson's score interval of a share; scipy has it of whole counts only."""
+    squared = float(norm.ppf((1 + confidence) / 2)) ** 2 / cases
+    centre = (value + squared / 2) / (1 + squared)
+    half = (squared * value * (1 - value) + squared**2 / 4) ** 0.5 / (1 + squared)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def held_out(
@@ -60,7 +86,10 @@ def held_out(
     logps_S: Sequence[float],
     lengths_S: Sequence[int],
     pairs: Sequence[tuple[int, int]],
+    prompts: Sequence[Hashable],
     confidence: float,
+    resamples: int,
+    seed: int,
 ) -> HeldOut:
     """Accuracy and length bias from the rewards of responses and the pairs among them.
 
@@ -69,7 +98,8 @@ def held_out(
         logps_S: log π_r(y|x) of each response.
         lengths_S: its tokens.
         pairs: (chosen, rejected) as places among the responses.
-        confidence: of the intervals.
+        prompts: the prompt that each pair is of.
+        confidence, resamples, seed: of the intervals, as in `share`.
     """
     chosen, rejected = np.array(pairs, dtype=int).reshape(-1, 2).T
     rewards, lengths = np.asarray(rewards_S, dtype=float), np.asarray(lengths_S)
@@ -77,10 +107,15 @@ def held_out(
     longer, difference = np.maximum(lengths[chosen], lengths[rejected]), lengths[chosen] - lengths[rejected]
     like = np.abs(difference) <= _LIKE * longer
     varied = len(set(lengths_S)) > 1 and len(set(logps_S)) > 1
+
+    def among(true: np.ndarray, counted: np.ndarray) -> Share:
+        own = [prompt for prompt, counts in zip(prompts, counted, strict=True) if counts]
+        return share(true[counted], own, confidence, resamples, seed)
+
     return HeldOut(
-        share(right, confidence),
-        share(right[like], confidence),
-        share((difference > 0)[difference != 0], confidence),
+        among(right, np.full(len(right), True)),
+        among(right, like),
+        among(difference > 0, difference != 0),
         float(spearmanr(logps_S, lengths).statistic) if varied else None,
         float(rewards.mean()) if len(rewards) else 0.0,
         float(rewards.std()) if len(rewards) else 1.0,
@@ -89,7 +124,13 @@ def held_out(
 
 @torch.no_grad()
 def evaluate(
-    model: ResponseModel, loss: Loss, loader: DataLoader[Any], device: torch.device, confidence: float
+    model: ResponseModel,
+    loss: Loss,
+    loader: DataLoader[Any],
+    device: torch.device,
+    confidence: float,
+    resamples: int,
+    seed: int,
 ) -> HeldOut:
     """`held_out` of the pairs of a loader."""
     model.to(device).eval()
@@ -97,6 +138,7 @@ def evaluate(
     logps: list[float] = []
     lengths: list[int] = []
     pairs: list[tuple[int, int]] = []
+    prompts: list[int] = []
     for batch in loader:
         first = len(logps)
         logps_S = model({key: value.to(device) for key, value in batch.items()}).cpu()
@@ -105,4 +147,5 @@ def evaluate(
         lengths += torch.bincount(batch["response"]).tolist()
         sides = (batch["chosen"] + first).tolist(), (batch["rejected"] + first).tolist()
         pairs += zip(*sides, strict=True)
-    return held_out(rewards, logps, lengths, pairs, confidence)
+        prompts += batch["prompt"].tolist()
+    return held_out(rewards, logps, lengths, pairs, prompts, confidence, resamples, seed)

@@ -63,6 +63,7 @@ def metrics(found: HeldOut, trained: Trained | None = None, epochs: int = 0, sec
     share, splits = found.accuracy, {} if trained is None else trained.splits
     return {
         "accuracy": share.value, "ci_low": share.ci_low, "ci_high": share.ci_high, "pairs": share.pairs,
+        "prompts": share.prompts,
         "length_matched": asdict(found.length_matched), "chosen_longer": asdict(found.chosen_longer),
         "length_correlation": found.length_correlation,
         "dropped_pairs": {split: part.dropped for split, part in splits.items()},

@@ -65,8 +65,8 @@ def policy_lane(rival: str) -> str:
 
 
 def point_temperature(point: Point, params: Params) -> float:
-    """The point's own temperature, or the decoder's."""
-    return params.decoding.temperature if point.temperature is None else point.temperature
+    """The decoder's temperature, divided by 1 + Σα of the guidance that an unguided point is to be as sharp as."""
+    return round(params.decoding.temperature / (1 + point.sharpen), 4)
 
 
 @dataclass(frozen=True)

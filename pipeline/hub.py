@@ -51,7 +51,8 @@ def adopt(job: Job, spec: Model, rows: Sequence[Row], folder: Path) -> HeldOut:
     pairs = [row for row in rows if row["split"] == "test"]
     groups = tokenise(pairs, prompter, longest(arm.causal.config, job.trainer), f"{job.name}, test").groups
     size = job.trainer.micro_batch_size or job.trainer.batch_size
-    return evaluate(arm, job.loss, eval_loader(groups, size, prompter.eos), device, job.confidence)
+    loader = eval_loader(groups, size, prompter.eos)
+    return evaluate(arm, job.loss, loader, device, job.confidence, job.resamples, job.seed)
 
 
 def push(folder: Path, repository: str, private: bool) -> str:

@@ -4,8 +4,9 @@ A pointwise judge scores a response; a pairwise one compares it with the control
 1 where it is better, 0 where the control is, 1/2 where they are equal, and none where the verdict is undetermined.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import pandas as pd
 
@@ -25,16 +26,57 @@ def score_rows(rows: Sequence[Row], objectives: Mapping[str, Objective]) -> list
     Raises:
         UserError: an objective has no scorer.
     """
+    scorers = _scorers(objectives)
+    return [{**row, **{name: score(row["response"]) for name, score in scorers.items()}} for row in rows]
+
+
+def _scorers(objectives: Mapping[str, Objective]) -> dict[str, Callable[[str], float]]:
     scorers = {}
     for name, objective in objectives.items():
         if objective.scorer is None:
             raise UserError(f"objectives.{name} has no scorer, which judge=oracle needs: set objectives.{name}.scorer.")
         scorers[name] = scorer(objective.scorer)
-    return [{**row, **{name: score(row["response"]) for name, score in scorers.items()}} for row in rows]
+    return scorers
 
 
-def judge_rows(rows: Sequence[Row], params: Params, workspace: Workspace) -> list[Row]:
+def check_judge(params: Params, workspace: Workspace) -> None:
+    """Refuse, before anything is generated for it, a judge that lacks what it needs.
+
+    Raises:
+        UserError: an objective has no scorer, reward model or rubric, or the judge has no key.
+    """
+    judge = params.judge
+    if isinstance(judge, OracleJudge):
+        _scorers(params.objectives)
+    elif isinstance(judge, RewardJudge):
+        RewardModelJudge(judge, params, workspace)
+        for name in params.objectives:
+            spec = judge.models[name]
+            if spec.source == "path" and not Path(spec.location).is_dir():
+                raise UserError(
+                    f"judge.models.{name}: there is no folder {spec.location}: train it, or correct the path."
+                )
+    else:
+        for name in params.objectives:
+            Verdicts(judge, params, workspace, name)
+
+
+def responses_of(rows: Sequence[Row], point: str) -> dict[tuple[str, int], str]:
+    """The responses at a point by prompt and sample, for `judge_rows` to compare others with."""
+    return {(row["prompt"], row["sample"]): row["response"] for row in rows if row["point"] == point}
+
+
+def judge_rows(
+    rows: Sequence[Row], params: Params, workspace: Workspace, control: Mapping[tuple[str, int], str]
+) -> list[Row]:
     """The rows with the configured judge's score per objective; None where a verdict is undetermined.
+
+    Args:
+        rows: each with `prompt`, `response`, and for a pairwise judge `sample`.
+        params: the experiment.
+        workspace: where models and stores are.
+        control: what a pairwise judge compares a response with, by prompt and sample; where the texts are equal it is
+            not asked, and the score is 1/2.
 
     Raises:
         UserError: the judge lacks what it needs, or stopped; verdicts so far are kept.
@@ -45,35 +87,46 @@ def judge_rows(rows: Sequence[Row], params: Params, workspace: Workspace) -> lis
     if isinstance(judge, RewardJudge):
         found = {name: _rewards(name, rows, judge, params, workspace) for name in params.objectives}
         return [{**row, **{name: rewards[place] for name, rewards in found.items()}} for place, row in enumerate(rows)]
-    control = {(row["prompt"], row["sample"]): row["response"] for row in rows if row["point"] == params.sweep.control}
-    others = [row for row in rows if row["point"] != params.sweep.control]
-    pairs = [(row["prompt"], row["response"], control[row["prompt"], row["sample"]]) for row in others]
+    pairs = [(row["prompt"], row["response"], control[row["prompt"], row["sample"]]) for row in rows]
+    differing = list(dict.fromkeys(pair for pair in pairs if pair[1] != pair[2]))
     verdicts = {}
     for name in params.objectives:
-        of_pairs = Verdicts(judge, params, workspace, name).of(pairs)
-        verdicts[name] = {id(row): _score(given) for row, given in zip(others, of_pairs, strict=True)}
-    return [{**row, **{name: given.get(id(row), 0.5) for name, given in verdicts.items()}} for row in rows]
+        given = Verdicts(judge, params, workspace, name).of(differing)
+        verdicts[name] = dict(zip(differing, map(_score, given), strict=True))
+    return [
+        {**row, **{name: scores.get(pair, 0.5) for name, scores in verdicts.items()}}
+        for row, pair in zip(rows, pairs, strict=True)
+    ]
+
+
+def scored_frame(rows: Sequence[Row], objectives: Iterable[str]) -> pd.DataFrame:
+    """Judged rows as a frame whose scores are numbers, NaN where there is none."""
+    return pd.DataFrame(rows).astype(dict.fromkeys(objectives, float))
 
 
 def judge_card(pairs: Mapping[str, Sequence[Row]], params: Params, workspace: Workspace) -> Row:
     """How far the judge agrees with held-out labels, for every objective.
 
-    Per objective: `accuracy` with its Wilson interval over pairs with a verdict (a tie agrees with no label),
+    Per objective: `accuracy` with its interval over the prompts of pairs with a verdict (a tie agrees with no label),
     `undetermined` and `ties` as shares of the pairs asked, and of a judge that saw both orders `position_bias`, the
     share of pairs whose verdict went with the place of a response and not with the response.
 
     Args:
-        pairs: per objective, labelled pairs that nothing was trained on.
+        pairs: per objective, labelled pairs that nothing was trained on; `judge.card_pairs` of them are drawn by a
+            hash, so that another number or further pairs leave those that are drawn already.
         params: the experiment.
         workspace: where models and stores are.
     """
     judge, card = params.judge, {}
     for name, labelled in pairs.items():
-        taken = labelled[: judge.card_pairs]
+        taken = sorted(labelled, key=lambda pair: _lot(pair, params.seed))[: judge.card_pairs]
         given = list(_agreement(taken, name, params, workspace))
         scores = [_score(one) for one in given]
-        decided = [score > 0.5 for score in scores if score is not None]
-        told = share(decided, judge.confidence)
+        decided = [
+            (pair["prompt"], score > 0.5) for pair, score in zip(taken, scores, strict=True) if score is not None
+        ]
+        prompts, right = [prompt for prompt, _ in decided], [agrees for _, agrees in decided]
+        told = share(right, prompts, judge.confidence, judge.resamples, params.seed)
         turned = [one for one in given if len(one) == 2 and None not in one]
         card[name] = {
             "accuracy": asdict(told),
@@ -82,6 +135,10 @@ def judge_card(pairs: Mapping[str, Sequence[Row]], params: Params, workspace: Wo
             "position_bias": _rate(one[0] != one[1] and 0.5 not in one for one in turned) if turned else None,
         }
     return {"kind": judge.kind, "objectives": card}
+
+
+def _lot(pair: Row, seed: int) -> str:
+    return digest([seed, pair["prompt"], pair["chosen"], pair["rejected"]])
 
 
 def _agreement(
@@ -147,7 +204,7 @@ def win_rates(scored: pd.DataFrame, control: str, objectives: Sequence[str], jud
     for point, mine in scored.groupby("point", sort=False):
         paired = mine.set_index(keys).join(against, rsuffix="_control", how="inner", validate="one_to_one")
         for name in objectives:
-            compared = paired[name].astype(float) - paired[f"{name}_control"].astype(float)
+            compared = paired[name] - paired[f"{name}_control"]
             difference = compared.dropna()
             won = (difference > 0) + 0.5 * (difference == 0)
             by_prompt = won.groupby("prompt").mean().to_numpy()

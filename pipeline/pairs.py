@@ -30,6 +30,7 @@ class PromptGroup:
     responses: list[list[int]]
     pairs: list[tuple[int, int]]  # (chosen, rejected) as places in `responses`
     objectives: list[int] = field(default_factory=list)  # of each pair, numbered; none: all pairs are of the first
+    number: int = 0  # of the prompt: groups of one prompt share it
     reference: list[float] | None = None  # log π_ref of each response, where the loss compares with it
 
     def __len__(self) -> int:
@@ -61,6 +62,7 @@ def tokenise(pairs: Sequence[Row], prompter: Prompter, max_length: int, origin: 
     """
     found = Tokenised()
     current: dict[str, tuple[PromptGroup, dict[tuple[int, ...], int]]] = {}
+    numbers: dict[str, int] = {}
     for pair in pairs:
         chosen, rejected = (
             tuple(prompter.response_ids(pair["prompt"], pair[side], pair.get(f"{side}_ended", True)))
@@ -71,7 +73,8 @@ def tokenise(pairs: Sequence[Row], prompter: Prompter, max_length: int, origin: 
             continue
         group, places = current.get(pair["prompt"], (None, {}))
         if group is None or len(group.responses) + 2 > _GROUP_SIZE:
-            group, places = PromptGroup(prompter.prompt_ids(pair["prompt"]), [], []), {}
+            number = numbers.setdefault(pair["prompt"], len(numbers))
+            group, places = PromptGroup(prompter.prompt_ids(pair["prompt"]), [], [], number=number), {}
             current[pair["prompt"]] = group, places
             found.groups.append(group)
         for ids in (chosen, rejected):
@@ -104,7 +107,8 @@ def collate(groups: Sequence[PromptGroup], pad: int) -> dict[str, Tensor]:
         row, column, label, response [N]: for each response token the row and column that predict it, itself, and the
         response it belongs to.
         last [S, 2]: row and column of each response's last token.
-        chosen, rejected, objective [pairs]: places among all responses of the batch, and what the pair is about.
+        chosen, rejected, objective, prompt [pairs]: places among all responses of the batch, what the pair is about,
+        and the number of its prompt.
         reference [S]: log-probabilities of the responses under the reference, if the groups carry them.
     """
     shape = len(groups), max(map(len, groups))
@@ -112,7 +116,7 @@ def collate(groups: Sequence[PromptGroup], pad: int) -> dict[str, Tensor]:
     segments = torch.full(shape, -1)
     targets: list[tuple[int, int, int, int]] = []
     last: list[tuple[int, int]] = []
-    chosen, rejected, objectives, first = [], [], [], 0
+    chosen, rejected, objectives, numbers, first = [], [], [], [], 0
     for row, group in enumerate(groups):
         length = column = len(group.prompt)
         ids[row, :length], segments[row, :length] = torch.tensor(group.prompt), 0
@@ -126,6 +130,7 @@ def collate(groups: Sequence[PromptGroup], pad: int) -> dict[str, Tensor]:
             last.append((row, stop - 1))
             column = stop
         objectives += group.objectives or [0] * len(group.pairs)
+        numbers += [group.number] * len(group.pairs)
         chosen += [first + better for better, _ in group.pairs]
         rejected += [first + worse for _, worse in group.pairs]
         first += len(group.responses)
@@ -133,6 +138,7 @@ def collate(groups: Sequence[PromptGroup], pad: int) -> dict[str, Tensor]:
     batch = {
         "ids": ids, "positions": positions, "segments": segments, **dict(named), "last": torch.tensor(last),
         "chosen": torch.tensor(chosen), "rejected": torch.tensor(rejected), "objective": torch.tensor(objectives),
+        "prompt": torch.tensor(numbers),
     }  # fmt: skip
     if all(group.reference is not None for group in groups):
         batch["reference"] = torch.tensor([logp for group in groups for logp in group.reference or []])

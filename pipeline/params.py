@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Split = Literal["train", "validation", "test"]
@@ -20,9 +20,9 @@ Column = Literal[
 
 
 class _Strict:
-    """Keys that no field carries are refused."""
+    """Keys that no field carries are refused, and so are numbers that are none: NaN and the infinities."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class Point(_Strict):
     """One weight vector α; no weights is the unguided base."""
 
     weights: dict[str, NotNegative] = field(default_factory=dict)
-    temperature: NotNegative | None = None  # null: decoding.temperature
+    sharpen: NotNegative = 0.0  # divides decoding.temperature by 1 + this: unguided, as sharp as guidance by so much Σα
     form: Literal["plain", "log_ratio", "alone", "dpo"] = "plain"  # what the weights weigh: see `method`
 
     @property
@@ -237,7 +237,7 @@ class WeakToStrong(_Strict):
     name: str = "weak_to_strong"  # of the folder below results/ that it goes to
     weak: tuple[str, ...] = ()  # the model of the ARM, `arm.base`; empty: no such comparison
     bases: tuple[str, ...] = ()
-    best_of: Count = 4  # samples of the base, of which the oracle picks one
+    best_of: Count = 4  # samples of the base, of which the judge picks one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,7 +320,7 @@ class _Judge(_Strict):
 
     confidence: Share = 0.95  # of every interval
     resamples: Count = 2000  # of a bootstrap
-    card_pairs: Count = 100  # held-out pairs per objective that the judge is checked on first
+    card_pairs: Count = 100  # held-out pairs per objective, drawn, that the judge is checked on first
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,16 +14,12 @@ from scipy.stats import bootstrap, spearmanr
 from pipeline.generation import point_temperature, point_weights
 from pipeline.lanes import BASE
 from pipeline.params import Params
+from pipeline.statistics import hypervolume
 
 
 def non_dominated(scores_NM: np.ndarray) -> np.ndarray:
     """Which points no other point beats (as good everywhere, better somewhere): mask_N."""
     return np.asarray(moocore.is_nondominated(scores_NM, maximise=True, keep_weakly=True), dtype=bool)
-
-
-def hypervolume(scores_NM: np.ndarray, reference_M: Sequence[float]) -> float:
-    """Volume between the reference point and the front; points below the reference add nothing."""
-    return float(moocore.hypervolume(scores_NM, ref=np.asarray(reference_M, dtype=float), maximise=True))
 
 
 def mean_inner_product(weights_NM: np.ndarray, scores_NM: np.ndarray) -> float:
@@ -40,7 +36,9 @@ def rank_correlation(weights_N: np.ndarray, scores_N: np.ndarray) -> float | Non
 
 
 def bootstrap_mean(values_N: np.ndarray, confidence: float, resamples: int, seed: int) -> tuple[float, float, float]:
-    """Mean and percentile-bootstrap interval: (mean, low, high)."""
+    """Mean and percentile-bootstrap interval: (mean, low, high); NaN where there are no values."""
+    if not len(values_N):
+        return np.nan, np.nan, np.nan
     mean = float(np.mean(values_N))
     if np.ptp(values_N) == 0:
         return mean, mean, mean
@@ -58,11 +56,11 @@ def gap_recovered(
 
     The weak-to-strong measure of Burns et al. (arXiv 2312.09390) with guidance in the place of weak supervision.
     Prompts are resampled together (paired bootstrap). None where the interval of the gap itself, tuned − control,
-    includes 0: a share of nothing is not defined.
+    includes 0, or no prompt has all three: a share of nothing is not defined.
     """
     gap_P = tuned_P - control_P
     _, low, high = bootstrap_mean(gap_P, confidence, resamples, seed)
-    if low <= 0 <= high:
+    if not (low > 0 or high < 0):
         return None
     gain_P = guided_P - control_P
     ratio = gain_P.mean() / gap_P.mean()
@@ -79,6 +77,11 @@ def distinct_2(texts: Sequence[str]) -> float:
     """Distinct word bigrams over all word bigrams of the texts (Li et al. 2016); 0 without bigrams."""
     bigrams = [pair for text in texts for pair in pairwise(text.lower().split())]
     return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
+
+
+def prompt_means(rows: pd.DataFrame, objective: str) -> np.ndarray:
+    """An objective's mean score of every prompt that has one: undetermined verdicts are none."""
+    return rows.groupby("prompt")[objective].mean().dropna().to_numpy()
 
 
 def front_table(params: Params, scored: pd.DataFrame, wins: pd.DataFrame) -> pd.DataFrame:
@@ -102,7 +105,7 @@ def front_table(params: Params, scored: pd.DataFrame, wins: pd.DataFrame) -> pd.
         weights = point_weights(point, params, params.base)
         intervals = {
             objective: bootstrap_mean(
-                mine.groupby("prompt")[objective].mean().dropna().to_numpy(),
+                prompt_means(mine, objective),
                 judge.confidence,
                 judge.resamples,
                 params.seed,
@@ -126,11 +129,12 @@ def front_table(params: Params, scored: pd.DataFrame, wins: pd.DataFrame) -> pd.
 
 
 def long_scores(front: pd.DataFrame, objectives: Sequence[str]) -> pd.DataFrame:
-    """The guided points as `point, objective, alpha, score`: a score against its own weight, for any objectives."""
-    guided = front[front.method == "genarm"]
+    """The guided points as `method, point, objective, alpha, score`: a score against its own weight."""
+    guided = front[front.method != "base"]
     parts = [
         pd.DataFrame(
             {
+                "method": guided.method,
                 "point": guided.point,
                 "objective": name,
                 "alpha": guided[f"alpha_{name}"],
@@ -139,25 +143,29 @@ def long_scores(front: pd.DataFrame, objectives: Sequence[str]) -> pd.DataFrame:
         )
         for name in objectives
     ]
-    return pd.concat(parts).sort_values(["objective", "alpha"])
+    return pd.concat(parts).sort_values(["objective", "method", "alpha"])
 
 
 def front_metrics(params: Params, front: pd.DataFrame) -> dict[str, object]:
-    """metrics.json: hypervolume of the sweep and of the unguided points, MIP, size of the front, rank correlations."""
+    """metrics.json: hypervolume of the sweep and of the unguided points, MIP, size of the front, rank correlations.
+
+    MIP and rank correlations are those of each method of guidance: a weight of one is not a weight of another.
+    """
     objectives = list(params.objectives)
     scores = [f"score_{objective}" for objective in objectives]
     reference = [params.objectives[objective].reference for objective in objectives]
-    guided, controls = front[front.method == "genarm"], front[front.method == "base"]
-    spearman = {
-        name: rank_correlation(guided[f"alpha_{name}"].to_numpy(), guided[f"score_{name}"].to_numpy())
-        for name in objectives
-    }
-    alphas = guided[[f"alpha_{name}" for name in objectives]].to_numpy()
+    controls = front[front.method == "base"]
+    mip, spearman = {}, {}
+    for method, guided in front[front.method != "base"].groupby("method", sort=False):
+        alphas_NM, scores_NM = guided[[f"alpha_{name}" for name in objectives]].to_numpy(), guided[scores].to_numpy()
+        mip[method] = mean_inner_product(alphas_NM, scores_NM)
+        ranks = map(rank_correlation, alphas_NM.T, scores_NM.T)
+        spearman[method] = dict(zip(objectives, ranks, strict=True))
     return {
         "hypervolume": hypervolume(front[scores].to_numpy(), reference),
         "hypervolume_controls": hypervolume(controls[scores].to_numpy(), reference) if len(controls) else 0.0,
         "reference": dict(zip(objectives, reference, strict=True)),
-        "mip": mean_inner_product(alphas, guided[scores].to_numpy()) if len(guided) else None,
+        "mip": mip,
         "n_front": int(front.on_front.sum()),
         "spearman": spearman,
     }

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import memory
+from pipeline.comparison import entries
 from pipeline.config import UserError, Workspace, load_params, to_params
 from pipeline.judges.rubric import RUBRICS
 from pipeline.memory import PROMPT, Need
@@ -53,9 +54,21 @@ class Rows:
 
 
 def calls(judge: LlmJudge, params: Params, rows: Rows) -> tuple[int, int, int]:
-    """Answers that an endpoint is asked for at most, and the tokens it reads and writes for them."""
+    """Answers that an endpoint is asked for at most, and the tokens it reads and writes for them.
+
+    For the sweep and the card, and where they are configured for the ladder and the comparison.
+    """
     orders, objectives = (2 if judge.orders == "both" else 1), len(params.objectives)
-    asked = orders * objectives * ((rows.points - 1) * rows.prompts * rows.samples + judge.card_pairs)
+    ladder, compared = params.weak_to_strong, params.comparison
+    at_each = rows.points - 1 + len(ladder.bases) * (rows.points - 1 + ladder.best_of - 1)
+    pairs = at_each * rows.prompts * rows.samples
+    if compared.bases:
+        prompts = min(rows.prompts, compared.prompts or rows.prompts)
+        own = sum(
+            min(prompts, compared.methods[entry.method].prompts or prompts) for entry in entries(params) if entry.mix
+        )
+        pairs += own * rows.samples
+    asked = orders * objectives * (pairs + judge.card_pairs)
     rubrics = [len((RUBRICS / f"{name}.md").read_text(encoding="utf-8")) for name in set(judge.rubrics.values())]
     question = max(rubrics) // _CHARACTERS + PROMPT + 2 * params.decoding.max_new_tokens
     return asked, asked * question, asked * judge.max_tokens

@@ -11,10 +11,20 @@ import pandas as pd
 
 from pipeline.comparison import BASE, entries
 from pipeline.params import Params
-from pipeline.pareto import bootstrap_mean, distinct_2, hypervolume, mean_inner_product
-from pipeline.statistics import hypervolume_difference, interval, resampled_rewards, reward_at
+from pipeline.pareto import bootstrap_mean, distinct_2, mean_inner_product, prompt_means
+from pipeline.statistics import (
+    holm,
+    hypervolume,
+    hypervolume_difference,
+    interval,
+    p_value,
+    resampled_rewards,
+    reward_at,
+)
 from pipeline.store import Row
 
+_FRONT = ("hypervolume", "delta_hv", "delta_ci_low", "delta_ci_high", "p_holm", "mip")
+_MATCHED = ("reward", "ci_low", "ci_high", "difference", "difference_ci_low", "difference_ci_high", "p_holm")
 KLS = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])  # nats per response, at which rewards are compared
 
 
@@ -36,9 +46,7 @@ def table(
         for name in params.objectives:
             line[f"alpha_{name}"] = entry.mix.strength * entry.mix.weights.get(name, 0.0) if entry.mix else 0.0
         intervals = {
-            name: bootstrap_mean(
-                mine.groupby("prompt")[name].mean().to_numpy(), judge.confidence, judge.resamples, params.seed
-            )
+            name: bootstrap_mean(prompt_means(mine, name), judge.confidence, judge.resamples, params.seed)
             for name in params.objectives
         }
         for place, column in enumerate(("reward", "ci_low", "ci_high")):
@@ -66,17 +74,29 @@ def scores_of(params: Params, rows: pd.DataFrame, method: str, prompts: Sequence
     return np.stack([means.loc[line].loc[list(prompts)].to_numpy() for line in lines], axis=1)
 
 
+def judged_prompts(params: Params, rows: pd.DataFrame, method: str, lines: Sequence[str]) -> list[str]:
+    """The prompts of a method on which every one of the lines has a verdict on every objective."""
+    means = rows[rows.line.isin(lines)].groupby(["line", "prompt"])[list(params.objectives)].mean()
+    lacking = set(means[means.isna().any(axis=1)].index.get_level_values("prompt"))
+    return sorted(set(rows[rows.method == method].prompt) - lacking)
+
+
 def fronts(params: Params, rows: pd.DataFrame) -> pd.DataFrame:
     """fronts.csv: hypervolume and MIP of every method, and its hypervolume minus that of `comparison.against`.
 
-    Scores are as the scorers give them, not normalised; the reference point is that of the objectives. A method that
-    answered fewer prompts is compared on those.
+    Scores are as the judge gives them, not normalised; the reference point is that of the objectives. A method that
+    answered fewer prompts is compared on those, and prompts without a verdict at some point of either are left out.
+    Intervals are each difference's own; `p_holm` is corrected for the number of differences.
     """
     judge, against = params.judge, params.comparison.against
     reference = [objective.reference for objective in params.objectives.values()]
     lines = []
     for method in (BASE, *params.comparison.methods):
-        prompts = sorted(rows[rows.method == method].prompt.unique())
+        front = [entry.name for entry in entries(params) if entry.method in (method, against) and entry.front]
+        prompts = judged_prompts(params, rows, method, front)
+        if not prompts:
+            lines.append({"method": method, **dict.fromkeys(_FRONT), "prompts": 0})
+            continue
         own_PNM = scores_of(params, rows, method, prompts)
         other_PNM = scores_of(params, rows, against, prompts)
         difference = hypervolume_difference(
@@ -85,27 +105,33 @@ def fronts(params: Params, rows: pd.DataFrame) -> pd.DataFrame:
         mixes = [entry.mix for entry in entries(params) if entry.method == method and entry.front and entry.mix]
         weights_NM = np.array([[mix.weights.get(name, 0.0) for name in params.objectives] for mix in mixes])
         means_NM = own_PNM.mean(0)
-        line: Row = {"method": method, "hypervolume": hypervolume(means_NM, reference)}
-        line |= dict(zip(("delta_hv", "delta_ci_low", "delta_ci_high"), difference, strict=True))
-        line |= {"mip": mean_inner_product(weights_NM, means_NM) if mixes else None, "prompts": len(prompts)}
-        lines.append(line)
-    return pd.DataFrame(lines).round(4)
+        mip = mean_inner_product(weights_NM, means_NM) if mixes else None
+        measures = zip(_FRONT, (hypervolume(means_NM, reference), *difference, mip), strict=True)
+        lines.append({"method": method, **dict(measures), "prompts": len(prompts)})
+    found = pd.DataFrame(lines).astype(dict.fromkeys(_FRONT, float))
+    found["p_holm"] = holm(found.p_holm.where(found.method != against).to_numpy())
+    return found.round(4)
 
 
 def matched(params: Params, rows: pd.DataFrame) -> pd.DataFrame:
     """matched.csv: reward at equal KL to the base, for each objective and method, with the difference to `against`.
 
     A method's curve goes from the base through its points that weigh the objective alone, at all strengths, and is
-    interpolated linearly. Methods whose KL is unknown have none.
+    interpolated linearly. Methods whose KL is unknown have none. Intervals are each difference's own; `p_holm` is
+    corrected for the number of differences at that KL on that objective.
     """
-    return pd.DataFrame(_matched(params, rows)).round(4)
+    found = pd.DataFrame(_matched(params, rows), columns=["objective", "kl", "method", *_MATCHED])
+    families = found.astype({"p_holm": float}).groupby(["objective", "kl"]).p_holm
+    found["p_holm"] = families.transform(lambda family: holm(family.to_numpy()))
+    return found.round(4)
 
 
 def _matched(params: Params, rows: pd.DataFrame) -> Iterator[Row]:
     judge, against = params.judge, params.comparison.against
     for name in params.objectives:
         for method in params.comparison.methods:
-            prompts = sorted(rows[rows.method == method].prompt.unique())
+            lines = [*_curve_lines(params, method, name), *_curve_lines(params, against, name)]
+            prompts = judged_prompts(params, rows, method, lines)
             own, other = (_curve(params, rows, one, name, prompts) for one in (method, against))
             for place, kl in enumerate(KLS):
                 if own is None or np.isnan(own[0][place]):
@@ -113,23 +139,31 @@ def _matched(params: Params, rows: pd.DataFrame) -> Iterator[Row]:
                 low, high = interval(own[1][:, place], judge.confidence)
                 line: Row = {"objective": name, "kl": kl, "method": method, "reward": own[0][place]}
                 line |= {"ci_low": low, "ci_high": high}
-                line |= dict.fromkeys(("difference", "difference_ci_low", "difference_ci_high"))
                 if other is not None and method != against and not np.isnan(other[0][place]):
-                    low, high = interval(own[1][:, place] - other[1][:, place], judge.confidence)
-                    line |= {"difference": own[0][place] - other[0][place]}
+                    differences_R = own[1][:, place] - other[1][:, place]
+                    low, high = interval(differences_R, judge.confidence)
+                    line |= {"difference": own[0][place] - other[0][place], "p_holm": p_value(differences_R)}
                     line |= {"difference_ci_low": low, "difference_ci_high": high}
                 yield line
+
+
+def _curve_lines(params: Params, method: str, objective: str) -> list[str]:
+    """The base, and the lines of a method that weigh one objective alone."""
+    mixed = [entry for entry in entries(params) if entry.method == method and entry.mix]
+    alone = [entry.name for entry in mixed if entry.mix and entry.mix.weights.keys() == {objective}]
+    return [next(entry.name for entry in entries(params) if entry.mix is None), *alone]
 
 
 def _curve(
     params: Params, rows: pd.DataFrame, method: str, objective: str, prompts: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """A method's reward at `KLS` and that of its bootstrap samples: reward_K, rewards_RK; None where KL is unknown."""
-    mixed = [entry for entry in entries(params) if entry.method == method and entry.mix]
-    alone = [entry.name for entry in mixed if entry.mix and entry.mix.weights.keys() == {objective}]
-    lines = [next(entry.name for entry in entries(params) if entry.mix is None), *alone]
+    """A method's reward at `KLS` and that of its bootstrap samples: reward_K, rewards_RK.
+
+    None where KL is unknown, or no prompt has all verdicts.
+    """
+    lines = _curve_lines(params, method, objective)
     means = rows[rows.line.isin(lines)].groupby(["line", "prompt"])[["kl", objective]].mean()
-    if means.kl.isna().any():
+    if means.kl.isna().any() or not len(prompts):
         return None
     kl_PN, reward_PN = np.stack([means.loc[line].loc[list(prompts)].to_numpy() for line in lines], axis=1).transpose(
         2, 0, 1

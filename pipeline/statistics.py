@@ -5,9 +5,20 @@ Shapes: P prompts, N points of a method, M objectives, R resamples, K values of 
 
 from collections.abc import Sequence
 
+import moocore
 import numpy as np
 
-from pipeline.pareto import hypervolume
+
+def hypervolume(scores_NM: np.ndarray, reference_M: Sequence[float]) -> float:
+    """Volume between the reference point and the front; points below the reference, or without a score, add nothing.
+
+    Raises:
+        ValueError: a coordinate of the reference point is not finite; moocore's answer would be 0.
+    """
+    reference = np.asarray(reference_M, dtype=float)
+    if not np.isfinite(reference).all():
+        raise ValueError(f"the reference point {reference} is not finite.")
+    return float(moocore.hypervolume(scores_NM[~np.isnan(scores_NM).any(axis=1)], ref=reference, maximise=True))
 
 
 def resampled_means(values_PX: np.ndarray, resamples: int, seed: int) -> np.ndarray:
@@ -24,6 +35,20 @@ def interval(values_R: np.ndarray, confidence: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def p_value(differences_R: np.ndarray) -> float:
+    """The two-sided bootstrap p-value of no difference; never below 2 / (R + 1)."""
+    beyond = min((differences_R <= 0).sum(), (differences_R >= 0).sum())
+    return min(1.0, 2 * (1 + float(beyond)) / (1 + len(differences_R)))
+
+
+def holm(p_N: np.ndarray) -> np.ndarray:
+    """P-values corrected for their number (Holm 1979), which holds however they depend on each other; NaN stays."""
+    order = np.argsort(p_N)  # NaN last
+    tests = np.isfinite(p_N).sum()
+    corrected = np.maximum.accumulate(p_N[order] * np.maximum(1, tests - np.arange(len(p_N))))
+    return np.minimum(1.0, corrected)[np.argsort(order)]
+
+
 def hypervolume_difference(
     one_PNM: np.ndarray,
     other_PNM: np.ndarray,
@@ -31,18 +56,20 @@ def hypervolume_difference(
     confidence: float,
     resamples: int,
     seed: int,
-) -> tuple[float, float, float]:
-    """Hypervolume of one method's mean scores minus another's: (difference, low, high).
+) -> tuple[float, float, float, float]:
+    """Hypervolume of one method's mean scores minus another's: (difference, low, high, p-value).
 
     Both were asked the same prompts; the numbers of their points may differ.
     """
     difference = hypervolume(one_PNM.mean(0), reference_M) - hypervolume(other_PNM.mean(0), reference_M)
     means = (resampled_means(values, resamples, seed) for values in (one_PNM, other_PNM))
-    differences = [
-        hypervolume(one_NM, reference_M) - hypervolume(other_NM, reference_M)
-        for one_NM, other_NM in zip(*means, strict=True)
-    ]
-    return difference, *interval(np.array(differences), confidence)
+    differences_R = np.array(
+        [
+            hypervolume(one_NM, reference_M) - hypervolume(other_NM, reference_M)
+            for one_NM, other_NM in zip(*means, strict=True)
+        ]
+    )
+    return difference, *interval(differences_R, confidence), p_value(differences_R)
 
 
 def reward_at(kl_N: np.ndarray, reward_N: np.ndarray, kl_K: np.ndarray) -> np.ndarray:

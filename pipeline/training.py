@@ -46,6 +46,7 @@ class Job:
     trainer: Trainer
     seed: int
     confidence: float  # of the intervals of held-out accuracies
+    resamples: int  # of their bootstrap
 
     @classmethod
     def of(cls, params: Params, workspace: Workspace, objective: str) -> "Job":
@@ -56,7 +57,7 @@ class Job:
         pulls = {objective: (params.objectives[objective].beta, 1.0)}
         return cls(
             objective, "arm", pulls, params.arm.base, source, params.arm, params.loss, params.trainer, params.seed,
-            params.judge.confidence,
+            params.judge.confidence, params.judge.resamples,
         )  # fmt: skip
 
     @classmethod
@@ -73,6 +74,7 @@ class Job:
         return cls(
             name, rival.kind, pulls, base, Source.of(params, workspace, base), arm,
             Loss(kind="dpo" if rival.kind == "dpo" else "arm"), trainer, params.seed, params.judge.confidence,
+            params.judge.resamples,
         )  # fmt: skip
 
     def model(self, loaded: PreTrainedModel | PeftModel, dtype: torch.dtype) -> ResponseModel:
@@ -156,7 +158,7 @@ def train(job: Job, rows: Sequence[Row], identity: str, scratch: Path, logger: L
     if sharded:
         module.model = model = untrained(dtype, device)
     load_trained(module, best)
-    found = evaluate(model, job.loss, test, device, job.confidence)
+    found = evaluate(model, job.loss, test, device, job.confidence, job.resamples, job.seed)
     return Trained(model, module.history, module.padding, found, splits, trainer.global_step, checkpoints)
 
 

@@ -12,11 +12,12 @@ from statistics import median
 import numpy as np
 import pandas as pd
 
+from pipeline.baselines.best_of_n import best_of_kl
 from pipeline.config import Workspace
-from pipeline.generation import Served, generate_stored, generate_sweep, point_requests, point_temperature
-from pipeline.judging import score_rows
+from pipeline.generation import Served, generate_stored, generate_sweep, point_requests
+from pipeline.judging import judge_rows, responses_of
 from pipeline.params import Params
-from pipeline.pareto import bootstrap_mean, distinct_2, gap_recovered
+from pipeline.pareto import bootstrap_mean, distinct_2, gap_recovered, prompt_means
 from pipeline.store import Row
 
 UNDEFINED = "not defined: the gap's interval includes 0"
@@ -36,8 +37,7 @@ class Line:
 def lines_of(params: Params) -> dict[str, Line]:
     """The lines of the table by the name of their rows: the points of the sweep, and best-of-N for each objective.
 
-    Unguided points beside the control are sharpened by a temperature T: their α is that of 1 / T = 1 + α, guidance that
-    sharpens as much.
+    The α of unguided points beside the control is that of guidance that sharpens as much.
     """
     first, control = next(iter(params.objectives)), params.sweep.control
     found = {}
@@ -50,18 +50,17 @@ def lines_of(params: Params) -> dict[str, Line]:
         elif name == control:
             found[name] = Line("control", first, "", 0.0)
         else:
-            temperature = point_temperature(point, params)
-            found[name] = Line("sharpened", first, "", round(1 / temperature - 1, 3) if temperature else None)
+            found[name] = Line("sharpened", first, "", point.sharpen)
     best = f"best_of_{params.weak_to_strong.best_of}"
     return found | {f"{best}/{name}": Line(best, name, "", None) for name in params.objectives}
 
 
 def generate(params: Params, workspace: Workspace, base: str, prompts: Sequence[str]) -> list[Row]:
-    """All rows of a base with their scores: every point of the sweep, and the best of N of its unguided samples.
+    """All rows of a base with the judge's scores: every point of the sweep, and the best of N samples of the control.
 
-    Each of the `samples_per_prompt` best-of-N rows has N samples of its own.
+    Each of the `samples_per_prompt` best-of-N rows has N samples of its own. Its KL is bounded as in `best_of_kl`.
     """
-    scored = score_rows(generate_sweep(params, workspace, base, prompts), params.objectives)
+    rows = generate_sweep(params, workspace, base, prompts)
     own, times = params.decoding.samples_per_prompt, params.weak_to_strong.best_of
     control = {params.sweep.control: params.sweep.points[params.sweep.control]}
     many = replace(
@@ -70,14 +69,19 @@ def generate(params: Params, workspace: Workspace, base: str, prompts: Sequence[
         sweep=replace(params.sweep, points=control),
     )
     wanted = [request for _, request in point_requests(many, base, prompts)]
-    pool = score_rows(generate_stored(wanted, params, workspace, base, "generate"), params.objectives)
+    pool = generate_stored(wanted, params, workspace, base, "generate")
+    plain = responses_of(rows, params.sweep.control).items()
+    compared = {(prompt, sample + own * time): text for (prompt, sample), text in plain for time in range(times)}
+    judged = judge_rows([*rows, *pool], params, workspace, compared)
+    scored, pool = judged[: len(rows)], judged[len(rows) :]
     best = f"best_of_{times}"
     for start in range(0, len(pool), own * times):
         of_prompt = pool[start : start + own * times]
         for sample in range(own):
             for name in params.objectives:
-                chosen = max(of_prompt[sample::own], key=lambda row: row[name])
-                scored.append({**chosen, "point": f"{best}/{name}", "sample": sample})
+                chosen = max(of_prompt[sample::own], key=lambda row: -math.inf if row[name] is None else row[name])
+                kl = best_of_kl(times, chosen["logp"], chosen["logp_base"])
+                scored.append({**chosen, "point": f"{best}/{name}", "sample": sample, "kl": kl})
     return [{"base": base, **row} for row in scored]
 
 
@@ -128,14 +132,13 @@ def _lines(params: Params, rows: pd.DataFrame, speeds: dict[tuple[str, str], flo
                 row |= {f"alpha_{objective}": weights.get(objective, 0.0) for objective in params.objectives}
                 row["picked_by"] = line.objective if line.method.startswith("best_of") else ""
             intervals = {
-                objective: bootstrap_mean(means[name][objective].to_numpy(), judge.confidence, judge.resamples, seed)
+                objective: bootstrap_mean(prompt_means(mine, objective), judge.confidence, judge.resamples, seed)
                 for objective in params.objectives
             }
             for place, column in enumerate(("reward", "ci_low", "ci_high")):
                 row |= {f"{column}_{objective}": found[place] for objective, found in intervals.items()}
             times = params.weak_to_strong.best_of if line.method.startswith("best_of") else 1
-            # A best-of-N row's KL is bounded by log N - (N - 1) / N (Beirami et al., arXiv 2401.01879).
-            row["kl"] = mine.kl.mean() if times == 1 else math.log(times) - (times - 1) / times
+            row["kl"] = mine.kl.mean()
             row["perplexity"] = float(np.exp(-mine.logp_base.sum() / mine.n_tokens.sum()))
             row["distinct_2"] = distinct_2(list(mine.response))
             if "left_out" in mine:  # of the base's mass, per token
@@ -143,9 +146,8 @@ def _lines(params: Params, rows: pd.DataFrame, speeds: dict[tuple[str, str], flo
             row |= dict.fromkeys(("gap_recovered", "gap_ci_low", "gap_ci_high"))
             upper = tuned.get(line.objective)
             if upper is not None and line.method not in ("control", "dpo"):
-                guided_P, control_P, tuned_P = (
-                    means[place][line.objective].to_numpy() for place in (name, params.sweep.control, upper)
-                )
+                three = [means[place][line.objective] for place in (name, params.sweep.control, upper)]
+                guided_P, control_P, tuned_P = pd.concat(three, axis=1).dropna().to_numpy().T
                 gap = gap_recovered(guided_P, control_P, tuned_P, judge.confidence, judge.resamples, seed)
                 if gap is None:
                     row["gap_recovered"] = UNDEFINED

@@ -148,7 +148,7 @@ def test_an_unknown_key_below_an_objective_called_like_a_field(name):
         ("decoding.temperature=-0.1", "decoding.temperature is -0.1"),
         ("decoding.top_p=0.0", "decoding.top_p is 0.0"),
         ("decoding.min_p=1.0", "decoding.min_p is 1.0"),
-        ("sweep.points.base.temperature=cold", "sweep.points.base.temperature is 'cold'"),
+        ("+sweep.points.base.sharpen=much", "sweep.points.base.sharpen is 'much'"),
         ("sweep.points.p100_c000.weights.positivity=-1.0", "sweep.points.p100_c000.weights.positivity is -1.0"),
         ("judge.confidence=1.0", "judge.confidence is 1.0"),
         ("arm.dropout=1.0", "arm.dropout is 1.0"),
@@ -160,6 +160,23 @@ def test_a_wrong_type_or_value_is_refused_where_it_stands(compose_params, overri
         compose_params(override)
     assert where in str(refused.value)
     assert str(refused.value).endswith(".")
+
+
+def numbers_of(node, path=""):
+    if isinstance(node, dict):
+        return [found for key, value in node.items() for found in numbers_of(value, f"{path}.{key}".lstrip("."))]
+    return [path] if isinstance(node, float) else []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_number_is_refused_at_every_option_that_takes_one(value):
+    """A hypervolume above NaN is 0, and training at NaN is long."""
+    config = OmegaConf.create(default())
+    for path in numbers_of(default()):
+        changed = config.copy()
+        OmegaConf.update(changed, path, value)
+        with pytest.raises(UserError, match=rf"{re.escape(path)} is -?(nan|inf)"):
+            to_params(changed)
 
 
 def test_a_whole_number_will_do_for_a_float(compose_params):

@@ -30,7 +30,7 @@ def changed(tiny, arm):
 def test_an_arm_folder_is_what_others_load_with_a_card(tiny, smoke_params, prompter, workspace, tmp_path, tuning):
     arm = Arm("tiny", tuning, targets="all-linear")
     model, params = changed(tiny, arm), dataclasses.replace(smoke_params, arm=arm)
-    held_out = HeldOut(*(share([True, True, False], 0.95) for _ in range(3)), None, 0.0, 1.0)
+    held_out = HeldOut(*(share([True, True, False], [0, 1, 1], 0.95, 50, 0) for _ in range(3)), None, 0.0, 1.0)
     splits = {"train": Tokenised([PromptGroup([5], [[1], [2]], [(0, 1)])])}
     trained = Trained(model, [], 0.0, held_out, splits, 1, tmp_path)
     card = export.model_card(Job.of(params, workspace, "positivity"), "mit", {"pairs digest": "abc"}, trained)

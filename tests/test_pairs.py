@@ -65,6 +65,14 @@ def test_collate_predicts_every_response_token_once_from_the_column_before_it(gr
     ]  # fmt: skip
 
 
+def test_groups_of_one_prompt_share_its_number(prompter):
+    """Nine responses do not share a row, and their pairs are of one prompt all the same."""
+    rows = [pair("Why?", f"good {number}", f"bad {number}") for number in range(6)] + [pair("How?", "yes", "no")]
+    groups = tokenise(rows, prompter, 256, "pairs.jsonl").groups
+    assert [group.number for group in groups] == [0, 0, 1]
+    assert collate(groups, pad=0)["prompt"].tolist() == [0] * 6 + [1]
+
+
 def test_collate_pads_behind_the_responses(groups):
     batch = collate(groups, pad=0)
     for row, group in enumerate(groups):

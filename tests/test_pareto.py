@@ -13,12 +13,12 @@ from pipeline.pareto import (
     distinct_2,
     front_metrics,
     front_table,
-    hypervolume,
     long_scores,
     mean_inner_product,
     non_dominated,
     rank_correlation,
 )
+from pipeline.statistics import hypervolume
 
 QUICK = settings(max_examples=50, deadline=None, derandomize=True)
 JUDGE = OracleJudge(kind="oracle", confidence=0.95, resamples=100)
@@ -82,6 +82,17 @@ def test_hypervolume_is_zero_where_every_point_fails_the_reference_somewhere(sco
 def test_hypervolume_of_a_box_is_its_volume_and_points_below_the_reference_add_nothing():
     assert hypervolume(np.array([[1.0, 2.0, 3.0]]), [0.0, 0.0, 0.0]) == pytest.approx(6.0)
     assert hypervolume(np.array([[1.0, 2.0], [5.0, -1.0]]), [0.0, 0.0]) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("coordinate", [np.nan, np.inf, -np.inf])
+def test_hypervolume_has_no_value_for_a_reference_that_is_not_finite(coordinate):
+    with pytest.raises(ValueError, match="not finite"):
+        hypervolume(np.array([[1.0, 2.0]]), [0.0, coordinate])
+
+
+def test_points_without_a_score_add_no_volume():
+    assert hypervolume(np.array([[1.0, 2.0], [np.nan, 9.0]]), [0.0, 0.0]) == 2.0
+    assert hypervolume(np.array([[np.nan, 9.0]]), [0.0, 0.0]) == 0.0
 
 
 def test_mean_inner_product_by_hand():
@@ -209,13 +220,17 @@ def test_an_objective_without_a_scorer_cannot_be_judged():
 
 @pytest.fixture
 def front(compose_params):
-    params = compose_params("judge.resamples=50")
+    return judged(compose_params("judge.resamples=50"))
+
+
+def judged(params, unknown=()):
+    """A sweep whose positivity rises from point to point, and its table; `unknown` points have no verdict on it."""
     points = list(params.sweep.points)
     rows = [
         {
             "point": point, "prompt": f"p{n}", "sample": 0, "response": f"tea {point} tea", "kl": float(place),
-            "logp_base": -2.0 * (n + 1), "n_tokens": n + 1, "positivity": place / 10 + n % 2,
-            "conciseness": 1 - place / 10,
+            "logp_base": -2.0 * (n + 1), "n_tokens": n + 1, "conciseness": 1 - place / 10,
+            "positivity": None if point in unknown else place / 10 + n % 2,
         }
         for place, point in enumerate(points)
         for n in range(4)
@@ -245,10 +260,33 @@ def test_front_metrics_are_those_of_the_table(front):
     assert metrics["hypervolume"] == pytest.approx(swept_area(scores, (0.0, 0.0)))
     assert metrics["hypervolume_controls"] == pytest.approx(swept_area(scores[:2], (0.0, 0.0)))
     assert metrics["n_front"] == len(table)
-    assert metrics["spearman"] == {"positivity": pytest.approx(-1.0), "conciseness": pytest.approx(-1.0)}
+    assert metrics["spearman"] == {"genarm": {"positivity": pytest.approx(-1.0), "conciseness": pytest.approx(-1.0)}}
     guided = table[table.method == "genarm"]
     by_hand = guided.alpha_positivity * guided.score_positivity + guided.alpha_conciseness * guided.score_conciseness
-    assert metrics["mip"] == pytest.approx(by_hand.mean())
+    assert metrics["mip"] == {"genarm": pytest.approx(by_hand.mean())}
+
+
+def test_every_law_of_guidance_is_measured_by_itself(compose_params):
+    """A sweep in the log-ratio form has a MIP, rank correlations and a scatter of scores as well."""
+    params, table = judged(compose_params("experiment=cross_family", "judge.resamples=50"))
+    metrics = front_metrics(params, table)
+    assert metrics["mip"].keys() == metrics["spearman"].keys() == {"genarm_log_ratio"}
+    assert metrics["spearman"]["genarm_log_ratio"]["positivity"] is not None
+    assert len(long_scores(table, list(params.objectives))) == 2 * 6
+    params, table = judged(compose_params("+sweep.points.p050_c050.form=log_ratio", "judge.resamples=50"))
+    metrics = front_metrics(params, table)
+    assert metrics["mip"].keys() == {"genarm", "genarm_log_ratio"}
+    by_hand = table.set_index("point").loc["p050_c050", ["score_positivity", "score_conciseness"]].mean()
+    assert metrics["mip"]["genarm_log_ratio"] == pytest.approx(by_hand)
+
+
+def test_a_point_without_any_verdict_has_no_score_and_stops_nothing(compose_params):
+    params, table = judged(compose_params("judge.resamples=50"), unknown=["p100_c000"])
+    line = table.set_index("point").loc["p100_c000"]
+    assert np.isnan([line.score_positivity, line.win_rate_positivity]).all() and not line.on_front
+    assert line.score_conciseness > 0
+    scores = table[table.point != "p100_c000"][["score_positivity", "score_conciseness"]].to_numpy()
+    assert front_metrics(params, table)["hypervolume"] == pytest.approx(swept_area(scores, (0.0, 0.0)))
 
 
 def test_long_scores_hold_each_guided_point_once_per_objective(front):

@@ -6,6 +6,7 @@ from rich.console import Console
 from transformers import LlamaConfig
 
 from pipeline import plan
+from pipeline.params import Comparison
 from pipeline.plan import Rows
 from tests.test_memory import SEVEN, SEVENTY, planned
 
@@ -49,6 +50,17 @@ def test_time_and_judges_are_reckoned_from_rows(compose_params, workspace):
     assert f"at most {(read + 10 * written) / 1e6:.2f} at 1 and 10" in told
     both = dataclasses.replace(params.judge, orders="both")
     assert plan.calls(both, params, Rows.of(params, workspace))[0] == 2 * calls
+
+
+def test_comparisons_ask_the_judge_too(compose_params, workspace):
+    more = ["comparison=default", "tune=human_preference", "methods@comparison.methods=[genarm,mod]"]
+    params = compose_params("experiment=hh_rlhf", *more, "+comparison.methods.mod.prompts=20")
+    rows = Rows.of(params, workspace)
+    lines = 2 * 300 + 2 * 20  # each method at two strengths
+    assert plan.calls(params.judge, params, rows)[0] == 2 * 300 + lines + 50
+    ladder = dataclasses.replace(params.weak_to_strong, bases=("a", "b"), best_of=4)
+    alone = dataclasses.replace(params, weak_to_strong=ladder, comparison=Comparison())
+    assert plan.calls(params.judge, alone, rows)[0] == 2 * 300 + 2 * (2 + 3) * 300 + 50
 
 
 def test_rows_come_from_prepare_or_are_assumed(smoke_params, workspace):

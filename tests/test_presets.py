@@ -10,10 +10,10 @@ from peft import PeftModel
 
 from pipeline.config import UserError
 from pipeline.params import Model
-from pipeline.stages import explain, fetch, generate, judge, pareto, prepare, train
+from pipeline.stages import comparison, explain, fetch, generate, judge, pareto, prepare, train, tune
 from tests import schemas
 from tests.endpoint import KEY, Server
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import ROOT, tiny_model, tiny_tokenizer
 
 SMALLER = (  # what makes a run short; the presets' own values are compared below
     "trainer.epochs=1", "trainer.batch_size=4", "trainer.checkpoint_every=50", "trainer.evaluations_per_epoch=1",
@@ -95,6 +95,23 @@ def test_a_preset_goes_from_its_data_to_a_front(composed, endpoint, workspace, n
         assert 0 < card["conflicts"]["helpfulness, harmlessness"]["rate"] < 1
     arm = workspace.arm(objectives[0])
     assert (arm / ("config.json" if params.arm.tuning == "full" else "adapter_config.json")).is_file()
+
+
+def test_what_an_experiment_recommends_beside_it_runs_to_its_end(composed, endpoint, workspace):
+    """`conf/experiment/hh_rlhf.yaml`: DPO of the same base beside the ARM, by the judge of the experiment."""
+    told = (ROOT / "conf/experiment/hh_rlhf.yaml").read_text(encoding="utf-8").replace("\n# ", " ")
+    overrides = ["comparison=default", "tune=human_preference", "methods@comparison.methods=[genarm,mod]"]
+    assert all(override in told for override in overrides)
+    params = composed("hh_rlhf", f"judge.base_url={endpoint.url}", *overrides)
+    for name in dict.fromkeys(params.fetch):
+        fetch.run(params, workspace, name)
+    prepare.run(params, workspace)
+    train.run(params, workspace, "human_preference")
+    tune.run(params, workspace, params.base, "human_preference")
+    comparison.run(params, workspace)
+    table = pd.read_csv(workspace.results / "comparison" / "table.csv")
+    assert set(table.method) == {"base", "genarm", "mod"}
+    assert (table[table.point == params.sweep.control].reward_human_preference == 0.5).all()
 
 
 def test_presets_have_the_published_hyper_parameters(compose_params):

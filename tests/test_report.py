@@ -54,16 +54,17 @@ def trace(prompt, point):
 @pytest.fixture
 def page(smoke_params, front, scored, tmp_path):
     """The address of a report whose numbers are known."""
-    share = {"value": 0.7, "ci_low": 0.6, "ci_high": 0.8, "pairs": 9}
+    share = {"value": 0.7, "ci_low": 0.6, "ci_high": 0.8, "pairs": 9, "prompts": 3}
     arm = {
-        "accuracy": 0.7, "ci_low": 0.6, "ci_high": 0.8, "pairs": 9, "length_matched": share, "chosen_longer": share,
+        "accuracy": 0.7, "ci_low": 0.6, "ci_high": 0.8, "pairs": 9, "prompts": 3,
+        "length_matched": share, "chosen_longer": share,
         "length_correlation": -0.2, "dropped_pairs": {}, "truncated_prompts": {}, "steps": 3, "tokens": 9, "seconds": 1,
     }  # fmt: skip
     names = list(smoke_params.objectives)
     told = {"accuracy": share, "ties": 0.0, "undetermined": 0.0, "position_bias": None}
     metrics = {
-        "hypervolume": 0.5, "hypervolume_controls": 0.1, "reference": dict.fromkeys(names, 0.0), "mip": 0.4,
-        "spearman": dict.fromkeys(names, 1.0), "arms": dict.fromkeys(names, arm),
+        "hypervolume": 0.5, "hypervolume_controls": 0.1, "reference": dict.fromkeys(names, 0.0), "mip": {"genarm": 0.4},
+        "spearman": {"genarm": dict.fromkeys(names, 1.0)}, "arms": dict.fromkeys(names, arm),
         "judge": {"kind": "oracle", "objectives": dict.fromkeys(names, told)},
     }  # fmt: skip
     data = {

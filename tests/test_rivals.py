@@ -99,7 +99,7 @@ def test_a_reward_model_learns_and_is_what_others_load(tiny, prompter, tmp_path)
     losses = fitted(module, tmp_path / "checkpoints")
     assert losses[-1] < losses[0]
     loader = training.eval_loader(GROUPS, 4, 0)
-    found = evaluate(model.eval(), Loss(), loader, CPU, 0.95)
+    found = evaluate(model.eval(), Loss(), loader, CPU, 0.95, 50, 0)
     assert found.accuracy.value > 0.9
     batch = collate(GROUPS[:1], 0)
     with torch.no_grad():

@@ -58,6 +58,8 @@ def test_the_table_has_the_columns_that_it_promises(params, rows):
 def test_fronts_are_compared_on_the_prompts_that_both_answered(params, rows):
     fronts = standings.fronts(params, rows).set_index("method")
     assert fronts.loc["genarm", "delta_hv"] == 0 and fronts.loc["mod", "delta_ci_low"] > 0
+    assert np.isnan(fronts.loc["genarm", "p_holm"])
+    assert fronts.loc["mod", "p_holm"] == pytest.approx(3 * 2 / 301, abs=1e-4), "of three differences the surest"
     assert fronts.loc["cards", "delta_ci_high"] < 0 and fronts.loc["cards", "prompts"] == 7
     seven = rows[rows.prompt.isin(rows[rows.method == "cards"].prompt.unique())]
     again = standings.fronts(params, seven).set_index("method")
@@ -77,6 +79,22 @@ def test_rewards_are_compared_at_equal_kl(params, rows):
     assert at.difference_ci_low == pytest.approx(0.25, abs=1e-3), "prompts are resampled together"
     assert ("positivity", 16.0, "mod") not in matched.index, "nothing is said beyond what was measured"
     assert "cards" not in matched.index.get_level_values("method"), "its KL is unknown"
+
+
+def test_what_has_no_verdict_is_left_out_and_counted(params, rows):
+    """A pairwise judge may say nothing of a response: its prompt is then compared nowhere."""
+    known, unknown = rows.copy(), rows.prompt.unique()[:2]
+    known.loc[(known.line == "mod/p050_c050") & known.prompt.isin(unknown), "positivity"] = np.nan
+    left = rows[~rows.prompt.isin(unknown)]
+    fronts, whole, fewer = (standings.fronts(params, found).set_index("method") for found in (known, rows, left))
+    assert fronts.loc["mod"].prompts == 18 and fronts.loc["genarm"].prompts == 20
+    assert fronts.loc["mod", "delta_hv"] == fewer.loc["mod", "delta_hv"]
+    assert fronts.loc["genarm", "hypervolume"] == whole.loc["genarm", "hypervolume"]
+    free = dict.fromkeys(("base", *params.comparison.methods), 1.0)
+    table = standings.table(params, known, free, dict.fromkeys(free, (0, 0.0)))
+    assert table.reward_positivity.notna().all()
+    known["positivity"] = np.nan
+    assert standings.fronts(params, known).prompts.eq(0).all() and standings.matched(params, known).empty
 
 
 def test_whoever_earns_more_on_every_prompt_always_wins(params, rows):

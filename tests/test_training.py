@@ -49,9 +49,9 @@ def test_training_learns_and_keeps_the_best_step(tiny, smoke_params, groups, tmp
         tiny, smoke_params, dropout=0.0, config=dataclasses.replace(CONFIG, epochs=6, lr=2e-2), beta=1.0
     )
     loader = training.eval_loader(groups, 2, 0)
-    before = evaluate(module.model, ARM_LOSS, loader, CPU, 0.95).accuracy
+    before = evaluate(module.model, ARM_LOSS, loader, CPU, 0.95, 50, 0).accuracy
     fit(module, groups, tmp_path, dataclasses.replace(CONFIG, epochs=6, lr=2e-2))
-    after = evaluate(module.model, ARM_LOSS, loader, CPU, 0.95).accuracy
+    after = evaluate(module.model, ARM_LOSS, loader, CPU, 0.95, 50, 0).accuracy
     assert after.value > max(before.value, 0.8)
     losses = [row["loss"] for row in module.history if row["phase"] == "eval"]
     assert len(losses) == 6 and losses[-1] < losses[0]

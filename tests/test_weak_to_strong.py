@@ -14,6 +14,7 @@ from pipeline.pareto import gap_recovered
 from pipeline.weak_to_strong import UNDEFINED, lines_of
 
 SURE = (0.95, 500, 0)
+COMPOSED = {"weak_to_strong": ["objectives=positivity"]}
 REWARDS = st.lists(st.floats(-1, 1), min_size=8, max_size=20)
 
 
@@ -57,6 +58,18 @@ def test_every_point_is_a_line_with_its_method_and_alpha(params):
     assert told["p050"] == ("genarm", "smollm2-10l", 0.5)
     assert told["r100"] == ("genarm_log_ratio", "smollm2-10l", 1.0)
     assert told["dpo"] == ("dpo", "", None)
+
+
+@pytest.mark.parametrize("sweep", ["simplex5", "ends", "weak_to_strong", "cross_family"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_controls_are_as_sharp_as_guidance_at_every_temperature(compose_params, sweep, temperature):
+    """The guided sum is divided by the temperature: unguided logits are multiplied by 1 + Σα to be as sharp."""
+    params = compose_params(f"sweep={sweep}", f"decoding.temperature={temperature}", *COMPOSED.get(sweep, ()))
+    asked = {point: request.temperature for point, request in generation.point_requests(params, params.base, ["Why?"])}
+    assert asked["base"] == temperature
+    for name, total in (("sharpened", 1.0), ("sharpened_050", 0.5), ("sharpened_100", 1.0)):
+        assert asked.get(name, temperature / (1 + total)) == pytest.approx(temperature / (1 + total), abs=1e-4)
+    assert any(name.startswith("sharpened") for name in asked)
 
 
 def test_a_point_of_several_objectives_is_for_none_alone(compose_params):
@@ -131,7 +144,6 @@ def test_the_table_has_one_line_per_base_and_method(params):
     assert guided.gap_recovered == pytest.approx(0.75) and guided.perplexity == pytest.approx(math.exp(2), abs=1e-3)
     best = table[table.method == "best_of_4"].iloc[0]
     assert best.gap_recovered == pytest.approx(0.5) and best.tokens_per_s == 10.0
-    assert best.kl == pytest.approx(math.log(4) - 3 / 4, abs=1e-4)
     assert table[table.method.isin(["control", "dpo"])].gap_recovered.isna().all()
 
 
@@ -154,6 +166,8 @@ def test_best_of_n_is_the_best_of_its_own_samples(smoke_params, tiny, workspace)
     rows = weak_to_strong.generate(params, workspace, "tiny", ["Why?", "Tell me about tea."])
     by_point = pd.DataFrame(rows).groupby("point")
     assert by_point.size().to_dict() == {"base": 4, "best_of_3/positivity": 4, "best_of_3/conciseness": 4}
+    for _, row in by_point.get_group("best_of_3/positivity").iterrows():
+        assert row.kl == pytest.approx(math.log(3) - 2 / 3, abs=1e-3), "its bound"
     plain = by_point.get_group("base").set_index(["prompt", "sample"])
     for objective in params.objectives:
         best = by_point.get_group(f"best_of_3/{objective}").set_index(["prompt", "sample"])

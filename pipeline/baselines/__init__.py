@@ -52,9 +52,3 @@ class Law:
     adapters: Mapping[str, Path] = field(default_factory=dict)  # folders of lanes that are no ARMs
     trained: Collection[Path] = ()  # what had to be trained for it
     gate: float = 0.0  # as in a request
-
-    @property
-    def forwards(self) -> int:
-        """Models that compute each token: those with an exponent, the base unless its own is 0."""
-        own = {"base": 1.0, **self.weights}
-        return sum(weight != 0 for weight in own.values())

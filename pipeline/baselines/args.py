@@ -49,7 +49,7 @@ class Args(Search):
             tokens_B = draw(law_BV, uniforms_BT[:, step])
             drawn_B1 = tokens_B[:, None]
             sums = [law_BV.gather(1, drawn_B1)[:, 0], base_BV.gather(1, drawn_B1)[:, 0], kl_divergence(law_BV, base_BV)]
-            self._add(rows, tokens_B, torch.stack(sums, dim=1), len(weights))
+            self._add(rows, tokens_B, torch.stack(sums, dim=1))
             if all(row.ended(self._ends) for row in rows):
                 return
             for reading in (base, *readings.values()):
@@ -63,9 +63,9 @@ class Args(Search):
         """Positions computed for one token: the base's, and per objective the candidates' and the chosen one's."""
         return 1 + objectives * (self._top_k + 1)
 
-    def _add(self, rows: list[Found], tokens_B: Tensor, sums_B3: Tensor, objectives: int) -> None:
+    def _add(self, rows: list[Found], tokens_B: Tensor, sums_B3: Tensor) -> None:
         for row, token, (logp, logp_base, kl) in zip(rows, tokens_B.tolist(), sums_B3.tolist(), strict=True):
             if row.finish is None:
                 row.tokens.append(token)
                 row.logp, row.logp_base, row.kl = row.logp + logp, row.logp_base + logp_base, row.kl + kl
-                row.forwards += self.forwards(objectives)
+                row.forwards += self.forwards(len(row.request.arms))  # its own, whatever the rows beside it ask for

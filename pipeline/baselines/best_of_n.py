@@ -1,7 +1,5 @@
 """Best-of-N: of so many samples of the base, the one that reward models score highest.
 
-Its KL to the base is at most log N − (N − 1) / N (Beirami et al., arXiv 2401.01879), and that is what rows carry.
-
 Shapes: B texts.
 """
 
@@ -18,6 +16,15 @@ from pipeline.models import Prompter
 
 _TEXTS = 64  # scored at once
 _Key = tuple[str, int]  # a prompt and the number of a sample
+
+
+def best_of_kl(n: int, logp: float, logp_base: float) -> float:
+    """An upper bound of the KL to the base of the best of n samples, averaged over rows.
+
+    The KL to the law that was sampled from is at most log n − (n − 1) / n (Beirami et al., arXiv 2401.01879); what that
+    law itself has to the base at temperature 1 comes in by the log-probabilities of the sample that was chosen.
+    """
+    return math.log(n) - (n - 1) / n + logp - logp_base
 
 
 class BestOfN:
@@ -51,13 +58,13 @@ class BestOfN:
         samples = {key: drawn[place] for place, key in enumerate(pool)}
         texts = {key: [*self._prompter.prompt_ids(key[0]), *found.tokens] for key, found in samples.items()}
         scores = {name: self._score(reward, texts) for name, reward in self._rewards.items()}
-        bound = math.log(self._n) - (self._n - 1) / self._n
         for index, request in enumerate(requests):
             mine = [(request.prompt, number) for number in self._numbers(request)]
             totals = [sum(weight * scores[name][key] for name, weight in request.arms.items()) for key in mine]
             tokens = sum(len(samples[key].tokens) for key in mine)
             chosen = samples[mine[totals.index(max(totals))]]
-            yield index, replace(chosen, kl=bound, forwards=tokens * (1 + len(request.arms)))
+            kl = best_of_kl(self._n, chosen.logp, chosen.logp_base)
+            yield index, replace(chosen, kl=kl, forwards=tokens * (1 + len(request.arms)))
 
     def _numbers(self, request: Request) -> range:
         """Which samples of the base a request chooses from."""

@@ -65,12 +65,12 @@ class Cards(Search):
             segments = self._propose(alive, [streams[place] for place in going])
             rewards = self._value(alive, segments)
             for place, row, segment, reward in zip(going, alive, segments, rewards, strict=True):
-                row.forwards += (1 + len(row.request.arms)) * len(segment.tokens)
+                length = len(row.tokens) + len(segment.tokens)
+                row.forwards += (1 + len(row.request.arms)) * length  # every model reads the text again
                 tries[place] += 1
                 held = best[place]
                 if held is None or reward > held[0]:
                     held = best[place] = (reward, segment)
-                length = len(row.tokens) + len(segment.tokens)
                 bar = self._target * sum(row.request.arms.values()) * length / row.request.max_new_tokens
                 kept = (
                     segment if streams[place].random() < math.exp(min(0.0, (reward - bar) / self._softness)) else None

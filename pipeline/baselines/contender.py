@@ -19,7 +19,7 @@ from pipeline.models import Source, resolve_device
 from pipeline.params import BestOf, Candidates, GenArm, Method, Params, Policies, Segments
 from pipeline.store import Row, digest
 
-_VERSION = 1  # of the searches: raise it when the same request would give another row
+_VERSION = 2  # of the searches: raise it when the same request would give another row
 
 
 class Contender:
@@ -62,15 +62,18 @@ class Contender:
         )  # fmt: skip
 
     def rows(self, asked: Sequence[tuple[Mix, Request]]) -> list[Row]:
-        """The rows of requests, from the store or generated, each with its `forwards`."""
+        """The rows of requests, from the store or generated, each with the positions that models computed for it.
+
+        The base computes every token, whether it has a say in the law or is only asked for the KL to it.
+        """
         requests = [request for _, request in asked]
         if not self._laws:
             return stored(requests, self._keys(requests), self.decoder, self._workspace, "search")
         params = self._params
         rows = generate_stored(requests, params, self._workspace, params.base, "generate", self._adapters)
         return [
-            {**row, "forwards": self._laws[mix.point, mix.strength].forwards * row["n_tokens"]}
-            for (mix, _), row in zip(asked, rows, strict=True)
+            {**row, "forwards": (1 + len(request.arms)) * row["n_tokens"]}
+            for request, row in zip(requests, rows, strict=True)
         ]
 
     def _keys(self, requests: Sequence[Request]) -> list[str]:

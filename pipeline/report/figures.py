@@ -24,7 +24,7 @@ _LADDER = {
     "control": ("s", CONTROL, "control"), "sharpened": ("s", "#e0a070", "sharpened"),
     "genarm": ("o", GUIDED, "guided, plain"), "genarm_log_ratio": ("D", "#3f7d20", "guided, log-ratio"),
     "arm": ("x", "#6b7280", "the ARM alone"), "dpo": ("*", "#7a3e9d", "base tuned by DPO"),
-    "best_of": ("^", "#8a6d00", "best of N, oracle"),
+    "best_of": ("^", "#8a6d00", "best of N, by the judge"),
 }  # fmt: skip
 
 

@@ -12,12 +12,12 @@ from pipeline.store import Row
 def comparison(fronts: pd.DataFrame) -> None:
     """fronts.csv in the terminal, best first."""
     shown = Table(title="Hypervolume of every method, its difference \\[interval], and mean inner product")
-    for column in ("method", "hypervolume", "difference", "MIP", "prompts"):
+    for column in ("method", "hypervolume", "difference", "p (Holm)", "MIP", "prompts"):
         shown.add_column(column, justify="left" if column == "method" else "right")
     for line in fronts.sort_values("hypervolume", ascending=False).to_dict("records"):
         difference = f"{line['delta_hv']:+.3f} [{line['delta_ci_low']:+.3f}, {line['delta_ci_high']:+.3f}]"
-        mip = f"{line['mip']:.3f}" if pd.notna(line["mip"]) else ""
-        shown.add_row(line["method"], f"{line['hypervolume']:.3f}", difference, mip, str(line["prompts"]))
+        mip, p = (f"{line[column]:.3f}" if pd.notna(line[column]) else "" for column in ("mip", "p_holm"))
+        shown.add_row(line["method"], f"{line['hypervolume']:.3f}", difference, p, mip, str(line["prompts"]))
     Console().print(shown)
 
 

@@ -3,10 +3,9 @@
 python -m pipeline.stages.comparison
 """
 
-import pandas as pd
-
 from pipeline import comparison, standings
 from pipeline.config import Workspace
+from pipeline.judging import scored_frame
 from pipeline.params import Params
 from pipeline.report import figures, pages, terminal
 from pipeline.stages import main
@@ -18,10 +17,11 @@ def run(params: Params, workspace: Workspace) -> None:
     out = workspace.results / "comparison"
     prompts = [row["prompt"] for _, row in read_jsonl(workspace.results / "prepare" / "prompts.jsonl")]
     prompts = prompts[: params.comparison.prompts]
+    comparison.check(params, workspace)
     training = comparison.training_cost(params, workspace)  # refuses what is not trained before anything is generated
     rows = comparison.generate(params, workspace, prompts)
     speeds = comparison.tokens_per_second(params, workspace, prompts)
-    scored = pd.DataFrame(rows)
+    scored = scored_frame(rows, params.objectives)
     tables = {
         "table": standings.table(params, scored, speeds, training),
         "fronts": standings.fronts(params, scored),

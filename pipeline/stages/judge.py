@@ -5,8 +5,6 @@ python -m pipeline.stages.judge
 
 from pathlib import Path
 
-import pandas as pd
-
 from pipeline import judging
 from pipeline.config import Workspace
 from pipeline.params import Params
@@ -25,9 +23,10 @@ def run(params: Params, workspace: Workspace, prepared: Path | None = None) -> N
         accuracy = told["accuracy"]["value"]
         shown = "no pairs to agree with" if accuracy is None else f"{accuracy:.3f} of held-out pairs as labelled"
         print(f"judge: {params.judge.kind}: {name}: {shown}, undetermined {told['undetermined']:.3f}")
-    scored = judging.judge_rows(rows, params, workspace)
     control, objectives = params.sweep.control, list(params.objectives)
-    wins = judging.win_rates(pd.DataFrame(scored), control, objectives, params.judge, params.seed)
+    scored = judging.judge_rows(rows, params, workspace, judging.responses_of(rows, control))
+    frame = judging.scored_frame(scored, objectives)
+    wins = judging.win_rates(frame, control, objectives, params.judge, params.seed)
     write_json(out / "card.json", card)
     write_jsonl(out / "scores.jsonl", scored)
     with replacing(out / "wins.csv") as stream:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from pipeline import pareto, tracking
 from pipeline.config import Workspace
+from pipeline.judging import scored_frame
 from pipeline.params import Params
 from pipeline.report import figures, pages, terminal
 from pipeline.stages import main
@@ -22,14 +23,14 @@ def run(params: Params, workspace: Workspace, trained: Path | None = None) -> No
     shared = trained or results
     trained = shared / "train"
     data = json.loads((shared / "prepare" / "data_card.json").read_text())
-    scored = pd.DataFrame([row for _, row in read_jsonl(results / "judge" / "scores.jsonl")])
+    objectives = list(params.objectives)
+    scored = scored_frame([row for _, row in read_jsonl(results / "judge" / "scores.jsonl")], objectives)
     wins = pd.read_csv(results / "judge" / "wins.csv")
     front = pareto.front_table(params, scored, wins)
     card = json.loads((results / "judge" / "card.json").read_text())
     arms = {name: json.loads((trained / name / "metrics.json").read_text()) for name in params.objectives}
     curves = pd.concat([pd.read_csv(trained / name / "curve.csv").assign(objective=name) for name in arms])
     metrics = {**pareto.front_metrics(params, front), "arms": arms, "judge": card}
-    objectives = list(params.objectives)
     tables = {
         "front.csv": front,
         "scores.csv": pareto.long_scores(front, objectives),

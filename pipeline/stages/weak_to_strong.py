@@ -5,10 +5,9 @@ python -m pipeline.stages.weak_to_strong
 
 import json
 
-import pandas as pd
-
 from pipeline import weak_to_strong
 from pipeline.config import Workspace
+from pipeline.judging import check_judge, scored_frame
 from pipeline.params import Params
 from pipeline.report import figures, pages, terminal
 from pipeline.stages import main
@@ -20,7 +19,7 @@ def run(params: Params, workspace: Workspace) -> None:
     results, out = workspace.results, workspace.results / params.weak_to_strong.name
     prompts = [row["prompt"] for _, row in read_jsonl(results / "prepare" / "prompts.jsonl")]
     bases = params.weak_to_strong.bases
-    weak_to_strong.lines_of(params)  # refuses what it cannot compare before anything is generated
+    check_judge(params, workspace)  # before anything is generated
     of_base: dict[str, list[Row]] = {}
     speeds: dict[tuple[str, str], float] = {}
     for base in reversed(bases):  # from the largest, so that what does not fit shows at once
@@ -28,7 +27,7 @@ def run(params: Params, workspace: Workspace) -> None:
         found = weak_to_strong.tokens_per_second(params, workspace, base, prompts)
         speeds |= {(base, point): speed for point, speed in found.items()}
     rows = [row for base in bases for row in of_base[base]]
-    scored = pd.DataFrame(rows)
+    scored = scored_frame(rows, params.objectives)
     table = weak_to_strong.table(params, scored, speeds)
     write_jsonl(out / "rows.jsonl", rows)
     with replacing(out / "table.csv") as stream:

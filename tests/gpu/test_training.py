@@ -44,7 +44,7 @@ def test_training_draws_the_curve_of_the_cpu(tiny, smoke_params, groups, tmp_pat
     assert losses(here.history) == pytest.approx(losses(there.history), abs=1e-3)
     assert len({round(loss, 3) for loss in losses(there.history)}) > 5
     loader = training.eval_loader(groups, 2, 0)
-    found, wanted = (evaluate(each.model, ARM_LOSS, loader, device, 0.95) for each in (here, there))
+    found, wanted = (evaluate(each.model, ARM_LOSS, loader, device, 0.95, 50, 0) for each in (here, there))
     assert found.reward_mean == pytest.approx(wanted.reward_mean, abs=0.05)
 
 
