@@ -190,7 +190,7 @@ def stored(
     file = store_file(workspace, name or title)
     whole = store_file(workspace, title)
     known = {*whole.parent.glob(f"{title}.*-of-*.jsonl"), *([whole] if whole.exists() else [])} - {file}
-    store = RowStore(file, sorted(known))
+    store = RowStore(file, keys, sorted(known))
     first = {wanted: index for index, wanted in reversed(list(enumerate(keys)))}  # equal requests are one row
     todo = [index for index, wanted in enumerate(keys) if wanted not in store and first[wanted] == index]
     print(f"{title}: {len(first) - len(todo)} of {len(first)} rows are in the store already")
@@ -203,9 +203,7 @@ def stored(
                 (keys[todo[place]], _row(asked[place], generation))
                 for place, generation in islice(finished, len(chunk))
             )
-    rows = [store[wanted] for wanted in keys]
-    store.close()
-    return rows
+    return [store[wanted] for wanted in keys]
 
 
 class Served:

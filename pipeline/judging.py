@@ -110,13 +110,13 @@ def _agreement(
 def _rewards(name: str, rows: Sequence[Row], judge: RewardJudge, params: Params, workspace: Workspace) -> list[float]:
     """Rewards of an objective's model, from the store where they are there."""
     model = RewardModelJudge(judge, params, workspace)
-    store, origin = RowStore(workspace.scratch / "store" / "rewards.jsonl"), model.identity(name)
+    origin = model.identity(name)
     keys = [digest([origin, row["prompt"], row["response"], row.get("finish") == "length"]) for row in rows]
+    store = RowStore(workspace.scratch / "store" / "rewards.jsonl", keys)
     missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in store}
     if missing:
         scores = model.score(name, list(missing.values()))
         store.add((key, {"reward": score}) for key, score in zip(missing, scores, strict=True))
-    store.close()
     return [store[key]["reward"] for key in keys]
 
 
