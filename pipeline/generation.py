@@ -279,6 +279,7 @@ def _row(request: Request, generation: Generation) -> Row:
         "prompt": request.prompt,
         "response": generation.text,
         "prompt_tokens": generation.prompt_tokens,
+        "tokens": list(generation.tokens),  # a text does not say which it was made of
         "n_tokens": len(generation.tokens),
         "finish": generation.finish,
         "logp": round(generation.logp, 4),

@@ -30,7 +30,7 @@ def score_rows(rows: Sequence[Row], objectives: Mapping[str, Objective]) -> list
         if objective.scorer is None:
             raise UserError(f"objectives.{name} has no scorer, which judge=oracle needs: set objectives.{name}.scorer.")
         scorers[name] = scorer(objective.scorer)
-    return [{**row, **{name: score(row["response"]) for name, score in scorers.items()}} for row in rows]
+    return [_scored(row, {name: score(row["response"]) for name, score in scorers.items()}) for row in rows]
 
 
 def judge_rows(rows: Sequence[Row], params: Params, workspace: Workspace) -> list[Row]:
@@ -44,7 +44,9 @@ def judge_rows(rows: Sequence[Row], params: Params, workspace: Workspace) -> lis
         return score_rows(rows, params.objectives)
     if isinstance(judge, RewardJudge):
         found = {name: _rewards(name, rows, judge, params, workspace) for name in params.objectives}
-        return [{**row, **{name: rewards[place] for name, rewards in found.items()}} for place, row in enumerate(rows)]
+        return [
+            _scored(row, {name: rewards[place] for name, rewards in found.items()}) for place, row in enumerate(rows)
+        ]
     control = {(row["prompt"], row["sample"]): row["response"] for row in rows if row["point"] == params.sweep.control}
     others = [row for row in rows if row["point"] != params.sweep.control]
     pairs = [(row["prompt"], row["response"], control[row["prompt"], row["sample"]]) for row in others]
@@ -52,7 +54,12 @@ def judge_rows(rows: Sequence[Row], params: Params, workspace: Workspace) -> lis
     for name in params.objectives:
         of_pairs = Verdicts(judge, params, workspace, name).of(pairs)
         verdicts[name] = {id(row): _score(given) for row, given in zip(others, of_pairs, strict=True)}
-    return [{**row, **{name: given.get(id(row), 0.5) for name, given in verdicts.items()}} for row in rows]
+    return [_scored(row, {name: given.get(id(row), 0.5) for name, given in verdicts.items()}) for row in rows]
+
+
+def _scored(row: Row, scores: Row) -> Row:
+    """The row with its scores, without its token ids: they are most of a row, and of no use to an evaluation."""
+    return {name: value for name, value in row.items() if name != "tokens"} | scores
 
 
 def judge_card(pairs: Mapping[str, Sequence[Row]], params: Params, workspace: Workspace) -> Row:

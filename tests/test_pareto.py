@@ -200,6 +200,7 @@ def test_every_prompt_weighs_the_same_in_a_win_rate():
 def test_rows_are_scored_under_the_names_of_their_objectives():
     objectives = {"brief": Objective(label="x", scorer="conciseness")}
     assert score_rows([{"response": "one two"}], objectives) == [{"response": "one two", "brief": 0.95}]
+    assert score_rows([{"response": "a", "tokens": [7]}], objectives)[0].keys() == {"response", "brief"}
 
 
 def test_an_objective_without_a_scorer_cannot_be_judged():

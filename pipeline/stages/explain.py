@@ -16,6 +16,8 @@ def run(params: Params, workspace: Workspace) -> None:
     found: list[Row] = explain.rows_explained(params, workspace, rows) if params.explain.prompts else []
     write_json(workspace.results / "explain" / "tokens.json", found)
     print(f"explain: token rewards of {len(found)} responses")
+    if again := sum(trace["retokenised"] for trace in found):
+        print(f"explain: {again} of them were stored without their tokens, so that their texts are tokenised again")
 
 
 if __name__ == "__main__":
