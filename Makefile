@@ -46,6 +46,7 @@ bench: install  ## speed of guided decoding against the unguided base, and of tr
 	python -m tests.bench_decoding
 	python -m tests.bench_training
 	python -m tests.bench_prepare
+	python -m tests.bench_growth
 	test ! -d models/gemma3-270m || python -m tests.bench_crosstoken
 
 test-gpu: install  ## the tests that need a GPU (tests/gpu); elsewhere they are skipped

@@ -57,9 +57,13 @@ def judge_rows(rows: Sequence[Row], params: Params, workspace: Workspace) -> lis
     return [_scored(row, {name: given.get(id(row), 0.5) for name, given in verdicts.items()}) for row in rows]
 
 
+def without_tokens(row: Row) -> Row:
+    """The row without its token ids, which are most of it and of no use to an evaluation."""
+    return {name: value for name, value in row.items() if name != "tokens"}
+
+
 def _scored(row: Row, scores: Row) -> Row:
-    """The row with its scores, without its token ids: they are most of a row, and of no use to an evaluation."""
-    return {name: value for name, value in row.items() if name != "tokens"} | scores
+    return without_tokens(row) | scores
 
 
 def judge_card(pairs: Mapping[str, Sequence[Row]], params: Params, workspace: Workspace) -> Row:

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,6 +15,7 @@ from pipeline.pareto import (
     distinct_2,
     front_metrics,
     front_table,
+    gap_recovered,
     hypervolume,
     long_scores,
     mean_inner_product,
@@ -195,6 +198,24 @@ def test_every_prompt_weighs_the_same_in_a_win_rate():
     scored = frame(control=[0.0] * 4, mixed=[1.0, 1.0, -1.0, -1.0])
     fewer = scored[(scored.prompt != "prompt 1") | (scored["sample"] == 0)]
     assert rates(fewer)["mixed", "warm"].win_rate == 0.5
+
+
+@pytest.mark.parametrize("drawn", [1, 50, 1000])
+def test_a_bootstrap_drawn_in_parts_is_the_same_and_small(monkeypatch, drawn):
+    values, others = np.random.default_rng(0).random((2, 60))
+    whole = bootstrap_mean(values, 0.95, 300, 1), gap_recovered(values + others, values, values + 1, 0.95, 300, 1)
+    monkeypatch.setattr("pipeline.pareto._DRAWN", drawn)
+    parts = bootstrap_mean(values, 0.95, 300, 1), gap_recovered(values + others, values, values + 1, 0.95, 300, 1)
+    assert parts == whole
+
+
+def test_a_bootstrap_of_many_prompts_fits_into_little_memory():
+    values = np.random.default_rng(0).random(50_000)
+    tracemalloc.start()
+    bootstrap_mean(values, 0.95, 200, 0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 60e6  # bytes; all at once are 160 million
 
 
 def test_rows_are_scored_under_the_names_of_their_objectives():

@@ -18,7 +18,7 @@ def run(params: Params, workspace: Workspace, prepared: Path | None = None) -> N
     """Judge what generate wrote; `prepared` is the results folder that holds prepare/, by default the same one."""
     held_out = (prepared or workspace.results) / "prepare" / "pairs"
     out = workspace.results / "judge"
-    rows = [row for _, row in read_jsonl(workspace.results / "generate" / "rows.jsonl")]
+    rows = [judging.without_tokens(row) for _, row in read_jsonl(workspace.results / "generate" / "rows.jsonl")]
     pairs = {name: _test_pairs(held_out / f"{name}.jsonl") for name in params.objectives}
     card = judging.judge_card(pairs, params, workspace)
     for name, told in card["objectives"].items():
@@ -27,7 +27,8 @@ def run(params: Params, workspace: Workspace, prepared: Path | None = None) -> N
         print(f"judge: {params.judge.kind}: {name}: {shown}, undetermined {told['undetermined']:.3f}")
     scored = judging.judge_rows(rows, params, workspace)
     control, objectives = params.sweep.control, list(params.objectives)
-    wins = judging.win_rates(pd.DataFrame(scored), control, objectives, params.judge, params.seed)
+    frame = pd.DataFrame(scored, columns=["point", "prompt", "sample", *objectives])
+    wins = judging.win_rates(frame, control, objectives, params.judge, params.seed)
     write_json(out / "card.json", card)
     write_jsonl(out / "scores.jsonl", scored)
     with replacing(out / "wins.csv") as stream:

@@ -22,7 +22,9 @@ def run(params: Params, workspace: Workspace, trained: Path | None = None) -> No
     shared = trained or results
     trained = shared / "train"
     data = json.loads((shared / "prepare" / "data_card.json").read_text())
-    scored = pd.DataFrame([row for _, row in read_jsonl(results / "judge" / "scores.jsonl")])
+    columns = ["point", "prompt", "sample", "response", "n_tokens", "logp_base", "kl", *params.objectives]
+    judged = read_jsonl(results / "judge" / "scores.jsonl")
+    scored = pd.DataFrame(([row[name] for name in columns] for _, row in judged), columns=columns)
     wins = pd.read_csv(results / "judge" / "wins.csv")
     front = pareto.front_table(params, scored, wins)
     card = json.loads((results / "judge" / "card.json").read_text())
@@ -50,7 +52,7 @@ def run(params: Params, workspace: Workspace, trained: Path | None = None) -> No
     cards, page = {"metrics": metrics, "data": data}, results / "report" / "index.html"
     pages.report(params, {"front": front, "wins": wins}, cards, scored, tokens, drawings, page)
     group = tracking.group_of(params, scored.response)
-    tracking.log_points(params, workspace, group, front.to_dict("records"), scored.to_dict("records"))
+    tracking.log_points(params, workspace, group, front.to_dict("records"), scored)
     terminal.front(front, objectives, metrics)
     print(f"pareto: open {page}")
 
