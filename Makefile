@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help install repro test params plan lint smoke bench bench-gpu test-gpu report vllm test-vllm bench-vllm serve pictures playground clean
+.PHONY: help install repro test params plan lint smoke bench bench-gpu test-gpu report vllm test-vllm bench-vllm serve pictures playground gc clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -82,6 +82,9 @@ pictures: install  ## photograph report and playground for the README (needs Chr
 
 playground: install  ## a local page: sliders for the objectives, the base beside the guided text
 	python -m pipeline.playground
+
+gc: install  ## generated rows that no run of the last 90 days asked for (FLAGS="--days 30 --delete" removes)
+	@python -m pipeline.stale_rows $(FLAGS)
 
 clean:  ## remove what stages and tools wrote, but not DVC's cache
 	rm -rf models scratch .pytest_cache .mypy_cache .ruff_cache .hypothesis

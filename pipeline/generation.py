@@ -15,6 +15,7 @@ from pipeline.decoder import Generation, GuidedDecoder, Request
 from pipeline.lanes import BASE, REFERENCE
 from pipeline.models import Source, resolve_device
 from pipeline.params import Params, Point
+from pipeline.stale_rows import note_asked
 from pipeline.store import Row, RowStore, digest, file_digest
 
 _VERSION = 2  # of the decoding rule: raise it when the same request would give another row
@@ -190,6 +191,7 @@ def stored(
     file = store_file(workspace, name or title)
     whole = store_file(workspace, title)
     known = {*whole.parent.glob(f"{title}.*-of-*.jsonl"), *([whole] if whole.exists() else [])} - {file}
+    note_asked(file.parent, title, set(keys))
     store = RowStore(file, keys, sorted(known))
     first = {wanted: index for index, wanted in reversed(list(enumerate(keys)))}  # equal requests are one row
     todo = [index for index, wanted in enumerate(keys) if wanted not in store and first[wanted] == index]

@@ -13,8 +13,8 @@ import json
 import lzma
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -143,7 +143,7 @@ class RowStore:
     def __init__(self, path: Path, keys: Iterable[str], beside: Iterable[Path] = ()) -> None:
         self._path = path
         self._rows: dict[str, Row] = {}
-        asked = {json.dumps(key, ensure_ascii=False)[1:-1].encode(): key for key in keys}
+        asked = _encoded(keys)
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path) as file:
             whole = self._load(path, asked)
@@ -187,6 +187,33 @@ class RowStore:
         with _locked(self._path) as file:
             _append(file, "".join(lines).encode(), self._path)
         self._rows |= fresh
+
+
+def retain(path: Path, keys: Collection[str], delete: bool) -> tuple[int, int]:
+    """Keep only the rows of these keys in a store, each once; return how many stay and how many go.
+
+    Args:
+        path: the store's file; another takes its place, so that a kill leaves the one or the other.
+        keys: of the rows that stay.
+        delete: False to count only.
+
+    Raises:
+        UserError: a line is not a row.
+    """
+    left, dropped = _encoded(keys), 0
+    with _locked(path), replacing(path) if delete else nullcontext() as kept:
+        before = len(left)
+        for _, line in _stored_lines(path):
+            if left.pop(line[len(_DIGEST) : line.index(_ROW)], None) is None:
+                dropped += 1
+            elif kept is not None:
+                kept.write(line.decode())
+    return before - len(left), dropped
+
+
+def _encoded(keys: Iterable[str]) -> dict[bytes, str]:
+    """The keys as they stand in a line."""
+    return {json.dumps(key, ensure_ascii=False)[1:-1].encode(): key for key in keys}
 
 
 @contextmanager
