@@ -7,7 +7,7 @@ Without a response one is generated at the weights. Every ARM of the objectives 
 """
 
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from rich.console import Console
@@ -41,7 +41,7 @@ def rows_explained(params: Params, workspace: Workspace, rows: Sequence[Row]) ->
         UserError: as `GuidedDecoder.trace`.
     """
     asked, base = params.explain, params.base
-    prompts = _spread(list(dict.fromkeys(row["prompt"] for row in rows)), asked.prompts)
+    prompts = prompts_explained(params, (row["prompt"] for row in rows))
     points = set(_spread(list(params.sweep.points), _POINTS))
     requests = {
         (point, request.prompt): request
@@ -68,6 +68,11 @@ def rows_explained(params: Params, workspace: Workspace, rows: Sequence[Row]) ->
             retokenised = "tokens" not in texts[place]
             found.append({"point": at[place], "retokenised": retokenised, **trace.record(asked.alternatives)})
     return found
+
+
+def prompts_explained(params: Params, prompts: Iterable[str]) -> list[str]:
+    """Those of the prompts, repeated or not, whose rows `rows_explained` traces."""
+    return _spread(list(dict.fromkeys(prompts)), params.explain.prompts)
 
 
 def _spread(values: Sequence[str], count: int) -> list[str]:
