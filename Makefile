@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help install repro test params plan lint smoke bench bench-gpu test-gpu report vllm test-vllm bench-vllm serve pictures playground clean
+.PHONY: help install repro test params plan lint smoke bench bench-gpu test-gpu report vllm test-vllm bench-vllm serve pictures playground gc clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -46,6 +46,7 @@ bench: install  ## speed of guided decoding against the unguided base, and of tr
 	python -m tests.bench_decoding
 	python -m tests.bench_training
 	python -m tests.bench_prepare
+	python -m tests.bench_growth
 	test ! -d models/gemma3-270m || python -m tests.bench_crosstoken
 
 test-gpu: install  ## the tests that need a GPU (tests/gpu); elsewhere they are skipped
@@ -81,6 +82,9 @@ pictures: install  ## photograph report and playground for the README (needs Chr
 
 playground: install  ## a local page: sliders for the objectives, the base beside the guided text
 	python -m pipeline.playground
+
+gc: install  ## generated rows that no run of the last 90 days asked for (FLAGS="--days 30 --delete" removes)
+	@python -m pipeline.stale_rows $(FLAGS)
 
 clean:  ## remove what stages and tools wrote, but not DVC's cache
 	rm -rf models scratch .pytest_cache .mypy_cache .ruff_cache .hypothesis

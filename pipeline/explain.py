@@ -7,7 +7,7 @@ Without a response one is generated at the weights. Every ARM of the objectives 
 """
 
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from rich.console import Console
@@ -30,6 +30,8 @@ _POINTS = 8  # of a sweep that are explained
 def rows_explained(params: Params, workspace: Workspace, rows: Sequence[Row]) -> list[Row]:
     """Traces of some of the generated rows, as JSON values with their `point`: evenly spaced prompts, at most 8 points.
 
+    `retokenised` marks rows stored before rows kept their tokens: the text is tokenised again, perhaps into others.
+
     Args:
         params: the experiment; `params.explain` says how many prompts, tokens and alternatives.
         workspace: where the models are.
@@ -39,7 +41,7 @@ def rows_explained(params: Params, workspace: Workspace, rows: Sequence[Row]) ->
         UserError: as `GuidedDecoder.trace`.
     """
     asked, base = params.explain, params.base
-    prompts = _spread(list(dict.fromkeys(row["prompt"] for row in rows)), asked.prompts)
+    prompts = prompts_explained(params, (row["prompt"] for row in rows))
     points = set(_spread(list(params.sweep.points), _POINTS))
     requests = {
         (point, request.prompt): request
@@ -53,16 +55,24 @@ def rows_explained(params: Params, workspace: Workspace, rows: Sequence[Row]) ->
     for prompt in tqdm(prompts, desc="explain", unit="prompt"):
         at = [point for point, of in requests if of == prompt]
         texts = [written[point, prompt] for point in at]
-        tokens = [
-            decoder.response_ids(prompt, row["response"], row["finish"] == "eos")[: asked.tokens] for row in texts
+        drawn = [
+            row["tokens"] if "tokens" in row else decoder.response_ids(prompt, row["response"], row["finish"] == "eos")
+            for row in texts
         ]
+        tokens = [ids[: asked.tokens] for ids in drawn]
         shown = [place for place, ids in enumerate(tokens) if ids]  # a response may be empty
         asked_of = [requests[at[place], prompt] for place in shown]
         everyone = dict.fromkeys(params.objectives, 0.0)
         asked_of = [replace(request, weights=everyone | dict(request.weights)) for request in asked_of]
         for place, trace in zip(shown, decoder.traces(asked_of, [tokens[place] for place in shown]), strict=True):
-            found.append({"point": at[place], **trace.record(asked.alternatives)})
+            retokenised = "tokens" not in texts[place]
+            found.append({"point": at[place], "retokenised": retokenised, **trace.record(asked.alternatives)})
     return found
+
+
+def prompts_explained(params: Params, prompts: Iterable[str]) -> list[str]:
+    """Those of the prompts, repeated or not, whose rows `rows_explained` traces."""
+    return _spread(list(dict.fromkeys(prompts)), params.explain.prompts)
 
 
 def _spread(values: Sequence[str], count: int) -> list[str]:

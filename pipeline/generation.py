@@ -16,6 +16,7 @@ from pipeline.identity import LAW_VERSION, folder_identity
 from pipeline.lanes import BASE, REFERENCE
 from pipeline.models import Source, resolve_device
 from pipeline.params import Params, Point
+from pipeline.stale_rows import note_asked
 from pipeline.store import Row, RowStore, digest
 
 
@@ -198,7 +199,8 @@ def stored(
     file = store_file(workspace, name or title)
     whole = store_file(workspace, title)
     known = {*whole.parent.glob(f"{title}.*-of-*.jsonl"), *([whole] if whole.exists() else [])} - {file}
-    store = RowStore(file, sorted(known))
+    note_asked(file.parent, title, set(keys))
+    store = RowStore(file, keys, sorted(known))
     first = {wanted: index for index, wanted in reversed(list(enumerate(keys)))}  # equal requests are one row
     todo = [index for index, wanted in enumerate(keys) if wanted not in store and first[wanted] == index]
     print(f"{title}: {len(first) - len(todo)} of {len(first)} rows are in the store already")
@@ -211,9 +213,7 @@ def stored(
                 (keys[todo[place]], _row(asked[place], generation))
                 for place, generation in islice(finished, len(chunk))
             )
-    rows = [store[wanted] for wanted in keys]
-    store.close()
-    return rows
+    return [store[wanted] for wanted in keys]
 
 
 class Served:
@@ -286,6 +286,7 @@ def _row(request: Request, generation: Generation) -> Row:
         "prompt": request.prompt,
         "response": generation.text,
         "prompt_tokens": generation.prompt_tokens,
+        "tokens": list(generation.tokens),  # a text does not say which it was made of
         "n_tokens": len(generation.tokens),
         "finish": generation.finish,
         "logp": round(generation.logp, 4),

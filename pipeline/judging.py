@@ -27,7 +27,7 @@ def score_rows(rows: Sequence[Row], objectives: Mapping[str, Objective]) -> list
         UserError: an objective has no scorer.
     """
     scorers = _scorers(objectives)
-    return [{**row, **{name: score(row["response"]) for name, score in scorers.items()}} for row in rows]
+    return [_scored(row, {name: score(row["response"]) for name, score in scorers.items()}) for row in rows]
 
 
 def _scorers(objectives: Mapping[str, Objective]) -> dict[str, Callable[[str], float]]:
@@ -86,7 +86,9 @@ def judge_rows(
         return score_rows(rows, params.objectives)
     if isinstance(judge, RewardJudge):
         found = {name: _rewards(name, rows, judge, params, workspace) for name in params.objectives}
-        return [{**row, **{name: rewards[place] for name, rewards in found.items()}} for place, row in enumerate(rows)]
+        return [
+            _scored(row, {name: rewards[place] for name, rewards in found.items()}) for place, row in enumerate(rows)
+        ]
     pairs = [(row["prompt"], row["response"], control[row["prompt"], row["sample"]]) for row in rows]
     differing = list(dict.fromkeys(pair for pair in pairs if pair[1] != pair[2]))
     verdicts = {}
@@ -94,14 +96,28 @@ def judge_rows(
         given = Verdicts(judge, params, workspace, name).of(differing)
         verdicts[name] = dict(zip(differing, map(_score, given), strict=True))
     return [
-        {**row, **{name: scores.get(pair, 0.5) for name, scores in verdicts.items()}}
+        _scored(row, {name: scores.get(pair, 0.5) for name, scores in verdicts.items()})
         for row, pair in zip(rows, pairs, strict=True)
     ]
 
 
-def scored_frame(rows: Sequence[Row], objectives: Iterable[str]) -> pd.DataFrame:
-    """Judged rows as a frame whose scores are numbers, NaN where there is none."""
-    return pd.DataFrame(rows).astype(dict.fromkeys(objectives, float))
+def scored_frame(rows: Iterable[Row], objectives: Iterable[str], columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """Judged rows as a frame whose scores are numbers, NaN where there is none; all columns, or these and the scores."""
+    if columns is None:
+        frame = pd.DataFrame(list(rows))
+    else:
+        names = [*columns, *objectives]
+        frame = pd.DataFrame(([row[name] for name in names] for row in rows), columns=names)
+    return frame.astype(dict.fromkeys(objectives, float))
+
+
+def without_tokens(row: Row) -> Row:
+    """The row without its token ids, which are most of it and of no use to an evaluation."""
+    return {name: value for name, value in row.items() if name != "tokens"}
+
+
+def _scored(row: Row, scores: Row) -> Row:
+    return without_tokens(row) | scores
 
 
 def judge_card(pairs: Mapping[str, Sequence[Row]], params: Params, workspace: Workspace) -> Row:
@@ -167,13 +183,13 @@ def _agreement(
 def _rewards(name: str, rows: Sequence[Row], judge: RewardJudge, params: Params, workspace: Workspace) -> list[float]:
     """Rewards of an objective's model, from the store where they are there."""
     model = RewardModelJudge(judge, params, workspace)
-    store, origin = RowStore(workspace.scratch / "store" / "rewards.jsonl"), model.identity(name)
+    origin = model.identity(name)
     keys = [digest([origin, row["prompt"], row["response"], row.get("finish") == "length"]) for row in rows]
+    store = RowStore(workspace.scratch / "store" / "rewards.jsonl", keys)
     missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in store}
     if missing:
         scores = model.score(name, list(missing.values()))
         store.add((key, {"reward": score}) for key, score in zip(missing, scores, strict=True))
-    store.close()
     return [store[key]["reward"] for key in keys]
 
 

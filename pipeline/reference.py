@@ -30,7 +30,7 @@ def attach_reference(
         pad: the padding token.
     """
     keys = [digest([identity, group.prompt, group.responses]) for group in groups]
-    store = RowStore(folder / f"reference{_rank()}.jsonl")
+    store = RowStore(folder / f"reference{_rank()}.jsonl", keys)
     missing = {key: group for key, group in zip(keys, groups, strict=True) if key not in store}
     ordered = sorted(missing, key=lambda key: len(missing[key]))
     device = next(model.parameters()).device
@@ -46,7 +46,6 @@ def attach_reference(
         store.add([(key, {"logps": [next(logps) for _ in missing[key].responses]}) for key in taken])
     for key, group in zip(keys, groups, strict=True):
         group.reference = store[key]["logps"]
-    store.close()
 
 
 def _rank() -> str:

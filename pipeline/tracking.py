@@ -10,6 +10,7 @@ from dataclasses import asdict
 from itertools import combinations
 from typing import Any
 
+import pandas as pd
 import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -71,7 +72,7 @@ def training_logger(params: Params, job: Job, stage: str, workspace: Workspace) 
         run.finish()
 
 
-def log_points(params: Params, workspace: Workspace, group: str, points: Sequence[Row], samples: Sequence[Row]) -> None:
+def log_points(params: Params, workspace: Workspace, group: str, points: Sequence[Row], samples: pd.DataFrame) -> None:
     """One run per line of the front: its weights as config, its scores as summary, its texts as a table.
 
     Args:
@@ -88,9 +89,9 @@ def log_points(params: Params, workspace: Workspace, group: str, points: Sequenc
         config = {"point": point, "seed": params.seed, **inputs}
         run = wandb.init(**shared, name=point, group=group, job_type="pareto", config=config, reinit="finish_previous")
         run.summary.update({key: value for key, value in line.items() if isinstance(value, bool | int | float)})
-        mine = [row for row in samples if row["point"] == point]
         columns = ["prompt", "response", *params.objectives, "kl"]
-        run.log({"samples": wandb.Table(columns=list(columns), data=[[row[name] for name in columns] for row in mine])})
+        shown = samples.loc[samples.point == point, columns]
+        run.log({"samples": wandb.Table(columns=list(columns), data=shown.to_numpy(dtype=object).tolist())})
         run.finish()
 
 

@@ -4,10 +4,11 @@ import sys
 
 import pytest
 
-from pipeline import decoder, generation, models
+from pipeline import decoder, explain, generation, models
 from pipeline.config import UserError, Workspace
 from pipeline.decoder import GuidedDecoder, Request
 from pipeline.generation import Shard
+from pipeline.models import Prompter
 from pipeline.params import Objective, Point
 
 PROMPTS = ["Describe a rainy Monday.", "Why?", "Tell me about tea."]
@@ -112,6 +113,18 @@ def test_rows_carry_what_an_evaluation_needs(sweep, tiny, arms, tmp_path):
     }
     assert json.loads(json.dumps(row)) == row
     assert row["kl"] >= 0
+
+
+def test_token_rewards_are_of_the_tokens_that_were_drawn_or_say_otherwise(sweep, tiny, arms, tmp_path):
+    workspace = furnished(tmp_path, tiny, arms)
+    rows = generation.generate_sweep(sweep, workspace, "tiny", PROMPTS[:1])
+    traces = explain.rows_explained(sweep, workspace, rows)
+    assert [len(row["tokens"]) for row in rows] == [row["n_tokens"] for row in rows]
+    spell = Prompter.load(tiny, None).pieces
+    assert [trace["tokens"] for trace in traces] == [spell(row["tokens"][: sweep.explain.tokens]) for row in rows]
+    assert not any(trace["retokenised"] for trace in traces)
+    old = [{name: value for name, value in row.items() if name != "tokens"} for row in rows]
+    assert all(trace["retokenised"] for trace in explain.rows_explained(sweep, workspace, old))
 
 
 def test_the_stream_is_of_seed_prompt_and_point():

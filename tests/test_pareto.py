@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,6 +15,7 @@ from pipeline.pareto import (
     distinct_2,
     front_metrics,
     front_table,
+    gap_recovered,
     long_scores,
     mean_inner_product,
     non_dominated,
@@ -208,9 +211,28 @@ def test_every_prompt_weighs_the_same_in_a_win_rate():
     assert rates(fewer)["mixed", "warm"].win_rate == 0.5
 
 
+@pytest.mark.parametrize("drawn", [1, 50, 1000])
+def test_a_bootstrap_drawn_in_parts_is_the_same_and_small(monkeypatch, drawn):
+    values, others = np.random.default_rng(0).random((2, 60))
+    whole = bootstrap_mean(values, 0.95, 300, 1), gap_recovered(values + others, values, values + 1, 0.95, 300, 1)
+    monkeypatch.setattr("pipeline.pareto._DRAWN", drawn)
+    parts = bootstrap_mean(values, 0.95, 300, 1), gap_recovered(values + others, values, values + 1, 0.95, 300, 1)
+    assert parts == whole
+
+
+def test_a_bootstrap_of_many_prompts_fits_into_little_memory():
+    values = np.random.default_rng(0).random(50_000)
+    tracemalloc.start()
+    bootstrap_mean(values, 0.95, 200, 0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 60e6  # bytes; all at once are 160 million
+
+
 def test_rows_are_scored_under_the_names_of_their_objectives():
     objectives = {"brief": Objective(label="x", scorer="conciseness")}
     assert score_rows([{"response": "one two"}], objectives) == [{"response": "one two", "brief": 0.95}]
+    assert score_rows([{"response": "a", "tokens": [7]}], objectives)[0].keys() == {"response", "brief"}
 
 
 def test_an_objective_without_a_scorer_cannot_be_judged():

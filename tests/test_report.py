@@ -94,6 +94,7 @@ def test_the_page_needs_nothing_else_and_runs_nothing_that_it_shows(page):
     html = page.read_text(encoding="utf-8")
     assert not re.search(r"(src|href)=\"(?!#|\.\./)", html)
     assert "default-src 'none'" in html and "http" not in html.replace("http-equiv", "")
+    assert "All rows, whole, are" in html and "../judge/scores.jsonl" in html
     assert "<img" not in html and NASTY not in html and "&lt;i&gt;line 3" in html
 
 
@@ -113,16 +114,43 @@ def test_figures_are_the_same_file_when_drawn_again(front, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_browser_of_many_samples_is_cut_to_evenly_spaced_prompts(scored, monkeypatch):
-    controls, names = dict.fromkeys(POINTS, "sharpened"), ["positivity", "conciseness"]
-    whole = pages.samples(scored, list(POINTS), controls, names)
-    assert len(whole["prompts"]) == whole["total"] == 6
-    monkeypatch.setattr(pages, "_CHARACTERS", int(scored.response.str.len().sum()) // 2)
-    found = pages.samples(scored, list(POINTS), controls, names)
-    assert [each["prompt"] for each in found["prompts"]] == ["Question 0?", "Question 2?", "Question 4?"]
-    assert found["total"] == 6 and found["points"][3] == {"name": "mixed", "control": 1}
-    assert found["prompts"][1]["responses"][2]["scores"] == [0.2, None]
-    json.dumps(found, allow_nan=False)
+def samples_of(scored, seed=0):
+    return pages.samples(scored, list(POINTS), dict.fromkeys(POINTS, "sharpened"), ["positivity", "conciseness"], seed)
+
+
+def shown_characters(samples):
+    texts = [text for each in samples["prompts"] for text in (each["prompt"], *(r["text"] for r in each["responses"]))]
+    return sum(map(len, texts))
+
+
+def test_a_browser_of_many_samples_shows_prompts_drawn_by_the_seed(scored, monkeypatch):
+    whole = samples_of(scored)
+    assert [each["prompt"] for each in whole["prompts"]] == [f"Question {number}?" for number in range(6)]
+    assert whole["total"] == 6 and whole["points"][3] == {"name": "mixed", "control": 1}
+    assert whole["prompts"][2]["responses"][2]["scores"] == [0.2, None]
+    monkeypatch.setattr(pages, "_CHARACTERS", shown_characters(whole) // 2)
+    drawn = [samples_of(scored, seed) for seed in (0, 0, 1, 2, 3)]
+    assert all(0 < len(each["prompts"]) < each["total"] == 6 for each in drawn)
+    assert all(each["prompts"] == sorted(each["prompts"], key=lambda one: one["prompt"]) for each in drawn)
+    assert drawn[0] == drawn[1] and len({str(each["prompts"]) for each in drawn}) > 1
+    json.dumps(drawn, allow_nan=False)
+
+
+@pytest.mark.parametrize("long", ["prompt", "response"])
+def test_a_page_is_bounded_however_long_prompts_and_responses_are(scored, long):
+    many = pd.concat([scored.assign(prompt=f"{turn} " + scored.prompt) for turn in range(100)])
+    many[long] = many[long] + " word" * 2_000
+    samples = samples_of(many)
+    assert shown_characters(samples) <= 610_000 and len(samples["prompts"]) > 1
+    text = samples["prompts"][0]["responses"][0]["text"] if long == "response" else samples["prompts"][0]["prompt"]
+    assert text.endswith(" more characters]") and len(text) < 4_100
+
+
+def test_prompts_of_the_token_view_are_shown_once_and_cut(scored):
+    prompts = ["x" * 9_000 + tail for tail in "ab"]
+    shown = pages.token_rewards([trace(prompt, point) for prompt in prompts for point in POINTS])
+    assert [each["prompt"] for each in shown["traces"]] == [0] * 4 + [1] * 4
+    assert all(len(prompt) < 4_100 for prompt in shown["prompts"])
 
 
 def test_colours_grow_with_the_reward_and_tell_more_from_less():

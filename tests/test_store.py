@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -26,17 +27,14 @@ def lines_of(path):
     return path.read_text(encoding="utf-8").splitlines()
 
 
-def reopened(path):
-    store = RowStore(path)
-    store.close()
-    return store
+def reopened(path, keys="abcde"):
+    return RowStore(path, keys)
 
 
 @pytest.fixture
 def store_path(tmp_path):
-    store = RowStore(tmp_path / "deep" / "store.jsonl")
+    store = RowStore(tmp_path / "deep" / "store.jsonl", "abc")
     store.add([("a", {"n": 1}), ("b", {"n": 2}), ("c", {"n": 3})])
-    store.close()
     return tmp_path / "deep" / "store.jsonl"
 
 
@@ -119,24 +117,32 @@ def test_rows_survive_reopening(store_path):
 
 
 def test_rows_added_after_reopening_join_the_old_ones(store_path):
-    store = RowStore(store_path)
+    store = reopened(store_path)
     store.add([("d", {"n": "é\n\u2028 ok"})])
-    store.close()
     store = reopened(store_path)
     assert (store["a"], store["d"]) == ({"n": 1}, {"n": "é\n\u2028 ok"})
 
 
-@pytest.mark.parametrize("torn", ['{"digest": "d", "row": {"n"', '{"digest": "d", "row": {"n": 4}}', "\x00\x00"])
+@pytest.mark.parametrize("torn", ['{"digest": "d", "row": {"n"', '{"digest": "d", "row": {"n": 4}', "\x00\x00"])
 def test_a_torn_last_line_is_dropped_and_cut_off(store_path, torn):
     whole = store_path.read_bytes()
     store_path.write_bytes(whole + torn.encode())
-    store = RowStore(store_path)
+    store = reopened(store_path)
     assert "c" in store
     assert "d" not in store
     assert store_path.read_bytes() == whole
     store.add([("e", {"n": 5})])
-    store.close()
     assert reopened(store_path)["e"] == {"n": 5}
+
+
+def test_a_last_row_without_a_line_end_is_kept_and_gets_one(store_path):
+    whole = store_path.read_bytes()
+    store_path.write_bytes(whole.rstrip(b"\n"))
+    store = reopened(store_path)
+    assert store["c"] == {"n": 3}
+    assert store_path.read_bytes() == whole
+    store.add([("d", {"n": 4})])
+    assert reopened(store_path)["d"] == {"n": 4}
 
 
 def test_a_store_that_is_one_torn_line_starts_anew(tmp_path):
@@ -145,32 +151,60 @@ def test_a_store_that_is_one_torn_line_starts_anew(tmp_path):
     assert (tmp_path / "store.jsonl").read_bytes() == b""
 
 
-@pytest.mark.parametrize("line", [b"{broken", b"", b"[1]", b'{"digest": "b"}', b"\xff", b"3"])
+@pytest.mark.parametrize(
+    "line", [b"{broken", b"", b"[1]", b'{"digest": "b"}', b"\xff", b"3", b'{"digest": "b", "row": {"n": }}']
+)
 def test_a_corrupt_middle_line_is_named_by_number(store_path, line):
     lines = store_path.read_bytes().splitlines()
     store_path.write_bytes(b"\n".join([lines[0], line, lines[2]]) + b"\n")
     with pytest.raises(UserError) as refused:
-        RowStore(store_path)
+        reopened(store_path)
     assert str(refused.value).startswith(f"{store_path}, line 2: ")
 
 
+def test_a_store_holds_only_the_rows_asked_for_however_many_there_are(tmp_path):
+    path, text = tmp_path / "store.jsonl", "x" * 900
+    with path.open("w") as stream:
+        for number in range(20_000):
+            stream.write(json.dumps({"digest": f"{number:032x}", "row": {"response": text}}) + "\n")
+    tracemalloc.start()
+    store = RowStore(path, [f"{number:032x}" for number in (0, 7, 19_999, 20_000)])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [f"{number:032x}" in store for number in (0, 1, 7, 19_999, 20_000)] == [True, False, True, True, False]
+    assert peak < 2**20  # bytes, of 20 million in the file
+
+
+@QUICK
+@given(key=st.text(), row=st.dictionaries(st.text(), JSON, max_size=3))
+def test_a_row_is_found_again_whatever_its_key_and_text(tmp_path_factory, key, row):
+    path = tmp_path_factory.mktemp("store") / "store.jsonl"
+    RowStore(path, [key]).add([("other", {"digest": key}), (key, row)])
+    assert RowStore(path, [key])[key] == ({"digest": key} if key == "other" else row)
+
+
+def test_rows_go_to_the_file_under_the_name_though_another_was_put_there(store_path):
+    store = reopened(store_path)
+    write_jsonl(store_path, [{"digest": "b", "row": {"n": 2}}])
+    store.add([("d", {"n": 4})])
+    assert [key for key in "abcd" if key in reopened(store_path)] == ["b", "d"]
+
+
 def test_adding_a_known_key_keeps_its_first_row(store_path):
-    store = RowStore(store_path)
+    store = reopened(store_path)
     store.add([("a", {"n": 100}), ("d", {"n": 4})])
-    store.close()
     assert store["a"] == reopened(store_path)["a"] == {"n": 1}
     assert len(lines_of(store_path)) == 4
 
 
 def test_a_key_twice_in_one_call_keeps_its_first_row(tmp_path):
-    store = RowStore(tmp_path / "store.jsonl")
+    store = reopened(tmp_path / "store.jsonl")
     store.add([("a", {"n": 1}), ("a", {"n": 2})])
-    store.close()
     assert store["a"] == reopened(tmp_path / "store.jsonl")["a"] == {"n": 1}
 
 
 def test_a_full_disk_raises_and_leaves_a_readable_store(store_path, monkeypatch):
-    before, write, store = store_path.read_bytes(), os.write, RowStore(store_path)
+    before, write, store = store_path.read_bytes(), os.write, reopened(store_path)
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.store.os.write", lambda file, data: write(file, data[: len(data) // 2]))
         with pytest.raises(OSError, match="No space left") as full:
@@ -180,7 +214,6 @@ def test_a_full_disk_raises_and_leaves_a_readable_store(store_path, monkeypatch)
     assert "e" not in store
     assert store_path.read_bytes() == before
     store.add([("d", {"n": 5})])
-    store.close()
     assert reopened(store_path)["d"] == {"n": 5}
 
 
@@ -247,7 +280,7 @@ def test_a_store_that_cannot_be_opened_ends_in_one_sentence(tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.store.os.open", refuse)
         with pytest.raises(SystemExit) as ended, guard():
-            RowStore(tmp_path / "store.jsonl")
+            reopened(tmp_path / "store.jsonl")
     one_sentence(ended, tmp_path / "store.jsonl", said)
 
 
@@ -266,12 +299,11 @@ def test_a_disk_that_fills_up_while_flushing_ends_in_one_sentence_and_keeps_the_
 
 
 def test_a_store_on_a_full_disk_ends_in_one_sentence_that_names_it(store_path, monkeypatch):
-    write, store = os.write, RowStore(store_path)
+    write, store = os.write, reopened(store_path)
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.store.os.write", lambda file, data: write(file, data[:3]))
         with pytest.raises(SystemExit) as ended, guard():
             store.add([("d", {})])
-    store.close()
     one_sentence(ended, store_path, "disk is full")
 
 
@@ -289,22 +321,21 @@ def test_a_store_knows_the_rows_of_others_beside_it_and_leaves_them_alone(tmp_pa
     torn = tmp_path / "torn.jsonl"
     torn.write_bytes(store_path.read_bytes() + b'{"digest": "half')
     before = torn.read_bytes()
-    store = RowStore(tmp_path / "mine.jsonl", [torn])
+    store = RowStore(tmp_path / "mine.jsonl", ["a", "b", "c", "mine"], [torn])
     assert all(key in store for key in "abc")
     assert torn.read_bytes() == before, "another process may be writing it"
     store.add([("mine", {"text": "x"})])
-    store.close()
     assert len((tmp_path / "mine.jsonl").read_text().splitlines()) == 1
 
 
 WRITER = """
 import sys
+import tracemalloc
 from pathlib import Path
 from pipeline.store import RowStore
 for turn in range(30):
-    store = RowStore(Path(sys.argv[1]))
-    store.add([(f"{sys.argv[2]} {turn} {n}", {"text": "x" * 20000}) for n in range(5)])
-    store.close()
+    keys = [f"{sys.argv[2]} {turn} {n}" for n in range(5)]
+    RowStore(Path(sys.argv[1]), keys).add([(key, {"text": "x" * 20000}) for key in keys])
 """
 
 

@@ -5,6 +5,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
+import pandas as pd
 import pytest
 import wandb
 
@@ -31,7 +32,7 @@ def with_mode(params, mode):
 def test_offline_is_one_run_per_point_without_network_or_secret(smoke_params, workspace, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     lines = [LINE, {**LINE, "point": "p2", "score_positivity": 0.25}]
-    tracking.log_points(with_mode(smoke_params, "offline"), workspace, "group", lines, [SAMPLE])
+    tracking.log_points(with_mode(smoke_params, "offline"), workspace, "group", lines, pd.DataFrame([SAMPLE]))
     runs = list((workspace.scratch / "wandb").glob("offline-run-*"))
     assert len(runs) == 2
     written = [file.read_bytes() for file in (workspace.scratch / "wandb").rglob("*") if file.is_file()]
@@ -41,7 +42,7 @@ def test_offline_is_one_run_per_point_without_network_or_secret(smoke_params, wo
 
 def test_disabled_writes_nothing(smoke_params, workspace):
     params = with_mode(smoke_params, "disabled")
-    tracking.log_points(params, workspace, "group", [LINE], [SAMPLE])
+    tracking.log_points(params, workspace, "group", [LINE], pd.DataFrame([SAMPLE]))
     with tracking.training_logger(params, Job.of(params, workspace, "positivity"), "train", workspace) as logger:
         assert logger is False
     assert not workspace.scratch.exists()
@@ -50,7 +51,7 @@ def test_disabled_writes_nothing(smoke_params, workspace):
 def test_online_without_a_key_is_one_sentence(smoke_params, workspace, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     with pytest.raises(UserError, match="WANDB_API_KEY is not set"):
-        tracking.log_points(with_mode(smoke_params, "online"), workspace, "group", [LINE], [SAMPLE])
+        tracking.log_points(with_mode(smoke_params, "online"), workspace, "group", [LINE], pd.DataFrame([SAMPLE]))
 
 
 class WandbServer(BaseHTTPRequestHandler):
@@ -113,7 +114,7 @@ def test_the_report_in_wandb_draws_the_runs_of_the_group_and_those_of_a_baseline
 
 
 def test_offline_runs_hold_the_summaries_and_tables_that_the_report_draws(smoke_params, workspace):
-    tracking.log_points(with_mode(smoke_params, "offline"), workspace, "group", [LINE], [SAMPLE])
+    tracking.log_points(with_mode(smoke_params, "offline"), workspace, "group", [LINE], pd.DataFrame([SAMPLE]))
     wandb.teardown()  # its service writes behind our back until then
     [file] = (workspace.scratch / "wandb").glob("offline-run-*/run-*.wandb")
     content = file.read_bytes()

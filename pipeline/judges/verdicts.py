@@ -50,11 +50,8 @@ class Verdicts:
         """
         asked = [[(self._key(one), one, turned) for one, turned in self._orders(*pair)] for pair in pairs]
         wanted = {key: one for orders in asked for key, one, _ in orders}
-        store = RowStore(self._path)
-        try:
-            self._fill(store, {key: one for key, one in wanted.items() if key not in store})
-        finally:
-            store.close()
+        store = RowStore(self._path, wanted)
+        self._fill(store, {key: one for key, one in wanted.items() if key not in store})
         return [
             tuple(_outcome(one.parse(store[key]["reply"]), turned) for key, one, turned in orders) for orders in asked
         ]

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, select_autoescape
 
@@ -12,7 +13,10 @@ from pipeline.report.drawing import Drawing
 from pipeline.report.tokens import STRONGEST
 from pipeline.store import Row, replacing
 
-_CHARACTERS = 600_000  # of responses that a page holds: some hundreds of kilobytes, so that it opens at once
+_CHARACTERS = (
+    600_000  # of prompts and responses that a page holds: some hundreds of kilobytes, so that it opens at once
+)
+_LONGEST = 4_000  # characters of one text that a page shows; 512 tokens are about half of that
 
 
 def report(
@@ -35,8 +39,9 @@ def report(
     of_point = scored.groupby("point").n_tokens.sum()
     values = {
         "front": front.to_dict("records"), "wins": {(row["point"], row["objective"]): row for row in wins}, **cards,
-        "samples": samples(scored, list(front.point), control, objectives), "tokens": list(tokens),
-        "strongest": STRONGEST, "prompts": scored.prompt.nunique(), "generated": of_point.to_dict(),
+        "samples": samples(scored, list(front.point), control, objectives, params.seed),
+        "rest": "../judge/scores.jsonl", "tokens": token_rewards(tokens), "strongest": STRONGEST,
+        "prompts": scored.prompt.nunique(), "generated": of_point.to_dict(),
     }  # fmt: skip
     _write("report.html.j2", params, values, drawings, path)
 
@@ -61,7 +66,8 @@ def ladder(
         "weak": params.arm.base, "bases": params.weak_to_strong.bases, "ladder": models, "lines": _records(table),
         "best": f"best_of_{params.weak_to_strong.best_of}", "prompts": rows.prompt.nunique(),
         "per_prompt": params.decoding.samples_per_prompt,
-        "samples": samples(by_base, list(by_base.point.unique()), control, list(params.objectives)),
+        "samples": samples(by_base, list(by_base.point.unique()), control, list(params.objectives), params.seed),
+        "rest": "rows.jsonl",
     }  # fmt: skip
     _write("weak_to_strong.html.j2", params, values, [drawn], path)
 
@@ -86,42 +92,49 @@ def comparison(
         "prompts": rows.prompt.nunique(), **shown, "methods": list(params.comparison.methods),
         "against": params.comparison.against, "won": {(line["method"], line["other"]): line for line in shown["wins"]},
         "samples": samples(
-            points[points.prompt.isin(everywhere)], lines, dict.fromkeys(lines, lines[0]), list(params.objectives)
+            points[points.prompt.isin(everywhere)], lines, dict.fromkeys(lines, lines[0]), list(params.objectives),
+            params.seed,
         ),
+        "rest": "rows.jsonl",
     }  # fmt: skip
     _write("comparison.html.j2", params, values, drawings, path)
 
 
-def samples(scored: pd.DataFrame, points: Sequence[str], controls: Mapping[str, str], objectives: Sequence[str]) -> Row:
+def samples(
+    scored: pd.DataFrame, points: Sequence[str], controls: Mapping[str, str], objectives: Sequence[str], seed: int
+) -> Row:
     """What the sample browser shows: for each prompt the first response at every point.
 
-    Where the texts are too many for a page, evenly spaced prompts stand for all.
+    Where the texts are too many for a page, prompts drawn at random stand for all.
 
     Args:
         scored: judged rows: `point, prompt, sample, response, n_tokens, kl`, and a score per objective.
         points: in the order they are shown.
         controls: per point, the one it is held against.
         objectives: their names.
+        seed: of the draw.
 
     Returns:
-        `objectives`, `points` with their `control`, `total` prompts, and `prompts`, each with its `responses`: text,
-        tokens, KL and scores, None where there is none.
+        `objectives`, `points` with their `control`, `total` prompts, `seed`, and `prompts` in their order, each with
+        its `responses`: text, tokens, KL and scores, None where there is none.
     """
     first = scored[scored["sample"] == scored["sample"].min()]
-    prompts = list(first.prompt.unique())
-    kept = max(1, min(len(prompts), _CHARACTERS * len(prompts) // max(1, int(first.response.str.len().sum()))))
-    chosen = [prompts[place * len(prompts) // kept] for place in range(kept)]
+    shown = first.response.str.len().clip(upper=_LONGEST).groupby(first.prompt, sort=False).sum()
+    shown += shown.index.str.len().to_series(shown.index).clip(upper=_LONGEST)  # characters, by prompt
+    drawn = np.random.default_rng(seed).permutation(len(shown))
+    room = int((shown.to_numpy()[drawn].cumsum() <= _CHARACTERS).sum())
+    chosen = [shown.index[place] for place in sorted(drawn[: max(1, room)])]
     cells = {(row["prompt"], row["point"]): row for row in first[first.prompt.isin(set(chosen))].to_dict("records")}
     return {
         "objectives": list(objectives),
         "points": [{"name": point, "control": points.index(controls[point])} for point in points],
-        "total": len(prompts),
+        "total": len(shown), "seed": seed,
         "prompts": [
             {
-                "prompt": prompt,
+                "prompt": _cut(prompt),
                 "responses": [
                     {
-                        "text": row["response"], "tokens": row["n_tokens"], "kl": _number(row["kl"], 1),
+                        "text": _cut(row["response"]), "tokens": row["n_tokens"], "kl": _number(row["kl"], 1),
                         "scores": [_number(row[name], 4) for name in objectives],
                     }
                     for row in (cells[prompt, point] for point in points)
@@ -130,6 +143,19 @@ def samples(scored: pd.DataFrame, points: Sequence[str], controls: Mapping[str, 
             for prompt in chosen
         ],
     }  # fmt: skip
+
+
+def token_rewards(traces: Sequence[Row]) -> Row:
+    """What the token view shows: `prompts`, each once and cut for a page, and `traces` with the place of theirs."""
+    places = {prompt: place for place, prompt in enumerate(dict.fromkeys(trace["prompt"] for trace in traces))}
+    return {
+        "prompts": [_cut(prompt) for prompt in places],
+        "traces": [{**trace, "prompt": places[trace["prompt"]]} for trace in traces],
+    }
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… [{len(text) - _LONGEST} more characters]"
 
 
 def _number(value: Any, digits: int) -> float | None:

@@ -16,7 +16,7 @@ def run(params: Params, workspace: Workspace, prepared: Path | None = None) -> N
     """Judge what generate wrote; `prepared` is the results folder that holds prepare/, by default the same one."""
     held_out = (prepared or workspace.results) / "prepare" / "pairs"
     out = workspace.results / "judge"
-    rows = [row for _, row in read_jsonl(workspace.results / "generate" / "rows.jsonl")]
+    rows = [judging.without_tokens(row) for _, row in read_jsonl(workspace.results / "generate" / "rows.jsonl")]
     pairs = {name: _test_pairs(held_out / f"{name}.jsonl") for name in params.objectives}
     card = judging.judge_card(pairs, params, workspace)
     for name, told in card["objectives"].items():
@@ -25,7 +25,7 @@ def run(params: Params, workspace: Workspace, prepared: Path | None = None) -> N
         print(f"judge: {params.judge.kind}: {name}: {shown}, undetermined {told['undetermined']:.3f}")
     control, objectives = params.sweep.control, list(params.objectives)
     scored = judging.judge_rows(rows, params, workspace, judging.responses_of(rows, control))
-    frame = judging.scored_frame(scored, objectives)
+    frame = judging.scored_frame(scored, objectives, ["point", "prompt", "sample"])
     wins = judging.win_rates(frame, control, objectives, params.judge, params.seed)
     write_json(out / "card.json", card)
     write_jsonl(out / "scores.jsonl", scored)

@@ -24,7 +24,9 @@ def run(params: Params, workspace: Workspace, trained: Path | None = None) -> No
     trained = shared / "train"
     data = json.loads((shared / "prepare" / "data_card.json").read_text())
     objectives = list(params.objectives)
-    scored = scored_frame([row for _, row in read_jsonl(results / "judge" / "scores.jsonl")], objectives)
+    columns = ["point", "prompt", "sample", "response", "n_tokens", "logp_base", "kl"]
+    judged = (row for _, row in read_jsonl(results / "judge" / "scores.jsonl"))
+    scored = scored_frame(judged, objectives, columns)
     wins = pd.read_csv(results / "judge" / "wins.csv")
     front = pareto.front_table(params, scored, wins)
     card = json.loads((results / "judge" / "card.json").read_text())
@@ -51,7 +53,7 @@ def run(params: Params, workspace: Workspace, trained: Path | None = None) -> No
     cards, page = {"metrics": metrics, "data": data}, results / "report" / "index.html"
     pages.report(params, {"front": front, "wins": wins}, cards, scored, tokens, drawings, page)
     group = tracking.group_of(params, scored.response)
-    tracking.log_points(params, workspace, group, front.to_dict("records"), scored.to_dict("records"))
+    tracking.log_points(params, workspace, group, front.to_dict("records"), scored)
     terminal.front(front, objectives, metrics)
     print(f"pareto: open {page}")
 

@@ -120,10 +120,10 @@ function samples() {
 /* Token rewards: the text once per ARM in its colours; a token shows what might have stood there. */
 function tokens() {
   const data = embedded("tokens-data"), strongest = Number(document.getElementById("tokens").dataset.strongest);
-  const prompts = [...new Set(data.map((each) => each.prompt))], lines = document.getElementById("tokens-lines");
+  const lines = document.getElementById("tokens-lines");
   const prompt = document.getElementById("tokens-prompt"), point = document.getElementById("tokens-point");
   const others = document.getElementById("tokens-others");
-  options(prompt, prompts.map((text) => text.trim().replace(/\s+/g, " ").slice(0, 120)));
+  options(prompt, data.prompts.map((text) => text.trim().replace(/\s+/g, " ").slice(0, 120)));
   let mine = [];
 
   const colour = (reward) =>
@@ -131,7 +131,7 @@ function tokens() {
   const signed = (value, digits) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits);
 
   function choose() {
-    mine = data.filter((each) => each.prompt === prompts[Number(prompt.value)]);
+    mine = data.traces.filter((each) => each.prompt === Number(prompt.value));
     const before = point.selectedOptions[0] && point.selectedOptions[0].textContent;
     options(point, mine.map((each) => each.point));
     const says = mine.map((each) => Object.values(each.weights).filter((alpha) => alpha).length);
@@ -157,6 +157,8 @@ function tokens() {
     const trace = mine[Number(point.value)];
     others.replaceChildren(make("p", { className: "faint", textContent: "Choose a token to see what else might have stood there." }));
     lines.replaceChildren();
+    if (trace.retokenised) lines.append(make("p", { className: "faint", textContent:
+      "This response was stored without its tokens: its text is tokenised again, perhaps into other tokens than were drawn." }));
     for (const [arm, rewards] of Object.entries(trace.rewards)) {
       const line = make("p", { className: "tokens" });
       line.setAttribute("role", "group");
