@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from pipeline.adapters import AdaptedModel, Block, read_adapter
 from pipeline.config import UserError
-from pipeline.models import Prompter, Source, check_vocabulary
+from pipeline.models import Prompter, Source, check_adapter_tokenizer
 
 BASE = "base"  # the name of the base's own lane
 REFERENCE = "reference"  # that of the model which the ARMs were made from, where that is another
@@ -74,9 +74,10 @@ class _RoomyLayer(DynamicLayer):
 
 
 def ends_of(prompter: Prompter, config: GenerationConfig | None) -> frozenset[int]:
-    """The tokens that end a response: the template's, and those that the model's generation config names."""
+    """The tokens that end a response: the template's, end-of-sequence, and what the generation config names."""
     ends = None if config is None else config.eos_token_id
-    return frozenset([prompter.eos, *(ends if isinstance(ends, list) else [] if ends is None else [ends])])
+    own = prompter.eos, int(prompter.tokenizer.eos_token_id)
+    return frozenset([*own, *(ends if isinstance(ends, list) else [] if ends is None else [ends])])
 
 
 class Backbone:
@@ -108,8 +109,7 @@ class Backbone:
         for lane, folder in adapters.items():
             if lane in (BASE, name):
                 raise UserError(f"an ARM cannot be called {lane}, which is the model it adapts: name it otherwise.")
-            if (folder / "tokenizer_config.json").is_file():
-                check_vocabulary(prompter.tokenizer, Prompter.load(folder, prompter.template).tokenizer, lane)
+            check_adapter_tokenizer(prompter, folder, lane)
         kind, kept = model.config.model_type, DynamicCache(config=model.config).layers
         if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in kept):
             raise UserError(f"{kind} keeps more than keys and values while decoding: use a plain attention model.")

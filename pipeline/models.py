@@ -8,7 +8,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
+from itertools import takewhile
+from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +19,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from tokenizers.decoders import DecodeStream
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +30,7 @@ from transformers import (
 )
 
 from pipeline.config import UserError, Workspace
+from pipeline.control_tokens import ControlTokens, fill_chat_template, turn_end
 from pipeline.params import Model, Params
 from pipeline.preferences.dialogues import is_dialogue, turns_of
 from pipeline.store import file_digest, replacing_folder, write_json
@@ -251,7 +256,10 @@ def model_digest(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Prompter:
-    """A model's way of being asked: its tokenizer and its prompt template."""
+    """A model's way of being asked: its tokenizer and its prompt template.
+
+    Prompts and responses are text: what spells a control token in them becomes the tokens of its letters.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     template: str | None
@@ -261,21 +269,42 @@ class Prompter:
         """From a local model folder.
 
         Raises:
-            UserError: no end-of-sequence token, or neither a template nor a chat template.
+            UserError: no end-of-sequence token, no fast tokenizer, neither a template nor a chat template, or a chat
+                template that cannot be filled in.
         """
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if tokenizer.eos_token_id is None:
             raise UserError(f"{folder}: the tokenizer has no end-of-sequence token: set eos_token in its config.")
+        if getattr(tokenizer, "backend_tokenizer", None) is None:
+            raise UserError(f"{folder}: the tokenizer is not a fast one: add the model's tokenizer.json.")
         if template is None and not tokenizer.chat_template:
             raise UserError(f"{folder}: the tokenizer has no chat template: set base.template, a text with {{prompt}}.")
         if template is not None and "{prompt}" not in template:
             raise UserError(f"base.template {template!r} has no {{prompt}}: say where the prompt goes.")
-        return cls(tokenizer, template)
+        prompter = cls(tokenizer, template)
+        prompter.prompt_ids("Why?")
+        return prompter
 
-    @property
+    @cached_property
     def eos(self) -> int:
-        """The token that ends a response."""
-        return int(self.tokenizer.eos_token_id)
+        """The token that ends a response: see `turn_end`."""
+        return turn_end(self.tokenizer, self.template)
+
+    @cached_property
+    def control(self) -> ControlTokens:
+        """The control tokens that texts might spell."""
+        if self.template is not None:
+            return ControlTokens(self.tokenizer, self.template)
+        asked = [{"role": "user", "content": ""}]
+        marks = fill_chat_template(self.tokenizer, asked, False, ControlTokens(self.tokenizer))
+        return ControlTokens(self.tokenizer, marks + str(self.tokenizer.convert_ids_to_tokens(self.eos)))
+
+    @cached_property
+    def start(self) -> list[int]:
+        """The tokens that the tokenizer puts before a text, such as beginning-of-sequence."""
+        read = self.tokenizer("a", return_special_tokens_mask=True)
+        added = zip(read.input_ids, read.special_tokens_mask, strict=True)
+        return [token for token, special in takewhile(itemgetter(1), added)]
 
     @property
     def vocab_size(self) -> int:
@@ -286,7 +315,7 @@ class Prompter:
         """Token ids of the prompt inside its template, ready for the response's first token.
 
         Raises:
-            UserError: a dialogue of several turns, and a template with room for one.
+            UserError: the template has no room for the prompt's turns.
         """
         return self._ids(self._asked(prompt))
 
@@ -295,51 +324,57 @@ class Prompter:
 
         A token may be a part of a character: it adds nothing, and the last part adds the whole.
         """
-        texts, spelled = [], ""
-        special = set(self.tokenizer.all_special_ids)
-        for place, token in enumerate(tokens):
-            if token in special:
-                texts.append(str(self.tokenizer.convert_ids_to_tokens(token)))
-                continue
-            whole = self.spell(list(tokens[: place + 1]))
-            whole = whole.removesuffix("\ufffd") if place + 1 < len(tokens) else whole
-            texts.append(whole[len(spelled) :])
-            spelled = whole if len(whole) > len(spelled) else spelled
+        backend: Any = self.tokenizer.backend_tokenizer
+        stream, texts, waiting = DecodeStream(skip_special_tokens=False), [], []
+        for token in tokens:
+            waiting.append(token)
+            try:
+                text = stream.step(backend, token)
+            except Exception:  # bytes that are no character: behind them the text begins anew
+                text = backend.decode(waiting, skip_special_tokens=False)
+                stream = DecodeStream(waiting, skip_special_tokens=False)
+            texts.append(text or "")
+            waiting = waiting if text is None else []
+        if waiting:  # the text ends inside a character
+            texts[-1] = backend.decode(waiting, skip_special_tokens=False)
         return texts
 
     def response_ids(self, prompt: str, response: str, ended: bool = True) -> list[int]:
-        """Token ids of a response as the tokenizer spells it behind the prompt, end-of-sequence included.
+        """Token ids of a response as the tokenizer spells it behind the prompt, the token that ends it included.
 
         Args:
-            ended: False if the response was cut off and so has no end-of-sequence token.
+            ended: False if the response was cut off and so has no such token.
         """
         asked = self._asked(prompt)
         if self.template is None and is_dialogue(prompt):  # its turns are stripped, and so is the answer
             response = response.lstrip()
+        response = self.control.escape(response)
         before, whole = self._ids(asked), self._ids(asked + response)
         # Some tokenizers mark the beginning of a text, so a response is no text of its own; but where its first
         # letters would merge with the prompt's last token, it has to be.
         joined = whole[: len(before)] == before
-        ids = whole[len(before) :] if joined else self.tokenizer(response, add_special_tokens=False).input_ids
+        ids = whole[len(before) :] if joined else self.control.ids(response)
         return [*ids, *([self.eos] if ended else [])]
 
     def _asked(self, prompt: str) -> str:
         if self.template is None:
-            return str(self.tokenizer.apply_chat_template(turns_of(prompt), tokenize=False, add_generation_prompt=True))
+            return fill_chat_template(self.tokenizer, turns_of(prompt), True, self.control)
         if is_dialogue(prompt) and self.template != "{prompt}":
             raise UserError(
                 f"the template {self.template!r} has room for one turn, and a prompt is a dialogue: set the model's "
                 "template to null, for the tokenizer's chat template, or to '{prompt}', for the dialogue as it is."
             )
-        return self.template.replace("{prompt}", prompt)
+        return self.template.replace("{prompt}", self.control.escape(prompt))
 
     def _ids(self, text: str) -> list[int]:
-        """A template that is a plain text leaves it to the tokenizer to add its special tokens, such as BOS."""
-        return list(self.tokenizer(text, add_special_tokens=self.template is not None).input_ids)
+        """A template that is a plain text may leave it to the tokenizer to begin it; a response goes on at its end."""
+        ids = self.control.ids(text)
+        begun = self.template is None or ids[: len(self.start)] == self.start
+        return ids if begun else [*self.start, *ids]
 
-    def spell(self, ids: list[int]) -> str:
-        """The text that token ids spell, special tokens left out."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+    def spell(self, ids: Sequence[int]) -> str:
+        """The text that token ids spell, special tokens and the one that ends a response left out."""
+        return str(self.tokenizer.decode([one for one in ids if one != self.eos], skip_special_tokens=True))
 
 
 @dataclass(frozen=True)
@@ -398,6 +433,32 @@ def check_vocabulary(base: PreTrainedTokenizerBase, arm: PreTrainedTokenizerBase
         raise UserError(
             f"{name}: its tokenizer has {len(arm)} tokens, the base's {len(base)}: use an ARM of this base."
         )
+
+
+def check_end(base: Prompter, arm: Prompter, name: str) -> None:
+    """Refuse an ARM whose responses end with another token than the base's: it could not say when to end.
+
+    Raises:
+        UserError: the two tokens.
+    """
+    if base.eos != arm.eos:
+        own, other = (one.tokenizer.convert_ids_to_tokens(one.eos) for one in (base, arm))
+        raise UserError(
+            f"{name}: its responses end with {other}, the base's with {own}: give both models templates that end turns "
+            "with the same token, and train the ARM with it."
+        )
+
+
+def check_adapter_tokenizer(base: Prompter, folder: Path, name: str) -> None:
+    """Refuse an adapter whose folder holds another tokenizer than its base's, or one whose responses end otherwise.
+
+    Raises:
+        UserError: what differs.
+    """
+    if (folder / "tokenizer_config.json").is_file():
+        own = Prompter.load(folder, base.template)
+        check_vocabulary(base.tokenizer, own.tokenizer, name)
+        check_end(base, own, name)
 
 
 def same_vocabulary(base: PreTrainedTokenizerBase, arm: PreTrainedTokenizerBase) -> bool:
