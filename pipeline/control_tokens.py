@@ -38,6 +38,19 @@ class ControlTokens:
         self._either = re.compile("|".join(map(re.escape, sorted(self._exchange, key=len, reverse=True))) or "(?!)")
         self._alias = re.compile(f"<{key}-\\d+>")
 
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, template: str | None) -> "ControlTokens":
+        """Those of a tokenizer and a template, a plain text or (None) the tokenizer's chat template.
+
+        Raises:
+            UserError: the chat template cannot be filled in.
+        """
+        if template is not None:
+            return cls(tokenizer, template)
+        turn, special = [{"role": "user", "content": ""}], cls(tokenizer)
+        end = tokenizer.convert_ids_to_tokens(turn_end(tokenizer, None))
+        return cls(tokenizer, fill_chat_template(tokenizer, turn, False, special) + str(end))
+
     def count(self, text: str) -> int:
         """How often a text spells a control token."""
         return len(self._either.findall(text))
@@ -45,6 +58,23 @@ class ControlTokens:
     def escape(self, text: str) -> str:
         """A text to be put into a template, whose result goes to `ids`."""
         return self._either.sub(lambda found: self._exchange[found[0]], text)
+
+    @cached_property
+    def around(self) -> tuple[list[int], list[int]]:
+        """The tokens that the tokenizer puts before and behind a text, such as beginning- and end-of-sequence."""
+        read = self._tokenizer("a", return_special_tokens_mask=True)
+        first, last = read.special_tokens_mask.index(0), -(read.special_tokens_mask[::-1].index(0))
+        return read.input_ids[:first], read.input_ids[last:] if last else []
+
+    def begun(self, ids: list[int]) -> list[int]:
+        """Token ids with the tokens that begin a text, unless a template has spelled them."""
+        before = self.around[0]
+        return ids if ids[: len(before)] == before else [*before, *ids]
+
+    def ended(self, ids: list[int]) -> list[int]:
+        """Token ids with the tokens that end a text, unless a template has spelled them."""
+        behind = self.around[1]
+        return ids if ids[len(ids) - len(behind) :] == behind else [*ids, *behind]
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a template that is filled in with escaped texts; the tokenizer adds no tokens of its own."""

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
-from itertools import takewhile
-from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -293,18 +291,7 @@ class Prompter:
     @cached_property
     def control(self) -> ControlTokens:
         """The control tokens that texts might spell."""
-        if self.template is not None:
-            return ControlTokens(self.tokenizer, self.template)
-        asked = [{"role": "user", "content": ""}]
-        marks = fill_chat_template(self.tokenizer, asked, False, ControlTokens(self.tokenizer))
-        return ControlTokens(self.tokenizer, marks + str(self.tokenizer.convert_ids_to_tokens(self.eos)))
-
-    @cached_property
-    def start(self) -> list[int]:
-        """The tokens that the tokenizer puts before a text, such as beginning-of-sequence."""
-        read = self.tokenizer("a", return_special_tokens_mask=True)
-        added = zip(read.input_ids, read.special_tokens_mask, strict=True)
-        return [token for token, special in takewhile(itemgetter(1), added)]
+        return ControlTokens.of(self.tokenizer, self.template)
 
     @property
     def vocab_size(self) -> int:
@@ -369,8 +356,7 @@ class Prompter:
     def _ids(self, text: str) -> list[int]:
         """A template that is a plain text may leave it to the tokenizer to begin it; a response goes on at its end."""
         ids = self.control.ids(text)
-        begun = self.template is None or ids[: len(self.start)] == self.start
-        return ids if begun else [*self.start, *ids]
+        return ids if self.template is None else self.control.begun(ids)
 
     def spell(self, ids: Sequence[int]) -> str:
         """The text that token ids spell, special tokens and the one that ends a response left out."""
