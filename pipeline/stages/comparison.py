@@ -7,6 +7,7 @@ import pandas as pd
 
 from pipeline import comparison, standings
 from pipeline.config import Workspace
+from pipeline.generation import prompts_with_room
 from pipeline.params import Params
 from pipeline.report import figures, pages, terminal
 from pipeline.stages import main
@@ -17,7 +18,7 @@ def run(params: Params, workspace: Workspace) -> None:
     """Ask every method of `params.comparison`, and compare."""
     out = workspace.results / "comparison"
     prompts = [row["prompt"] for _, row in read_jsonl(workspace.results / "prepare" / "prompts.jsonl")]
-    prompts = prompts[: params.comparison.prompts]
+    prompts = prompts_with_room(params, workspace, [params.base], prompts[: params.comparison.prompts])
     training = comparison.training_cost(params, workspace)  # refuses what is not trained before anything is generated
     rows = comparison.generate(params, workspace, prompts)
     speeds = comparison.tokens_per_second(params, workspace, prompts)

@@ -9,6 +9,7 @@ import pandas as pd
 
 from pipeline import weak_to_strong
 from pipeline.config import Workspace
+from pipeline.generation import prompts_with_room
 from pipeline.params import Params
 from pipeline.report import figures, pages, terminal
 from pipeline.stages import main
@@ -20,6 +21,7 @@ def run(params: Params, workspace: Workspace) -> None:
     results, out = workspace.results, workspace.results / params.weak_to_strong.name
     prompts = [row["prompt"] for _, row in read_jsonl(results / "prepare" / "prompts.jsonl")]
     bases = params.weak_to_strong.bases
+    prompts = prompts_with_room(params, workspace, bases, prompts)
     weak_to_strong.lines_of(params)  # refuses what it cannot compare before anything is generated
     of_base: dict[str, list[Row]] = {}
     speeds: dict[tuple[str, str], float] = {}
