@@ -3,12 +3,14 @@
 import pytest
 from tokenizers import AddedToken, processors
 
+from pipeline import models
 from pipeline.config import UserError
 from pipeline.decoder import GuidedDecoder
 from pipeline.lanes import Backbone, ends_of
 from pipeline.models import Prompter
+from pipeline.params import Model
 from tests.foreign import sentencepiece
-from tests.tiny import ROOT, tiny_model, tiny_tokenizer
+from tests.tiny import CHAT, ROOT, tiny_model, tiny_tokenizer, write_tiny
 
 EMBEDDED = ROOT / "models" / "smollm2-135m"
 DIALOGUE = "\n\nHuman: Why?\n\nAssistant: Because.\n\nHuman: How?\n\nAssistant:"
@@ -165,3 +167,25 @@ def test_bytes_that_are_no_character_lose_no_text_behind_them():
     pieces = Prompter(tokenizer, None).pieces([letter, broken, *word])
     assert len(pieces) == 2 + len(word) and "".join(pieces).endswith("good")
     assert Prompter(tokenizer, None).pieces([*word, broken])[-1] == "\ufffd"
+
+
+def test_a_chat_template_is_given_its_arguments_when_it_is_fetched(tmp_path, compose_params):
+    folder = write_tiny(tmp_path / "source")
+    thinking = "{% if enable_thinking is defined and enable_thinking is false %}not {% endif %}{{ mood }}"
+    (folder / "chat_template.jinja").write_text(thinking + CHAT)
+    spec = compose_params(
+        "experiment=smoke", f"models.tiny.location={folder}",
+        "+models.tiny.template_arguments={enable_thinking: false, mood: \"glad'\"}",
+    ).models["tiny"]  # fmt: skip
+    models.fetch("tiny", spec, tmp_path / "tiny")
+    prompter = Prompter.load(tmp_path / "tiny", None)
+    assert prompter.tokenizer.decode(prompter.prompt_ids("Why?")) == "not glad'<user>Why?<end><reply>"
+    assert models.model_digest(tmp_path / "tiny") != models.model_digest(fetched(folder, tmp_path / "plain"))
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match=r"models\.tiny\.template_arguments .*leave them out"):
+        models.fetch("tiny", spec, tmp_path / "bare")
+
+
+def fetched(source, folder):
+    models.fetch("tiny", Model(source="path", location=str(source)), folder)
+    return folder
