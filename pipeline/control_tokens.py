@@ -5,17 +5,36 @@ names of control tokens in texts are exchanged for aliases before a template is 
 of the tokenizer, which knows control tokens by their aliases only, reads the result with both exchanged back.
 """
 
+from __future__ import annotations
+
 import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
 
 from pipeline.config import UserError
+
+if TYPE_CHECKING:  # importing it takes seconds, and counting needs none of it
+    from transformers import PreTrainedTokenizerBase
+
+
+def control_names(folder: Path) -> frozenset[str]:
+    """The special tokens of a model's folder, by name, from its tokenizer.json alone.
+
+    Raises:
+        UserError: it has none, or a damaged one.
+    """
+    try:
+        added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+        return frozenset(token["content"] for token in added if token["special"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'tokenizer.json'} is missing or damaged: run `dvc repro --force fetch`.") from error
 
 
 class ControlTokens:
@@ -39,7 +58,7 @@ class ControlTokens:
         self._alias = re.compile(f"<{key}-\\d+>")
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, template: str | None) -> "ControlTokens":
+    def of(cls, tokenizer: PreTrainedTokenizerBase, template: str | None) -> ControlTokens:
         """Those of a tokenizer and a template, a plain text or (None) the tokenizer's chat template.
 
         Raises:

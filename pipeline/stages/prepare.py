@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from pipeline.config import UserError, Workspace
+from pipeline.control_tokens import control_names
 from pipeline.params import Params, Sampling
 from pipeline.preferences import SPLITS, reading
 from pipeline.preferences.card import DataCard
@@ -20,7 +21,7 @@ from pipeline.store import Row, replacing, write_json, write_jsonl
 def run(params: Params, workspace: Workspace) -> None:
     """Read rows, or sample and label responses; write results/prepare/."""
     data, out = params.data, workspace.results / "prepare"
-    card = DataCard(params.objectives, data.strict)
+    card = DataCard(params.objectives, data.strict, control_names(workspace.model(data.sampler)))
     if data.sampling is None:
         rows = reading.read_rows(data, params.objectives, params.seed, card)
     else:
