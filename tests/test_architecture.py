@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, MptConfig, OPTConfig
+from transformers import AutoModelForCausalLM, BloomConfig, CohereConfig, FalconConfig, MptConfig, OPTConfig
 
 from pipeline import models
 from pipeline.adapters import read_adapter
 from pipeline.arm import trainable
+from pipeline.baselines.reward_model import RewardModel
 from pipeline.config import UserError
 from pipeline.lanes import Backbone
 from pipeline.params import Arm, Model
@@ -65,6 +66,14 @@ def test_layers_whose_adapters_could_not_be_decoded_are_refused_before_training(
     with pytest.raises(UserError, match=r"fc1 sees all rows of a batch as one.*leave it out of arm\.targets"):
         trainable(AutoModelForCausalLM.from_config(config).eval(), Arm("tiny", targets="all-linear"), 0, CPU)
     trainable(AutoModelForCausalLM.from_config(config).eval(), Arm("tiny", targets="q_proj,v_proj"), 0, CPU)
+
+
+def test_a_reward_model_that_could_not_be_read_again_is_refused_before_training():
+    config = CohereConfig(
+        vocab_size=500, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    with pytest.raises(UserError, match="no sequence classifier of the kind cohere"):
+        RewardModel(AutoModelForCausalLM.from_config(config), torch.float32)
 
 
 class Packed(torch.nn.Module):
