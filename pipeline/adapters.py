@@ -17,6 +17,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from pipeline.config import UserError
 from pipeline.replay import fused, side_by_side
@@ -67,19 +68,31 @@ def read_adapter(folder: Path, model: PreTrainedModel) -> dict[str, LowRank]:
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         b_OR = tensors.get(key.replace(".lora_A.", ".lora_B."))
         layer = layers.get(name)
-        sizes = (getattr(layer, "in_features", None), getattr(layer, "out_features", None))
-        if layer is None or b_OR is None or (a_RD.shape[1], b_OR.shape[0]) != sizes:
+        if layer is None or b_OR is None or (a_RD.shape[1], b_OR.shape[0]) != _sizes(layer):
             raise UserError(f"{folder}: its update of {name} does not fit the base: use an adapter trained on it.")
         if not (a_RD.isfinite().all() and b_OR.isfinite().all()):
             raise UserError(f"{folder}: its update of {name} is not finite: train it again with `dvc repro --force`.")
         rank = a_RD.shape[0]
         scaling = config.lora_alpha / (rank**0.5 if config.use_rslora else rank)
         precise = torch.promote_types(model.dtype, torch.float32)  # in which PEFT keeps adapters too
-        place: dict[str, Any] = {"device": next(layer.parameters()).device, "dtype": precise}
+        place: dict[str, Any] = {"device": _device(layer), "dtype": precise}
         updates[name] = LowRank(a_RD.T.to(**place).contiguous(), (b_OR.T * scaling).to(**place).contiguous())
     if not updates:
         raise UserError(f"{folder} holds no LoRA weights: train it again with `dvc repro --force`.")
     return updates
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int] | None:
+    """Features that a linear layer takes and gives; None of another layer. GPT-2's `Conv1D` is one by another name."""
+    if isinstance(layer, Conv1D):
+        return layer.nx, layer.nf
+    found = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    return None if None in found else (int(found[0]), int(found[1]))  # type: ignore[arg-type]
+
+
+def _device(layer: nn.Module) -> torch.device:
+    """Where a layer is; one that is packed (GPTQ, AWQ) has buffers and no parameters."""
+    return next(chain(layer.parameters(), layer.buffers())).device
 
 
 class AdaptedModel:
@@ -194,7 +207,7 @@ class _Group:
         lanes: Sequence[str],
         dtype: torch.dtype,
     ) -> None:
-        self._sizes = [int(cast(Any, layer).out_features) for layer in layers]
+        self._sizes = [(_sizes(layer) or (0, 0))[1] for layer in layers]
         self._plain = layers[0].forward
         self._dtype = dtype
         self._weight_OD: Tensor | None = None

@@ -12,10 +12,12 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel, get_scheduler
 
+from pipeline.architecture import check_architecture
 from pipeline.attention import RECOMPUTED, attention_mask
 from pipeline.config import UserError
 from pipeline.losses import (
@@ -46,6 +48,7 @@ def trainable(
         UserError: the target modules are not in the model, its logits are not simply its head's output, or its
             attention is of a kind that training does not follow.
     """
+    check_architecture(model.config, "the base")
     _check(model, device)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -58,23 +61,49 @@ def trainable(
     )
     L.seed_everything(seed, verbose=False)
     try:
-        return get_peft_model(model, config, autocast_adapter_dtype=True)
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     except ValueError as error:
         raise UserError(f"arm.targets {arm.targets}: {str(error).splitlines()[0]}") from error
+    _check_adapted(adapted)
+    return adapted
+
+
+@torch.no_grad()
+def _check_adapted(model: PeftModel) -> None:
+    """Refuse layers whose rows the decoder could not tell apart: in batches they must see [row, time, feature]."""
+    flat: list[str] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, given, name=name: flat.append(name) if given[0].dim() != 3 else None)
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and isinstance(layer, nn.Module)
+    ]
+    model(**_short(model))
+    for hook in hooks:
+        hook.remove()
+    if flat:
+        raise UserError(
+            f"base: {flat[0].removeprefix('base_model.model.')} sees all rows of a batch as one, so its adapter could "
+            "not be decoded with: leave it out of arm.targets (q_proj,v_proj), or set arm.tuning=full."
+        )
+
+
+def _short(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
+    """Eight tokens, as models are asked in training."""
+    ids = torch.arange(8, device=model.device)[None]
+    return {"input_ids": ids, "position_ids": ids, "attention_mask": attention_mask(torch.zeros_like(ids), model.dtype)}
 
 
 @torch.no_grad()
 def _check(model: PreTrainedModel, device: torch.device) -> None:
     """Refuse a model that does anything behind its head, which training goes around; on CPUs choose the attention."""
-    ids = torch.arange(8, device=model.device)[None]
-    mask = attention_mask(torch.zeros_like(ids), model.dtype)
+    how = _short(model)
 
     def logits() -> Tensor:
-        hidden_BTD = model.base_model(ids, attention_mask=mask).last_hidden_state
+        hidden_BTD = model.base_model(**how).last_hidden_state
         found: Tensor = model.get_output_embeddings()(hidden_BTD)
         return found
 
-    wanted = model(ids, attention_mask=mask).logits
+    wanted = model(**how).logits
     if (logits() - wanted).norm() > 1e-3 * wanted.norm():
         raise UserError(
             f"base: {model.config.model_type} changes its logits behind the head, which training does not follow: "

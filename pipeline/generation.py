@@ -13,7 +13,7 @@ from pipeline import memory
 from pipeline.config import UserError, Workspace
 from pipeline.decoder import Generation, GuidedDecoder, Request
 from pipeline.identity import LAW_VERSION, folder_identity
-from pipeline.lanes import BASE, REFERENCE
+from pipeline.lanes import BASE, REFERENCE, arranged
 from pipeline.models import Source, resolve_device
 from pipeline.params import Params, Point
 from pipeline.stale_rows import note_asked
@@ -68,6 +68,38 @@ def policy_lane(rival: str) -> str:
 def point_temperature(point: Point, params: Params) -> float:
     """The decoder's temperature, divided by 1 + Σα of the guidance that an unguided point is to be as sharp as."""
     return round(params.decoding.temperature / (1 + point.sharpen), 4)
+
+
+def prompts_with_room(params: Params, workspace: Workspace, bases: Sequence[str], prompts: Sequence[str]) -> list[str]:
+    """The prompts that leave room for a response in every model that reads them on these bases; says what is left out.
+
+    Raises:
+        UserError: no prompt does.
+    """
+    sources: list[Source] = []
+    for base in bases:
+        used = {name for _, request in point_requests(params, base, prompts[:1]) for name in request.arms}
+        sources += Served(params, workspace, base, used).sources
+    room = params.decoding.max_new_tokens
+    kept = with_room(sources, prompts, room)
+    if len(kept) < len(prompts):
+        print(
+            f"generate: {len(prompts) - len(kept)} of {len(prompts)} prompts left out: with {room} new tokens they "
+            "exceed a model's context (decoding.max_new_tokens)"
+        )
+    if prompts and not kept:
+        raise UserError(f"no prompt leaves room for {room} tokens in every model's context: lower max_new_tokens.")
+    return kept
+
+
+def with_room(sources: Sequence[Source], prompts: Sequence[str], room: int) -> list[str]:
+    """The prompts that leave room for so many tokens in the context of each of the models."""
+    readers = [(source.prompter(), source.context) for source in dict.fromkeys(sources)]
+    return [
+        prompt
+        for prompt in prompts
+        if all(len(prompter.prompt_ids(prompt)) + room <= context for prompter, context in readers)
+    ]
 
 
 @dataclass(frozen=True)
@@ -238,6 +270,13 @@ class Served:
         self.policies = {lane: folder for lane, folder in known.items() if lane in used}
         another = params.arm.base != base and (self.arms or REFERENCE in used)
         self.weak = Source.of(params, workspace, params.arm.base) if another else None
+
+    @property
+    def sources(self) -> list[Source]:
+        """The models that are loaded, each with the adapters that run on it."""
+        needs_reference = REFERENCE in self._used
+        _, beside = arranged(self.strong, self.arms, self.weak, self.policies, needs_reference)
+        return [self.strong, *(other.source for other in beside)]
 
     def identities(self, device: torch.device) -> dict[str, Any]:
         """Per lane, all that its log-probabilities depend on beside the base."""

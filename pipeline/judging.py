@@ -102,7 +102,7 @@ def judge_rows(
 
 
 def scored_frame(rows: Iterable[Row], objectives: Iterable[str], columns: Sequence[str] | None = None) -> pd.DataFrame:
-    """Judged rows as a frame whose scores are numbers, NaN where there is none; all columns, or these and the scores."""
+    """Judged rows, of their columns all or these and the scores, which are numbers, NaN where there is none."""
     if columns is None:
         frame = pd.DataFrame(list(rows))
     else:

@@ -13,11 +13,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, DynamicLayer, GenerationConfig, PreTrainedModel
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from pipeline.adapters import AdaptedModel, Block, read_adapter
+from pipeline.architecture import check_architecture, text_config
 from pipeline.config import UserError
-from pipeline.models import Prompter, Source, check_vocabulary
+from pipeline.models import Prompter, Source, check_adapter_tokenizer
 
 BASE = "base"  # the name of the base's own lane
 REFERENCE = "reference"  # that of the model which the ARMs were made from, where that is another
@@ -74,9 +74,10 @@ class _RoomyLayer(DynamicLayer):
 
 
 def ends_of(prompter: Prompter, config: GenerationConfig | None) -> frozenset[int]:
-    """The tokens that end a response: the template's, and those that the model's generation config names."""
+    """The tokens that end a response: the template's, end-of-sequence, and what the generation config names."""
     ends = None if config is None else config.eos_token_id
-    return frozenset([prompter.eos, *(ends if isinstance(ends, list) else [] if ends is None else [ends])])
+    own = prompter.eos, int(prompter.tokenizer.eos_token_id)
+    return frozenset([*own, *(ends if isinstance(ends, list) else [] if ends is None else [ends])])
 
 
 class Backbone:
@@ -108,18 +109,14 @@ class Backbone:
         for lane, folder in adapters.items():
             if lane in (BASE, name):
                 raise UserError(f"an ARM cannot be called {lane}, which is the model it adapts: name it otherwise.")
-            if (folder / "tokenizer_config.json").is_file():
-                check_vocabulary(prompter.tokenizer, Prompter.load(folder, prompter.template).tokenizer, lane)
-        kind, kept = model.config.model_type, DynamicCache(config=model.config).layers
-        if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in kept):
-            raise UserError(f"{kind} keeps more than keys and values while decoding: use a plain attention model.")
-        if not hasattr(model.config, "max_position_embeddings"):
-            raise UserError(f"{kind} does not say how long its context is: set max_position_embeddings in its config.")
+            check_adapter_tokenizer(prompter, folder, lane)
+        check_architecture(model.config, "the base" if name == BASE else str(name or next(iter(adapters), "a model")))
+        config = text_config(model.config)
         self.prompter = prompter
         self.lanes = (*([] if name is None else [name]), *adapters)
         self.device = model.device
-        self.context = int(model.config.max_position_embeddings)
-        self.vocab_size = min(prompter.vocab_size, int(model.config.vocab_size))
+        self.context = int(config.max_position_embeddings)
+        self.vocab_size = min(prompter.vocab_size, int(config.vocab_size))
         self.ends = ends_of(prompter, model.generation_config)
         self.adapted = AdaptedModel(model, {lane: read_adapter(folder, model) for lane, folder in adapters.items()})
         # Whether rows are kept in fixed shapes, whose steps a GPU replays: see `pipeline.static_lanes`.
@@ -139,6 +136,7 @@ def has_fixed_shapes(model: PreTrainedModel) -> bool:
     plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
     spread = hasattr(model, "hf_device_map") or getattr(model, "is_quantized", False)
     routed = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    plain = plain and text_config(config) is config  # and not part of a model that reads pictures as well
     return plain and config._attn_implementation == "sdpa" and not (spread or routed or kinds & {"dynamic", "longrope"})
 
 

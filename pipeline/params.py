@@ -54,6 +54,7 @@ class Model(_Strict):
     quantisation: Literal["int8", "nf4"] | None = None  # on loading, by bitsandbytes; GPTQ and AWQ come with the files
     device_map: Literal["auto", "balanced", "sequential"] | None = None  # over the GPUs of a machine; null: one device
     template: str | None = None  # text with {prompt}; null: the tokenizer's chat template
+    template_arguments: dict[str, bool | int | str] = field(default_factory=dict)  # of that, as enable_thinking: false
     license: str = "unknown"
     healing: Healing | None = None  # a smaller sibling of what the source holds
 

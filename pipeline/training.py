@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig, PreTrainedModel
 
 from pipeline import memory, models
+from pipeline.architecture import text_config
 from pipeline.arm import ARM, ResponseModel, trainable
 from pipeline.baselines.parm import ConditionedARM, ConditionedModel
 from pipeline.baselines.reward_model import RewardModel
@@ -170,6 +171,7 @@ def longest(reach: Any, config: Trainer) -> int:
     Args:
         reach: the config of the model.
     """
+    reach = text_config(reach)
     limits = config.max_length, reach.max_position_embeddings, getattr(reach, "sliding_window", None)
     return min(limit for limit in limits if limit)
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from pipeline.preferences.dialogues import spelled
 from pipeline.store import replacing
-from tests.tiny import ROOT
+from tests.tiny import ROOT, tiny_tokenizer
 
 SCRATCH = Path("scratch/bench_prepare")
 OUT = Path("results/bench/prepare.csv")
@@ -71,6 +71,7 @@ def measured(path: Path) -> dict[str, float]:
         [sys.executable, "-m", "pipeline.sweep", "--cfg", "job", "--resolve", *overrides],
         capture_output=True, text=True, check=True, cwd=ROOT,
     )  # fmt: skip
+    tiny_tokenizer().save_pretrained(folder / "models" / "smollm2-135m")  # whose control tokens are looked for
     (folder / "params.yaml").write_text(composed.stdout, encoding="utf-8")
     command, started = [sys.executable, "-m", "pipeline.stages.prepare"], time.monotonic()
     stage = subprocess.Popen(command, cwd=folder, env={"PYTHONPATH": str(ROOT), "PATH": ""})

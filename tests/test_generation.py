@@ -9,7 +9,12 @@ from pipeline.config import UserError, Workspace
 from pipeline.decoder import GuidedDecoder, Request
 from pipeline.generation import Shard
 from pipeline.models import Prompter
-from pipeline.params import Objective, Point
+from pipeline.params import Objective, Point, Sampling
+from pipeline.preferences.card import DataCard
+from pipeline.stages import generate as stage
+from pipeline.stages import prepare
+from pipeline.store import read_jsonl, write_jsonl
+from tests.tiny import write_tiny
 
 PROMPTS = ["Describe a rainy Monday.", "Why?", "Tell me about tea."]
 
@@ -158,6 +163,39 @@ def test_shards_in_any_order_are_merged_into_what_one_process_writes(sweep, tiny
     monkeypatch.setattr(GuidedDecoder, "load", None)  # nothing is left to decode
     assert generation.generate_sweep(sweep, parted, "tiny", PROMPTS) == whole
     assert "generate: 9 of 9 rows are in the store already" in capsys.readouterr().out
+
+
+def test_a_prompt_longer_than_a_context_is_left_out_and_counted(sweep, tiny, arms, tmp_path, capsys):
+    workspace, long = furnished(tmp_path, tiny, arms), "rain " * 300
+    file = workspace.results / "prepare" / "prompts.jsonl"
+    write_jsonl(file, [{"prompt": prompt} for prompt in (PROMPTS[0], long, PROMPTS[1])])
+    params = dataclasses.replace(sweep, base="tiny")
+    stage.run(params, workspace)
+    rows = [row for _, row in read_jsonl(workspace.results / "generate" / "rows.jsonl")]
+    assert {row["prompt"] for row in rows} == set(PROMPTS[:2]) and len(rows) == 6
+    assert "generate: 1 of 3 prompts left out: with 8 new tokens" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no prompt leaves room for 8 tokens"):
+        generation.prompts_with_room(params, workspace, ["tiny"], [long])
+
+
+def test_a_prompt_is_left_out_by_the_shortest_context_of_all_models(sweep, tiny, arms, tmp_path):
+    workspace = furnished(tmp_path, tiny, arms)
+    workspace.arm("one").unlink()
+    write_tiny(workspace.arm("one"), context=48)  # an ARM that is a model of its own
+    prompts = ["Why?", "rain " * 30]
+    assert generation.prompts_with_room(sweep, workspace, ["tiny"], prompts) == prompts[:1]
+    unguided = dataclasses.replace(sweep, sweep=dataclasses.replace(sweep.sweep, points={"base": Point()}))
+    assert generation.prompts_with_room(unguided, workspace, ["tiny"], prompts) == prompts
+
+
+def test_prompts_too_long_to_sample_from_are_on_the_data_card(sweep, tiny, arms, tmp_path):
+    workspace, card = furnished(tmp_path, tiny, arms), DataCard(sweep.objectives)
+    prompts = [{"id": "a", "prompt": "Why?", "split": "train"}, {"id": "b", "prompt": "rain " * 300, "split": "test"}]
+    params = dataclasses.replace(sweep, data=dataclasses.replace(sweep.data, sampler="tiny"))
+    samples = prepare.sample(prompts, params, Sampling(2, 1.0, 4), workspace, card)
+    assert (len(samples["a"]), samples["b"]) == (2, [])
+    [(reason, told)] = card.summary()["dropped"].items()
+    assert "no room for a response" in reason and told == {"rows": 1, "such as": ["prompt b"]}
 
 
 @pytest.mark.parametrize("text", ["3/8", "shard=8/8", "shard=-1/8", "shard=a/b", "shard=0/0"])

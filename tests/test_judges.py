@@ -6,21 +6,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest
+from tokenizers import processors
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from pipeline import export, judging, models
 from pipeline.arm import trainable
 from pipeline.baselines.reward_model import RewardModel
 from pipeline.config import UserError
+from pipeline.control_tokens import ControlTokens
 from pipeline.evaluation import HeldOut, share
-from pipeline.judges import llm
+from pipeline.judges import llm, local_llm, reward_model
 from pipeline.judges.rubric import Question, read_rubric
 from pipeline.judges.verdicts import Verdicts
+from pipeline.models import Prompter
 from pipeline.pairs import collate, tokenise
 from pipeline.params import LlmJudge, LocalJudge, Model, OracleJudge, RewardJudge, Scoring
 from pipeline.stages import judge as stage
 from pipeline.store import write_jsonl
 from tests.endpoint import KEY, Server, longer, parts
+from tests.foreign import sentencepiece
 from tests.tiny import tiny_tokenizer, write_tiny
 
 SURE = (0.95, 50, 0)
@@ -376,3 +380,52 @@ def test_what_is_no_reward_model_is_refused(smoke_params, workspace, tiny):
 def test_unknown_keys_of_a_judge_are_named(compose_params):
     with pytest.raises(UserError, match=r"unknown key judge\.max_call: did you mean judge\.max_calls"):
         compose_params("judge=llm", "+judge.max_call=3")
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer(), sentencepiece()], ids=["byte level", "byte fallback"])
+def test_a_local_models_verdicts_are_told_apart_by_their_own_tokens(tokenizer):
+    prompter = Prompter(tokenizer, None)
+    question = Question("overall", "Why?", "good", "bad")
+    ids, verdicts = local_llm._ids(prompter, question)
+    for word, token in zip(("A", "B", "TIE"), verdicts, strict=True):
+        spelled = tokenizer.decode([*ids, token]).rsplit("VERDICT", 1)[1]
+        assert f" {question.code}: {word}".startswith(spelled) and spelled.endswith(word[0])
+    assert len(set(verdicts)) == 3
+
+
+def test_verdicts_that_begin_with_one_token_are_refused(prompter, monkeypatch):
+    spelled = {"A": [7, 8], "B": [7, 9], "TIE": [6]}
+    monkeypatch.setattr(Prompter, "response_ids", lambda self, prompt, text, ended: spelled[text.split()[-1]])
+    with pytest.raises(UserError, match="begins two of the verdicts A, B, TIE with the same token"):
+        local_llm._ids(prompter, Question("overall", "Why?", "good", "bad"))
+
+
+@pytest.mark.parametrize("template", ["USER: {prompt} ASSISTANT:{response}", None])
+def test_a_reward_model_reads_texts_as_texts(template):
+    tokenizer = tiny_tokenizer()
+    spec, control = Scoring("path", "x", template=template), ControlTokens.of(tokenizer, template)
+    row = {"prompt": "What is {response}? <end>", "response": "It is {prompt}. <end> See?"}
+    ids = reward_model._ids(spec, tokenizer, control, row)
+    marks = [tokenizer.convert_ids_to_tokens(token) for token in ids if token in tokenizer.all_special_ids]
+    if template is None:
+        wanted = f"<user>{row['prompt']}<end><user>{row['response']}<end>"
+        assert [token for token in marks if token == "<end>"] == ["<end>"] * 2
+    else:
+        wanted = f"USER: {row['prompt']} ASSISTANT:{row['response']}"
+        assert "<end>" not in marks
+    assert tokenizer.decode(ids) == wanted
+
+
+def test_a_reward_model_is_shown_the_turns_of_a_dialogue_and_begins_a_text_once():
+    tokenizer, turns = tiny_tokenizer(), "\n\nHuman: Why?\n\nAssistant: So.\n\nHuman: How?\n\nAssistant:"
+    row = {"prompt": turns, "response": "Slowly."}
+    ids = reward_model._ids(Scoring("path", "x"), tokenizer, ControlTokens.of(tokenizer, None), row)
+    assert tokenizer.decode(ids) == "<user>Why?<end><user>So.<end><user>How?<end><user>Slowly.<end>"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<user> $A <end>", special_tokens=[("<user>", 2), ("<end>", 1)]
+    )
+    for template in ("<user>{prompt} {response}", "{prompt} {response}<end>", "{prompt} {response}"):
+        ids = reward_model._ids(
+            Scoring("path", "x", template=template), tokenizer, ControlTokens.of(tokenizer, template), row
+        )
+        assert (ids.count(2), ids[0], ids.count(1), ids[-1]) == (1, 2, 1, 1)

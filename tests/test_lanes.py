@@ -3,7 +3,15 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, MistralConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma3Config,
+    GPT2Config,
+    MistralConfig,
+    Qwen2Config,
+)
 
 from pipeline import models
 from pipeline.config import UserError
@@ -52,12 +60,23 @@ SMALL = {
 }  # fmt: skip
 
 
+VISION = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "config",
     [
         MistralConfig(**SMALL, sliding_window=8),
         Qwen2Config(**SMALL),
         Gemma2Config(**SMALL, head_dim=8, sliding_window=8),
+        GPT2Config(vocab_size=500, n_positions=256, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3),
+        Gemma3Config(  # reads pictures as well
+            text_config=SMALL | {"head_dim": 8, "sliding_window": 8},
+            vision_config=VISION,
+        ),
     ],
     ids=lambda config: config.model_type,
 )

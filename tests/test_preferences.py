@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import UserError
+from pipeline.control_tokens import control_names
 from pipeline.pairs import tokenise
 from pipeline.params import Data, Objective
 from pipeline.preferences import SPLITS, canonical, split_of
@@ -461,6 +462,17 @@ def test_the_data_card_counts_rows_prompts_pairs_ties_conflicts_and_what_is_long
         "prompt": {"median": 4, "p99": 4, "longest": 4},
         "response": {"median": 2, "p99": 3, "longest": 3},
     }
+
+
+def test_names_of_control_tokens_in_texts_are_counted(tiny, tmp_path):
+    names = control_names(tiny)
+    assert names == {"<pad>", "<end>", "<user>", "<reply>"}
+    card = DataCard(BOTH, control=names)
+    for text in ("It ends a turn: <end>. See?", "no end"):
+        card.keep(labelled(response_0=text, split="train"), {})
+    assert card.summary()["oddities"] == {"names of control tokens": 1}
+    with pytest.raises(UserError, match=r"tokenizer\.json is missing or damaged"):
+        control_names(tmp_path)
 
 
 @pytest.mark.parametrize(

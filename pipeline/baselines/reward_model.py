@@ -12,7 +12,12 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from pipeline.arm import ResponseModel
 from pipeline.config import UserError
@@ -26,10 +31,18 @@ class RewardModel(ResponseModel):
     """r(x, y), read at the last token of y: what a preference loss compares in the place of log π_r(y|x).
 
     With β = 1 the ARM loss is −log σ(r(x, y_w) − r(x, y_l)), that of Bradley and Terry (Ouyang et al. 2022).
+
+    Raises:
+        UserError: transformers has no classifier on this kind of model, so it could not be read again.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> None:
         super().__init__(model, dtype)
+        if type(self.causal.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            raise UserError(
+                f"base: transformers has no sequence classifier of the kind {self.causal.config.model_type}: train "
+                "reward models on another (tune.bases)."
+            )
         size = self.causal.get_output_embeddings().weight.shape[1]
         self.score = nn.Linear(size, 1, bias=False, device=self.causal.device, dtype=torch.float32)
         nn.init.normal_(self.score.weight, std=(size + 1) ** -0.5)  # as Stiennon et al. (2020) begin

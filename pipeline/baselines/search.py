@@ -16,6 +16,7 @@ from pipeline.baselines.reading import Reading, TextReward
 from pipeline.batch import Generation, Request
 from pipeline.config import UserError
 from pipeline.guidance import cut, normalised, random_stream
+from pipeline.lanes import ends_of
 from pipeline.models import Prompter
 
 
@@ -56,8 +57,7 @@ class Search(ABC):
     def __init__(self, model: Any, prompter: Prompter, rewards: Mapping[str, TextReward], batch_size: int) -> None:
         self._model, self._prompter, self._rewards = model, prompter, dict(rewards)
         self._batch_size = batch_size
-        ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-        self._ends = frozenset([prompter.eos, *(ends if isinstance(ends, list) else [] if ends is None else [ends])])
+        self._ends = ends_of(prompter, model.generation_config)
 
     def plan(self, requests: Sequence[Request]) -> list[list[int]]:
         """The chunks that are worked off one after the other: rows of like prompt length.

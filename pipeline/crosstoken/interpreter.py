@@ -7,7 +7,7 @@ from pipeline.config import UserError
 from pipeline.crosstoken.spelling import Spelling
 from pipeline.crosstoken.translation import Translation
 from pipeline.lanes import REFERENCE, Backbone
-from pipeline.models import Prompter, check_vocabulary, same_vocabulary
+from pipeline.models import Prompter, check_end, check_vocabulary, same_vocabulary
 
 _ROOM = 1 << 16  # spellings that are remembered
 
@@ -76,11 +76,13 @@ def common_vocabulary(base: Prompter, backbones: Sequence[Backbone]) -> int:
     """How many tokens all models share that read the base's: their logits are cut to these.
 
     Raises:
-        UserError: two lanes have one name.
+        UserError: two lanes have one name, or an ARM's responses end with another token than the base's.
     """
     names = [lane for backbone in backbones for lane in backbone.lanes]
     for lane in names:
         if names.count(lane) > 1:
             raise UserError(f"two models are called {lane}: name each ARM differently.")
     sharing = [one for one in backbones if same_vocabulary(base.tokenizer, one.prompter.tokenizer)]
+    for one in sharing:
+        check_end(base, one.prompter, ", ".join(one.lanes))
     return min([base.vocab_size, *(backbone.vocab_size for backbone in sharing)])

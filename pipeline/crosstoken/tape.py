@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicLayer
 
+from pipeline.architecture import text_config
 from pipeline.config import UserError
 from pipeline.guidance import cut, normalised
 from pipeline.lanes import Backbone, blocks_of
@@ -81,7 +82,7 @@ class Tape:
         self._cursor = _Cursor()
         self._layers: list[_Columns] = []
         self._device = backbone.device
-        config = backbone.adapted.model.config
+        config = text_config(backbone.adapted.model.config)
         self._window: int = getattr(config, "sliding_window", None) or 0
         plain = "sliding_attention" if self._window else "full_attention"
         self._kinds = sorted(set(getattr(config, "layer_types", None) or [plain]))

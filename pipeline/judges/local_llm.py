@@ -5,6 +5,7 @@ Shapes: B questions, V vocabulary.
 
 import json
 from collections.abc import Iterator, Sequence
+from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -39,14 +40,14 @@ class LocalAsked:
         """Yield (index, raw reply), the shortest questions first.
 
         Raises:
-            UserError: a question exceeds the model's context.
+            UserError: a question exceeds the model's context, or its tokenizer does not tell the verdicts apart.
         """
         prompter = self._source.prompter()
         if self._model is None:
             self._model = self._source.load(self._device)
-        first = [prompter.tokenizer(f" {word}", add_special_tokens=False).input_ids[0] for word in _WORDS]
-        asked = [_ids(prompter, question) for question in questions]
-        context = int(self._model.config.max_position_embeddings)
+        read = [_ids(prompter, question) for question in questions]
+        asked = [ids for ids, _ in read]
+        context = self._source.context
         order = sorted(range(len(asked)), key=lambda place: len(asked[place]))
         if order and len(asked[order[-1]]) > context:
             raise UserError(
@@ -61,7 +62,8 @@ class LocalAsked:
                 said = self._model(
                     input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, logits_to_keep=1
                 )
-            probs_B3 = said.logits[:, -1].float().softmax(-1)[:, first]
+            verdicts_B3 = torch.tensor([read[place][1] for place in places], device=self._device)
+            probs_B3 = said.logits[:, -1].float().softmax(-1).gather(1, verdicts_B3)
             for place, probs in zip(places, probs_B3.tolist(), strict=True):
                 yield place, self._reply(questions[place], probs)
 
@@ -72,8 +74,20 @@ class LocalAsked:
         return f"{told}\nVERDICT {question.code}: {_WORDS[probs.index(max(probs))]}"
 
 
-def _ids(prompter: Prompter, question: Question) -> list[int]:
-    """The question as the model reads it, up to where the verdict's letter comes."""
+def _ids(prompter: Prompter, question: Question) -> tuple[list[int], list[int]]:
+    """The question as the model reads it, up to where the verdicts part, and the token that each goes on with there.
+
+    Raises:
+        UserError: two verdicts go on with one token.
+    """
     text = "\n\n".join(message["content"] for message in question.messages())
-    verdict = prompter.tokenizer(f"VERDICT {question.code}:", add_special_tokens=False).input_ids
-    return [*prompter.prompt_ids(text), *verdict]
+    # Spelled whole: a tokenizer may begin a text otherwise than it goes on, and " A" alone with a blank's token.
+    spelled = [prompter.response_ids(text, f"VERDICT {question.code}: {word}", ended=False) for word in _WORDS]
+    shared = len(commonprefix(spelled))  # noqa: RUF071  of lists of tokens, not of paths
+    verdicts = [ids[shared] for ids in spelled if len(ids) > shared]
+    if len(set(verdicts)) < len(_WORDS):
+        raise UserError(
+            f"the tokenizer of judge.model begins two of the verdicts {', '.join(_WORDS)} with the same token: choose "
+            "another judge.model."
+        )
+    return [*prompter.prompt_ids(text), *spelled[0][:shared]], verdicts

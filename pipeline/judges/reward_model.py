@@ -3,6 +3,7 @@
 Shapes: B rows.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +16,12 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from pipeline.baselines.reward_model import merged_classifier
 from pipeline.config import UserError, Workspace
+from pipeline.control_tokens import ControlTokens, fill_chat_template
 from pipeline.identity import folder_identity
 from pipeline.lanes import left_pad
 from pipeline.models import Prompter, Source, model_digest, resolve_device, resolve_dtype
 from pipeline.params import Params, RewardJudge, Scoring
+from pipeline.preferences.dialogues import turns_of
 from pipeline.store import Row, digest
 
 _SCORE_MODEL = {r"^score_head\.": "score."}  # safe-rlhf's score models are classifiers under another name
@@ -51,6 +54,7 @@ class RewardModelJudge:
         """The reward of every response, higher is better."""
         spec = self._judge.models[objective]
         model, tokenizer, own = _load(spec, self._params, self._workspace)
+        control = ControlTokens.of(tokenizer, spec.template) if own is None else own.control
         order = sorted(range(len(rows)), key=lambda place: len(rows[place]["response"]))
         found = [0.0] * len(rows)
         size = self._judge.batch_size
@@ -58,7 +62,7 @@ class RewardModelJudge:
             places = order[start : start + size]
             mine = [rows[place] for place in places]
             with torch.inference_mode():
-                rewards = _as_trained(model, own, mine) if own else _rewards(model, tokenizer, spec, mine)
+                rewards = _as_trained(model, own, mine) if own else _rewards(model, tokenizer, control, spec, mine)
             for place, reward in zip(places, rewards, strict=True):
                 found[place] = -reward if spec.lower_is_better else reward
         return found
@@ -80,16 +84,19 @@ def _loading(spec: Scoring) -> Iterator[None]:
         raise UserError(f"the reward model {spec.location} could not be loaded ({reason}): check the name.") from error
 
 
-def _text(spec: Scoring, tokenizer: Any, row: Row) -> str:
-    if spec.template is not None:
-        return spec.template.replace("{prompt}", row["prompt"]).replace("{response}", row["response"])
-    chat = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
-    return str(tokenizer.apply_chat_template(chat, tokenize=False))
+def _ids(spec: Scoring, tokenizer: Any, control: ControlTokens, row: Row) -> list[int]:
+    """A row as the reward model reads it."""
+    if spec.template is None:
+        turns = [*turns_of(row["prompt"]), {"role": "assistant", "content": row["response"]}]
+        return control.ids(fill_chat_template(tokenizer, turns, False, control))
+    texts = {"{prompt}": control.escape(row["prompt"]), "{response}": control.escape(row["response"])}
+    text = re.sub("|".join(texts), lambda name: texts[name[0]], spec.template)  # at once: texts may hold such names
+    return control.ended(control.begun(control.ids(text)))
 
 
-def _rewards(model: Any, tokenizer: Any, spec: Scoring, rows: Sequence[Row]) -> list[float]:
-    texts = [_text(spec, tokenizer, row) for row in rows]
-    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=spec.template is not None)
+def _rewards(model: Any, tokenizer: Any, control: ControlTokens, spec: Scoring, rows: Sequence[Row]) -> list[float]:
+    ids = [_ids(spec, tokenizer, control, row) for row in rows]
+    batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
     found: list[float] = model(**batch.to(model.device)).logits[:, 0].float().tolist()
     return found
 
@@ -139,6 +146,8 @@ def _load(spec: Scoring, params: Params, workspace: Workspace) -> tuple[Any, Any
             )  # fmt: skip
             if found["missing_keys"]:
                 raise UserError(f"{spec.location} lacks the weights {min(found['missing_keys'])}: use a whole model.")
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise UserError(f"the reward model {spec.location} has no fast tokenizer: add its tokenizer.json.")
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

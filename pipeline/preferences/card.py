@@ -3,7 +3,7 @@
 import re
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import combinations
 
 import numpy as np
@@ -25,11 +25,15 @@ class DataCard:
     Args:
         objectives: with their label columns.
         strict: a row that is left out is an error instead.
+        control: names of control tokens; texts that hold one are odd, and are read as texts.
     """
 
-    def __init__(self, objectives: Mapping[str, Objective], strict: bool = False) -> None:
+    def __init__(
+        self, objectives: Mapping[str, Objective], strict: bool = False, control: Collection[str] = ()
+    ) -> None:
         self._objectives = objectives
         self._strict = strict
+        self._control = re.compile("|".join(map(re.escape, control)) or "(?!)")
         self._dropped: Counter[str] = Counter()
         self._examples: dict[str, list[str]] = defaultdict(list)
         self._rows: Counter[str] = Counter()
@@ -71,7 +75,10 @@ class DataCard:
             if labels[one] is not None and labels[two] is not None:
                 self._both[f"{one}, {two}"] += 1
                 self._conflicts[f"{one}, {two}"] += labels[one] != labels[two]
-        self._oddities.update(_oddities("\n".join([row["prompt"], *texts])))
+        whole = "\n".join([row["prompt"], *texts])
+        self._oddities.update(_oddities(whole))
+        if self._control.search(whole):
+            self._oddities["names of control tokens"] += 1
 
     def summary(self) -> Row:
         """The card as a JSON value; shares are None where there is nothing to share."""

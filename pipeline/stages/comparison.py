@@ -5,6 +5,7 @@ python -m pipeline.stages.comparison
 
 from pipeline import comparison, standings
 from pipeline.config import Workspace
+from pipeline.generation import prompts_with_room
 from pipeline.judging import scored_frame
 from pipeline.params import Params
 from pipeline.report import figures, pages, terminal
@@ -16,8 +17,8 @@ def run(params: Params, workspace: Workspace) -> None:
     """Ask every method of `params.comparison`, and compare."""
     out = workspace.results / "comparison"
     prompts = [row["prompt"] for _, row in read_jsonl(workspace.results / "prepare" / "prompts.jsonl")]
-    prompts = prompts[: params.comparison.prompts]
     comparison.check(params, workspace)
+    prompts = prompts_with_room(params, workspace, [params.base], prompts[: params.comparison.prompts])
     training = comparison.training_cost(params, workspace)  # refuses what is not trained before anything is generated
     rows = comparison.generate(params, workspace, prompts)
     speeds = comparison.tokens_per_second(params, workspace, prompts)

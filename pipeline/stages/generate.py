@@ -17,6 +17,7 @@ def run(params: Params, workspace: Workspace, shard: str | None = None, *, promp
     """Generate the sweep, or a shard of it into the row store; `prompts` defaults to those that prepare wrote."""
     file = prompts or workspace.results / "prepare" / "prompts.jsonl"
     asked = [row["prompt"] for _, row in read_jsonl(file)]
+    asked = generation.prompts_with_room(params, workspace, [params.base], asked)
     if shard is None:
         rows = generation.generate_sweep(params, workspace, params.base, asked)
         write_jsonl(workspace.results / "generate" / "rows.jsonl", rows)

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from pipeline.config import UserError, Workspace
+from pipeline.control_tokens import control_names
 from pipeline.params import Params, Sampling
 from pipeline.preferences import SPLITS, reading, sources
 from pipeline.preferences.card import DataCard
@@ -20,12 +21,12 @@ from pipeline.store import Row, replacing, write_json, write_jsonl
 def run(params: Params, workspace: Workspace) -> None:
     """Read rows, or sample and label responses; write results/prepare/."""
     data, out = params.data, workspace.results / "prepare"
-    card = DataCard(params.objectives, data.strict)
+    card = DataCard(params.objectives, data.strict, control_names(workspace.model(data.sampler)))
     if data.sampling is None:
         rows = reading.read_rows(data, params.objectives, params.seed, card)
     else:
         asked = reading.read_prompts(data, params.seed)
-        samples = sample(asked, params, data.sampling, workspace)
+        samples = sample(asked, params, data.sampling, workspace, card)
         rows = label_samples(asked, samples, params.objectives)
     prompts = write_pairs(rows, params, out, card)
     write_jsonl(out / "prompts.jsonl", ({"prompt": prompt} for prompt in prompts.unseen(data)))
@@ -72,12 +73,22 @@ def write_pairs(rows: Iterator[Row], params: Params, out: Path, card: DataCard) 
 
 
 def sample(
-    prompts: list[Row], params: Params, sampling: Sampling, workspace: Workspace
+    prompts: list[Row], params: Params, sampling: Sampling, workspace: Workspace, card: DataCard
 ) -> dict[str, list[tuple[str, bool]]]:
-    """Responses of the unguided base by prompt id, in the order drawn, and whether each ended by itself."""
+    """Responses of the unguided base by prompt id, in the order drawn, and whether each ended by itself.
+
+    A prompt that leaves them no room in the base's context has none, and is counted.
+    """
     from pipeline import generation  # seconds and memory that rows which are there already do without
     from pipeline.decoder import Request
+    from pipeline.models import Source
 
+    source = Source.of(params, workspace, params.data.sampler)
+    texts = [prompt["prompt"] for prompt in prompts]
+    kept = set(generation.with_room([source], texts, sampling.max_new_tokens))
+    for prompt in prompts:
+        if prompt["prompt"] not in kept:
+            card.drop("a prompt that leaves no room for a response in the base's context", f"prompt {prompt['id']}")
     wanted = {
         (prompt["id"], number): Request(
             prompt["prompt"],
@@ -87,6 +98,7 @@ def sample(
             sample=number,
         )
         for prompt in prompts
+        if prompt["prompt"] in kept
         for number in range(sampling.responses_per_prompt)
     }
     rows = generation.generate_stored(list(wanted.values()), params, workspace, params.data.sampler, "prepare")

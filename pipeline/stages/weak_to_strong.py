@@ -7,6 +7,7 @@ import json
 
 from pipeline import weak_to_strong
 from pipeline.config import Workspace
+from pipeline.generation import prompts_with_room
 from pipeline.judging import check_judge, scored_frame
 from pipeline.params import Params
 from pipeline.report import figures, pages, terminal
@@ -20,6 +21,8 @@ def run(params: Params, workspace: Workspace) -> None:
     prompts = [row["prompt"] for _, row in read_jsonl(results / "prepare" / "prompts.jsonl")]
     bases = params.weak_to_strong.bases
     check_judge(params, workspace)  # before anything is generated
+    prompts = prompts_with_room(params, workspace, bases, prompts)
+    weak_to_strong.lines_of(params)  # refuses what it cannot compare before anything is generated
     of_base: dict[str, list[Row]] = {}
     speeds: dict[tuple[str, str], float] = {}
     for base in reversed(bases):  # from the largest, so that what does not fit shows at once

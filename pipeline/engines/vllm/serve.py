@@ -42,7 +42,8 @@ def command(
 def _chat_template(prompter: Prompter) -> str:
     """A template with room for one turn, as vLLM wants it: with the special tokens that begin a text."""
     before, after = str(prompter.template).split("{prompt}", 1)
-    first = str(prompter.tokenizer.decode(prompter.tokenizer("").input_ids))
+    first = str(prompter.tokenizer.decode(prompter.control.around[0]))
+    first = "" if before.startswith(first) else first
     several = "{% if messages | length > 1 %}{{ raise_exception('this model is asked one message') }}{% endif %}"
     pieces = json.dumps(first + before), "messages[0]['content']", json.dumps(after)
     return several + "".join(f"{{{{ {piece} }}}}" for piece in pieces)

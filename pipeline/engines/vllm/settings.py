@@ -13,7 +13,7 @@ from pipeline.adapters import read_adapter
 from pipeline.config import UserError
 from pipeline.engines.vllm.guides import told
 from pipeline.lanes import Beside, ends_of
-from pipeline.models import Prompter, Source, check_vocabulary
+from pipeline.models import Prompter, Source, check_adapter_tokenizer, check_vocabulary
 
 EXTRA = "guidance"  # the key of a lane's facts in `SamplingParams.extra_args`, and of ours in `additional_config`
 TOLD = "GENARM_SERVE"  # environment variable: what the server's launcher tells the middleware
@@ -81,8 +81,7 @@ def _check_adapters(prompter: Prompter, base: Source, adapters: Mapping[str, Pat
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.folder, local_files_only=True))
     for name, folder in adapters.items():
         read_adapter(folder, model)
-        if (folder / "tokenizer_config.json").is_file():
-            check_vocabulary(prompter.tokenizer, Prompter.load(folder, prompter.template).tokenizer, name)
+        check_adapter_tokenizer(prompter, folder, name)
 
 
 def _rank(name: str, folder: Path) -> int:
