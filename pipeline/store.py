@@ -5,18 +5,23 @@ outside the outputs, keyed by a digest of everything that determines them.
 """
 
 import bz2
+import ctypes
 import errno
 import fcntl
+import glob
 import gzip
 import hashlib
 import json
 import lzma
 import os
+import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+import psutil
 
 from pipeline.config import UserError
 
@@ -24,6 +29,7 @@ Row = dict[str, Any]
 
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 JSONL = (".jsonl", *(f".jsonl{packed}" for packed in _OPENERS))
+_HERE, _SWAP = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
 def digest(value: Any) -> str:
@@ -81,7 +87,7 @@ def _unpacked(stream: Iterable[bytes], path: Path) -> Iterator[bytes]:
 def replacing(path: Path) -> Iterator[IO[str]]:
     """Open a text file that appears under its name only when it is complete (temporary name, then rename)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     try:
         with partial.open("w", encoding="utf-8", newline="") as stream:
             yield stream
@@ -94,16 +100,42 @@ def replacing(path: Path) -> Iterator[IO[str]]:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` once it is complete."""
-    partial = folder.with_name(f".{folder.name}.partial")
+    """A temporary folder that takes the place of `folder` once it is complete; readers see the old one or the new."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(folder)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir()
     try:
         yield partial
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            _exchange(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(path: Path) -> Path:
+    """A temporary name beside a path that no other process uses; what killed processes of this host left is removed."""
+    start = f".{path.name}.{platform.node()}."
+    for left in path.parent.glob(f"{glob.escape(start)}*.partial"):
+        process = left.name.removeprefix(start).removesuffix(".partial")
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    return path.with_name(f"{start}{os.getpid()}.partial")
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two folders at once where the system can (Linux, most local file systems), else by three renames."""
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if swap is not None and swap(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _SWAP) == 0:
+        return
+    aside = one.with_name(f"{one.name}.aside")
+    other.rename(aside)
+    one.rename(other)
+    aside.rename(one)
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
@@ -120,11 +152,18 @@ def write_json(path: Path, value: Any) -> None:
         stream.write("\n")
 
 
+def _is_row(line: bytes) -> bool:
+    try:
+        return {"digest", "row"} <= set(json.loads(line))
+    except (ValueError, TypeError):
+        return False
+
+
 class RowStore:
     """Finished rows by digest, one append-only JSON Lines file that several processes may write to.
 
     The rows of one `add` are written with one system call and flushed to the disk, so a killed run loses at most what
-    it had not added; a torn last line is dropped when the store is opened again.
+    it had not added; a torn last line is dropped when the store is opened again, a whole one without its line end kept.
 
     Args:
         path: the file.
@@ -142,6 +181,8 @@ class RowStore:
                 whole = self._load(path, content)
                 if whole < len(content):
                     os.ftruncate(self._file, whole)
+                elif content and not content.endswith(b"\n"):
+                    os.write(self._file, b"\n")
             for other in beside:
                 self._load(other, other.read_bytes())
         except BaseException:
@@ -158,8 +199,10 @@ class RowStore:
             fcntl.flock(self._file, fcntl.LOCK_UN)
 
     def _load(self, path: Path, content: bytes) -> int:
-        """Know the rows of a file; return how many bytes of it are whole lines."""
-        whole = content[: content.rfind(b"\n") + 1]
+        """Know the rows of a file; return how many bytes of it are whole rows, the last with or without a line end."""
+        whole, last = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
+        if _is_row(last):
+            whole = content
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 entry = json.loads(line)

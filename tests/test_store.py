@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,16 @@ from hypothesis import strategies as st
 
 from pipeline.config import UserError
 from pipeline.stages import guard
-from pipeline.store import RowStore, digest, file_digest, read_jsonl, replacing, write_json, write_jsonl
+from pipeline.store import (
+    RowStore,
+    digest,
+    file_digest,
+    read_jsonl,
+    replacing,
+    replacing_folder,
+    write_json,
+    write_jsonl,
+)
 from tests.tiny import ROOT
 
 QUICK = settings(max_examples=50, deadline=None, derandomize=True)
@@ -104,6 +114,57 @@ def test_replacing_keeps_the_old_file_when_the_body_raises(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_folder_is_never_seen_missing_while_it_is_replaced(tmp_path):
+    folder, done, seen = tmp_path / "folder", threading.Event(), set()
+
+    def watch():
+        while not done.is_set():
+            seen.add((folder / "file").exists())
+
+    watcher = threading.Thread(target=watch)
+    for number in range(100):
+        with replacing_folder(folder) as partial:
+            (partial / "file").write_text(str(number))
+        if number == 0:
+            watcher.start()
+    done.set()
+    watcher.join()
+    assert seen == {True}
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_folder_that_cannot_be_swapped_at_once_is_replaced_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.store.ctypes.CDLL", lambda *args, **options: object())
+    for text in ("old", "new"):
+        with replacing_folder(tmp_path / "folder") as partial:
+            (partial / "file").write_text(text)
+    assert (tmp_path / "folder" / "file").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
+
+
+def test_two_processes_that_replace_one_folder_do_not_meet(tmp_path, monkeypatch):
+    with replacing_folder(tmp_path / "folder") as one:
+        (one / "file").write_text("one")
+        with monkeypatch.context() as patch:
+            patch.setattr("pipeline.store.os.getpid", os.getppid)
+            with replacing_folder(tmp_path / "folder") as other:
+                (other / "file").write_text("other")
+        assert (one / "file").read_text() == "one"
+    assert (tmp_path / "folder" / "file").read_text() == "one"
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    with replacing_folder(tmp_path / "folder") as partial:
+        for name in ("folder", "file"):
+            left = tmp_path / partial.name.replace(str(os.getpid()), str(ended.pid)).replace("folder", name)
+            left.mkdir() if name == "folder" else left.touch()
+    with replacing_folder(tmp_path / "folder"), replacing(tmp_path / "file"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "file"}
+
+
 def test_a_row_that_is_no_json_leaves_the_old_file(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", [{"a": 1}])
     with pytest.raises(TypeError):
@@ -126,7 +187,7 @@ def test_rows_added_after_reopening_join_the_old_ones(store_path):
     assert (store["a"], store["d"]) == ({"n": 1}, {"n": "é\n\u2028 ok"})
 
 
-@pytest.mark.parametrize("torn", ['{"digest": "d", "row": {"n"', '{"digest": "d", "row": {"n": 4}}', "\x00\x00"])
+@pytest.mark.parametrize("torn", ['{"digest": "d", "row": {"n"', '{"digest": "d", "row": {"n": 4}', "\x00\x00", "4"])
 def test_a_torn_last_line_is_dropped_and_cut_off(store_path, torn):
     whole = store_path.read_bytes()
     store_path.write_bytes(whole + torn.encode())
@@ -137,6 +198,17 @@ def test_a_torn_last_line_is_dropped_and_cut_off(store_path, torn):
     store.add([("e", {"n": 5})])
     store.close()
     assert reopened(store_path)["e"] == {"n": 5}
+
+
+def test_a_whole_last_row_without_its_line_end_is_kept(store_path):
+    whole = store_path.read_bytes()
+    store_path.write_bytes(whole.removesuffix(b"\n"))
+    assert RowStore(store_path.with_name("other.jsonl"), [store_path])["c"] == {"n": 3}
+    store = RowStore(store_path)
+    store.add([("d", {"n": 4})])
+    store.close()
+    assert [reopened(store_path)[key]["n"] for key in "abcd"] == [1, 2, 3, 4]
+    assert store_path.read_bytes().startswith(whole)
 
 
 def test_a_store_that_is_one_torn_line_starts_anew(tmp_path):
@@ -299,6 +371,7 @@ def test_a_store_knows_the_rows_of_others_beside_it_and_leaves_them_alone(tmp_pa
 
 WRITER = """
 import sys
+import threading
 from pathlib import Path
 from pipeline.store import RowStore
 for turn in range(30):
