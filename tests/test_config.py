@@ -1,12 +1,17 @@
 import re
+import shlex
+import shutil
 from dataclasses import fields
 
 import pytest
 import yaml
+from dvc.repo import Repo
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from pipeline.config import UserError, Workspace, load_params, to_params
+from pipeline import generation
+from pipeline.config import COLUMNS, READ_BY_DVC, UserError, Workspace, load_params, to_params
+from pipeline.decoder import Generation, Request
 from pipeline.params import Params
 from tests.tiny import ROOT
 
@@ -153,6 +158,15 @@ def test_an_unknown_key_below_an_objective_called_like_a_field(name):
         ("judge.confidence=1.0", "judge.confidence is 1.0"),
         ("arm.dropout=1.0", "arm.dropout is 1.0"),
         ("tracking.mode=loud", "tracking.mode is 'loud'"),
+        ("seed=-1", "seed is -1"),
+        ("seed=4294967296", "seed is 4294967296"),
+        ("decoding.device=gpu0", "decoding.device is 'gpu0': use auto, cpu"),
+        ("decoding.top_k=1000000000000000000000", "decoding.top_k is 1000000000000000000000"),
+        ("decoding.max_new_tokens=3000000000", "decoding.max_new_tokens is 3000000000"),
+        ("arm.targets=lm_head", "arm.targets is 'lm_head': name linear layers of the blocks"),
+        ("arm.targets='q_proj,model.embed_tokens'", "arm.targets is 'q_proj,model.embed_tokens'"),
+        ("arm.targets='q_proj, v_proj'", "arm.targets is 'q_proj, v_proj'"),
+        ("objectives.positivity.reference=nan", "objectives.positivity.reference is nan"),
     ],
 )
 def test_a_wrong_type_or_value_is_refused_where_it_stands(compose_params, override, where):
@@ -160,6 +174,78 @@ def test_a_wrong_type_or_value_is_refused_where_it_stands(compose_params, overri
         compose_params(override)
     assert where in str(refused.value)
     assert str(refused.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.b", "..", "", "x;touch F", "$(touch F)", "it's", "a b", "a/b", "-x", "nan", "NA", "None", "050", "ü"],
+)
+@pytest.mark.parametrize("section", ["models", "objectives", "sweep.points", "tune.rivals", "comparison.methods"])
+def test_a_name_that_folders_tables_dvc_or_a_shell_read_otherwise_is_refused(section, name):
+    entry = {
+        "models": {"source": "path", "location": "x"},
+        "objectives": {"label": "x", "scorer": "positivity", "beta": 0.1, "pretrained": None},
+        "sweep.points": {"weights": {}},
+        "tune.rivals": {"weights": {"positivity": 1.0}},
+        "comparison.methods": {"kind": "genarm"},
+    }[section]
+    config = OmegaConf.create(default())
+    OmegaConf.select(config, section)[name] = entry
+    with pytest.raises(UserError, match=rf"{section} names {re.escape(repr(name))}: a name starts with a letter"):
+        to_params(config)
+
+
+@pytest.mark.parametrize("name", ["judge", "..", "a/b"])
+def test_a_ladder_cannot_write_into_another_stage_s_folder(compose_params, name):
+    with pytest.raises(UserError, match=r"weak_to_strong\.name"):
+        compose_params(f"weak_to_strong.name={name}")
+
+
+def test_no_objective_is_called_like_a_column_that_its_score_would_overwrite(compose_params):
+    row = generation._row(Request("Why?"), Generation("", 1, [], "eos", 0.0, 0.0, 0.0, forwards=1, left_out=0.0))
+    assert row.keys() <= set(COLUMNS)
+    for name in ("kl", "prompt", "base"):
+        with pytest.raises(UserError, match=f"an objective cannot be called {name}"):
+            compose_params(f"+objectives.{name}={{label: x, scorer: positivity, beta: 0.1, pretrained: null}}")
+
+
+@pytest.mark.parametrize("path", READ_BY_DVC)
+def test_what_dvc_reads_by_itself_must_be_written(path):
+    config = OmegaConf.create(default())
+    place, _, key = path.replace("*", "positivity").rpartition(".")
+    del OmegaConf.select(config, place)[key]
+    with pytest.raises(UserError, match=rf"{re.escape(place)}\.{key} is missing"):
+        to_params(config)
+
+
+def test_all_that_dvc_reads_is_known():
+    text = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
+    read = {path for path in re.findall(r"\$\{([^}]+)\}", text) if not path.startswith(("item", "key"))}
+    for stage in STAGES.values():
+        read |= {re.sub(r"\$\{[^}]+\}", "*", path) for path in paths_of(stage["params"])}
+    assert {path for path in read if "." in path and not path.endswith("*")} == set(READ_BY_DVC)
+
+
+def test_no_name_reaches_a_shell_but_quoted(tmp_path, monkeypatch):
+    config = default()
+    hostile = "x';touch F;$(touch F)"
+    config["objectives"][hostile] = config["objectives"]["positivity"]
+    config["models"][hostile] = config["models"]["own"]
+    config["fetch"] = [hostile]
+    config["tune"] = {"bases": [hostile], "rivals": {hostile: {"weights": {"positivity": 1.0}}}}
+    config["data"]["download"] = [{"repository": hostile, "revision": hostile, "folder": hostile}]
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
+    with Repo.init(no_scm=True) as repo:
+        commands = [shlex.split(stage.cmd) for stage in repo.index.stages]
+    words = {command[2].rpartition(".")[2]: command[3:] for command in commands if command[4:] != ["positivity"]}
+    assert words["fetch"] == ["--model", hostile]
+    assert words["tune"] == ["--base", hostile, "--rival", hostile]
+    assert ["--objective", hostile] in [command[3:] for command in commands]
+    assert words["download"] == ["--dataset", "dataset0"]
+    assert all(word == hostile or "touch" not in word for command in commands for word in command)
 
 
 def test_a_whole_number_will_do_for_a_float(compose_params):

@@ -40,4 +40,4 @@ def test_help_shows_an_example_that_can_be_typed(module, monkeypatch, capsys):
 
 def test_a_missing_argument_is_named(monkeypatch, capsys):
     assert ended("pipeline.stages.train", monkeypatch) == 2
-    assert "required: objective" in capsys.readouterr().err
+    assert "required: --objective" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """One file per DVC stage: load params, load files, call the library, write files.
 
-python -m pipeline.stages.train positivity      # what `dvc repro` runs, from the project's folder
+python -m pipeline.stages.train --objective positivity      # what `dvc repro` runs, from the project's folder
 """
 
 import errno
@@ -11,7 +11,7 @@ import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from inspect import Parameter, signature
+from inspect import signature
 from pathlib import Path
 
 from pipeline.config import UserError, Workspace, load_params
@@ -47,8 +47,10 @@ def main(stage: Callable[..., None]) -> None:
         f"python -m pipeline.stages.{name}", description=module.__doc__, formatter_class=RawDescriptionHelpFormatter
     )
     for parameter in signature(stage).parameters.values():
-        if parameter.annotation in (str, str | None):
-            parser.add_argument(parameter.name, nargs=None if parameter.default is Parameter.empty else "?")
+        if parameter.annotation is str:
+            parser.add_argument(f"--{parameter.name}", required=True)
+        elif parameter.annotation == str | None:
+            parser.add_argument(parameter.name, nargs="?")
     given = vars(parser.parse_args())
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
