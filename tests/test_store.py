@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from pipeline.config import UserError
 from pipeline.stages import guard
@@ -345,6 +346,22 @@ def test_a_store_on_a_full_disk_ends_in_one_sentence_that_names_it(store_path, m
             store.add([("d", {})])
     store.close()
     one_sentence(ended, store_path, "disk is full")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/x", None, "models/x"),
+    ],
+)
+def test_a_full_disk_under_weights_ends_in_one_sentence(error):
+    with pytest.raises(SystemExit) as ended, guard():
+        raise error
+    one_sentence(ended, "models/x" if isinstance(error, OSError) else "writing", "disk is full")
+    with pytest.raises(SafetensorError), guard():
+        raise SafetensorError("Error while deserializing: header too large")
 
 
 def test_a_user_error_ends_in_its_sentence_and_other_errors_pass_through():

@@ -6,6 +6,7 @@ python -m pipeline.stages.train --objective positivity      # what `dvc repro` r
 import errno
 import logging
 import os
+import re
 import sys
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -13,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from pipeline.config import UserError, Workspace, load_params
 from pipeline.params import Params
@@ -33,10 +36,22 @@ def guard() -> Iterator[None]:
         yield
     except UserError as error:
         sys.exit(f"error: {error}")
-    except OSError as error:
-        if error.errno not in _DISK:
+    except Exception as error:
+        reason = _DISK.get(_errno_of(error))
+        if reason is None:
             raise
-        sys.exit(f"error: {error.filename or 'writing'}: {_DISK[error.errno]} and run the same command again.")
+        file = getattr(error, "filename2", None) or getattr(error, "filename", None) or "writing"
+        sys.exit(f"error: {file}: {reason} and run the same command again.")
+
+
+def _errno_of(error: Exception) -> int | None:
+    """The system's error number; safetensors and torch tell in words why they could not write."""
+    if isinstance(error, SafetensorError):
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        return int(told[1]) if told else None
+    if isinstance(error, RuntimeError) and "inline_container.cc" in str(error) and "unexpected pos" in str(error):
+        return errno.ENOSPC  # all that torch.save says where a file cannot grow
+    return getattr(error, "errno", None)
 
 
 def main(stage: Callable[..., None]) -> None:
