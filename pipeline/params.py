@@ -5,9 +5,9 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 
 def _spelled(pattern: str, rule: str) -> AfterValidator:
@@ -19,6 +19,11 @@ def _spelled(pattern: str, rule: str) -> AfterValidator:
         return text
 
     return AfterValidator(check)
+
+
+def _set(entries: Any) -> Any:
+    """The entries that have a value: groups show all there can be, with null, so that each can be set by its name."""
+    return {key: value for key, value in entries.items() if value is not None} if isinstance(entries, dict) else entries
 
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -123,9 +128,10 @@ class Data(_Strict):
     sampler: str  # the model that writes the responses where they are sampled, whatever base is steered later
     prompts: str  # where the prompts to generate from are: `path` is its test split, another file all of its prompts
     download: tuple[Download, ...] = ()  # what must be fetched first
-    files: dict[Split, str] = field(default_factory=dict)  # which files of a folder are which split, as patterns;
-    # a split of none is drawn from train; empty: all files, whose rows say their splits or have them drawn by prompt
-    columns: dict[Column, str] = field(default_factory=dict)  # of the files, where they are called otherwise
+    # Which files of a folder are which split, as patterns; a split of none is drawn from train; empty: all files, whose
+    # rows say their splits or have them drawn by prompt.
+    files: Annotated[dict[Split, str], BeforeValidator(_set)] = field(default_factory=dict)
+    columns: Annotated[dict[Column, str], BeforeValidator(_set)] = field(default_factory=dict)  # as the files call them
     strict: bool = False  # whether a row that cannot be used stops the run
     sampling: Sampling | None = None
     label_noise: Annotated[float, Field(ge=0, lt=0.5)] = (
@@ -133,7 +139,8 @@ class Data(_Strict):
     )
     validation_fraction: Share = 0.1  # of prompts without a split
     test_fraction: Share = 0.1
-    limits: dict[Split, Count] = field(default_factory=dict)  # only the first so many prompts of a split
+    # Only the first so many prompts of a split.
+    limits: Annotated[dict[Split, Count], BeforeValidator(_set)] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

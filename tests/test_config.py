@@ -1,7 +1,8 @@
 import re
 import shlex
 import shutil
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
+from typing import get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
@@ -248,6 +249,42 @@ def test_no_name_reaches_a_shell_but_quoted(tmp_path, monkeypatch):
     assert all(word == hostile or "touch" not in word for command in commands for word in command)
 
 
+def hidden(value, kind, path=""):
+    """Paths of the options that a composed section has no key for."""
+    if value is None or isinstance(value, list):  # what is listed is written by who lists it
+        return
+    if get_origin(kind) is dict:
+        for name, entry in value.items():
+            yield from hidden(entry, get_args(kind)[1], f"{path}.{name}")
+        return
+    kinds = [one for one in (kind, *get_args(kind)) if is_dataclass(one)]
+    if len(kinds) > 1:  # of several kinds the one that it says it is
+        kinds = [one for one in kinds if value["kind"] in get_args(get_type_hints(one)["kind"])]
+    for name, of in get_type_hints(kinds[0]).items() if kinds else ():
+        if name not in value:
+            yield f"{path}.{name}"
+        elif path + name not in (".sweeppoints", ".tunerivals", ".comparisonmethods"):  # which people write themselves
+            yield from hidden(value[name], of, f"{path}.{name}")
+
+
+GROUPS = [(group, option) for group, option in OPTIONS if group not in ("models", "methods")]
+
+
+@pytest.mark.parametrize(("group", "option"), [*GROUPS, ("experiment", "null")])
+def test_every_option_can_be_set_by_its_name(group, option):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("config", overrides=[f"{group}={option}", *NEEDED.get((group, option), ())])
+    lora = {f".arm.{name}" for name in ("rank", "lora_alpha", "dropout", "targets", "quantisation")}
+    paths = set(hidden(OmegaConf.to_container(composed), Params))
+    assert paths == (lora if (group, option) == ("arm", "full") else set())
+
+
+def test_entries_that_groups_show_without_a_value_are_as_good_as_absent(compose_params):
+    assert compose_params().data.limits == compose_params().data.columns == {}
+    data = compose_params("data.limits.test=3", "data.columns.prompt=question", "data.files.train=a*").data
+    assert (data.limits, data.columns, data.files) == ({"test": 3}, {"prompt": "question"}, {"train": "a*"})
+
+
 def test_a_whole_number_will_do_for_a_float(compose_params):
     assert compose_params("decoding.temperature=2").decoding.temperature == 2.0
 
@@ -324,7 +361,7 @@ def test_options_that_contradict_each_other_are_refused(compose_params):
 
 def test_held_out_fractions_must_leave_something_to_train_on(compose_params):
     with pytest.raises(UserError, match="leave nothing to train on"):
-        compose_params("+data.validation_fraction=0.5", "+data.test_fraction=0.5")
+        compose_params("data.validation_fraction=0.5", "data.test_fraction=0.5")
 
 
 def test_a_missing_params_file_says_how_to_write_it(tmp_path):
