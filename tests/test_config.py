@@ -270,7 +270,7 @@ def hidden(value, kind, path=""):
 GROUPS = [(group, option) for group, option in OPTIONS if group not in ("models", "methods")]
 
 
-@pytest.mark.parametrize(("group", "option"), [*GROUPS, ("experiment", "null")])
+@pytest.mark.parametrize(("group", "option"), [*GROUPS, ("seed", "0")])
 def test_every_option_can_be_set_by_its_name(group, option):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose("config", overrides=[f"{group}={option}", *NEEDED.get((group, option), ())])

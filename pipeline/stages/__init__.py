@@ -37,7 +37,7 @@ def guard() -> Iterator[None]:
     except UserError as error:
         sys.exit(f"error: {error}")
     except Exception as error:
-        reason = _DISK.get(_errno_of(error))
+        reason = _DISK.get(_errno_of(error) or 0)
         if reason is None:
             raise
         file = getattr(error, "filename2", None) or getattr(error, "filename", None) or "writing"
@@ -52,6 +52,20 @@ def _errno_of(error: Exception) -> int | None:
     if isinstance(error, RuntimeError) and "inline_container.cc" in str(error) and "unexpected pos" in str(error):
         return errno.ENOSPC  # all that torch.save says where a file cannot grow
     return getattr(error, "errno", None)
+
+
+def share_store(here: Path) -> None:
+    """Let a copy of the project that `dvc exp run --temp` or `--queue` works in use the project's own finished rows.
+
+    DVC copies tracked files below .dvc/tmp/exps, where scratch/ would start empty and be deleted with the copy.
+    """
+    project = next((up.parents[2] for up in here.parents if up.parts[-3:] == (".dvc", "tmp", "exps")), None)
+    store = here / "scratch" / "store"
+    if project is None or store.exists():
+        return
+    (project / "scratch" / "store").mkdir(parents=True, exist_ok=True)
+    store.parent.mkdir(exist_ok=True)
+    store.symlink_to(project / "scratch" / "store")
 
 
 def main(stage: Callable[..., None]) -> None:
@@ -74,4 +88,5 @@ def main(stage: Callable[..., None]) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with guard():
         params: Params = load_params()
+        share_store(Path.cwd())
         stage(params, Workspace(), **given)
