@@ -25,6 +25,7 @@ $(STAMP): requirements.lock
 	touch $@
 
 repro: install  ## the main job: data, two ARMs, the sweep, the front, the report
+	git rev-parse --git-dir > /dev/null 2>&1 || dvc config --local core.no_scm true  # a ZIP download has no .git
 	dvc repro
 
 test: install  ## all tests, offline

@@ -35,21 +35,44 @@ class RollingCheckpoint(Checkpoint):
 
     def _save(self, trainer: L.Trainer) -> None:
         trainer.save_checkpoint(self._folder / f"step={trainer.global_step:06d}.ckpt")
-        if trainer.is_global_zero:
-            for old in sorted(self._folder.glob("step=*.ckpt"))[:-2]:
+        if trainer.is_global_zero:  # by time: of a run that went back, what is unreadable has a higher step
+            for old in sorted(self._folder.glob("step=*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path))[:-2]:
                 old.unlink()
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest readable `step=*.ckpt`; an unreadable one (killed while writing) is passed over with a warning."""
+    """The newest `step=*.ckpt` to go on from; one that is unreadable, or whose best is, is passed over with a warning.
+
+    A file is cut off where the run was killed while it was written, or the disk was full.
+    """
     for path in sorted(folder.glob("step=*.ckpt"), reverse=True):
         try:
-            torch.load(path, map_location="cpu", weights_only=True)
+            best = _best_of(_opened(path), folder)
+            if best is not None:
+                _opened(best)
         except Exception as error:
-            warnings.warn(f"{path} is unreadable ({error}): going back to the checkpoint before it.", stacklevel=2)
+            warnings.warn(f"{path} is of no use ({error}): going back to the checkpoint before it.", stacklevel=2)
         else:
             return path
     return None
+
+
+def _opened(path: Path) -> dict[str, Any]:
+    """A checkpoint whose tensors stay on disk: of many processes each looks, and none reads the whole of it."""
+    opened: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return opened
+
+
+def _best_of(state: dict[str, Any], folder: Path) -> Path | None:
+    """The best checkpoint until then, None before the first evaluation.
+
+    A run that was killed between a better one and its own state has left that one only.
+    """
+    named = [kept["best_model_path"] for kept in state["callbacks"].values() if kept.get("best_model_path")]
+    if not named:
+        return None
+    best = folder / Path(named[0]).name
+    return best if best.exists() else max(folder.glob("best-*.ckpt"), default=best)
 
 
 def load_trained(module: ARM, checkpoint: Path) -> None:

@@ -16,6 +16,22 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.params import Comparison, Judge, LocalJudge, Method, Params
 
+# What DVC reads of params.yaml by itself: it fails where a key is missing, though a default stands in `params`.
+READ_BY_DVC = (
+    "arm.base", "arm.tuning", "comparison.bases", "data.download", "data.path", "data.prompts", "data.sampler",
+    "judge.confidence", "judge.resamples", "objectives.*.beta", "objectives.*.pretrained", "sweep.control",
+    "tune.bases", "tune.rivals", "weak_to_strong.name", "weak_to_strong.weak",
+)  # fmt: skip
+# Columns of the tables that scores stand in under their objectives' names, and `base`, the lane of the base.
+COLUMNS = (
+    "base", "forwards", "finish", "kl", "left_out", "line", "logp", "logp_base", "method", "n_tokens", "point",
+    "prompt", "prompt_tokens", "response", "sample", "seed", "stream", "tokens",
+)  # fmt: skip
+_STAGES = (
+    "bench", "comparison", "download", "explain", "fetch", "generate", "judge", "pareto", "prepare", "report", "train",
+    "tune",
+)  # fmt: skip
+
 
 class UserError(Exception):
     """Something the user can mend: the message is one sentence saying what, where, and how."""
@@ -69,15 +85,18 @@ def to_params(config: Any, origin: str = "the configuration") -> Params:
     if missing := _missing(OmegaConf.to_container(config, resolve=False)):
         raise UserError(f"{origin}: {missing[0]} has no value: give it one, as in {missing[0]}=value.")
     try:
-        plain = json.dumps(OmegaConf.to_container(config, resolve=True))
+        plain = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{origin}: {str(error).splitlines()[0]}: correct the reference.") from error
     try:
-        params = TypeAdapter(Params).validate_json(plain, strict=True)
+        params = TypeAdapter(Params).validate_json(json.dumps(plain), strict=True)
     except ValidationError as error:
         # An unknown key first: it is often why another one is missing.
         faults = sorted(error.errors(), key=lambda fault: fault["type"] != "unexpected_keyword_argument")
         raise UserError(f"{origin}: {_sentence(faults[0])}") from None
+    for path in READ_BY_DVC:
+        for absent in _absent(plain, path.split(".")):
+            raise UserError(f"{origin}: {absent} is missing, and DVC reads it: give it a value.")
     _check(params, origin)
     return params
 
@@ -89,8 +108,21 @@ def _missing(node: Any, path: str = "") -> list[str]:
     return [path] if node == "???" else []
 
 
+def _absent(node: Any, path: list[str], parents: str = "") -> list[str]:
+    """Which keys a path names that are not there; `*` stands for every key."""
+    if not path:
+        return []
+    keys = list(node) if path[0] == "*" else [path[0]]
+    if path[0] != "*" and path[0] not in node:
+        return [f"{parents}{path[0]}"]
+    return [found for key in keys for found in _absent(node[key], path[1:], f"{parents}{key}.")]
+
+
 def _sentence(fault: Any) -> str:
     path = [str(part) for part in fault["loc"]]
+    reason = fault["msg"].removeprefix("Value error, ")
+    if path[-1] == "[key]":
+        return f"{'.'.join(path[:-2])} names {fault['input']!r}: {reason}."
     tag = 3 if path[:2] == ["comparison", "methods"] else 1 if path[0] == "judge" else len(path)
     path = [*path[:tag], *path[tag + 1 :]]  # where there are several kinds, pydantic names the kind as well
     where = ".".join(path)
@@ -99,7 +131,7 @@ def _sentence(fault: Any) -> str:
         return f"unknown key {where}: did you mean {'.'.join([*path[:-1], *close])}?"
     if fault["type"] == "missing":
         return f"{where} is missing: give it a value."
-    return f"{where} is {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}."
+    return f"{where} is {fault['input']!r}: {reason[0].lower()}{reason[1:]}."
 
 
 def _known_keys(path: list[str]) -> list[str]:
@@ -136,6 +168,10 @@ def _check(params: Params, origin: str) -> None:
             raise UserError(f"{origin}: {key} {name} is not among the models that fetch lists: add it there.")
     if "arms" in params.models or "rivals" in objectives:
         raise UserError(f"{origin}: no model can be called arms and no objective rivals: those are folders' names.")
+    for name in objectives.keys() & set(COLUMNS):
+        raise UserError(f"{origin}: an objective cannot be called {name}, as a column of the tables is: rename it.")
+    if params.weak_to_strong.name in _STAGES:
+        raise UserError(f"{origin}: weak_to_strong.name {params.weak_to_strong.name} is a stage's folder: rename it.")
     if params.weak_to_strong.weak not in ((), (params.arm.base,)):
         raise UserError(f"{origin}: weak_to_strong.weak must be the ARM's model: set it to [{params.arm.base}].")
     if isinstance(params.judge, LocalJudge) and params.judge.model not in params.fetch:

@@ -61,19 +61,19 @@ def fetch(name: str, spec: Model, folder: Path) -> None:
                 f"{name}: {spec.location} holds no *.safetensors: convert its weights to safetensors first."
             )
         if spec.template_arguments:
-            _set_arguments(name, spec, partial)
+            _set_arguments(name, spec, spec.template_arguments, partial)
         write_origin(name, spec, partial)
 
 
-def _set_arguments(name: str, spec: Model, folder: Path) -> None:
+def _set_arguments(name: str, spec: Model, arguments: dict[str, Any], folder: Path) -> None:
     """Give a chat template its arguments for good, so that whoever asks the model from its folder asks alike."""
     template = AutoTokenizer.from_pretrained(folder, local_files_only=True).chat_template
-    if not isinstance(template, str) or not all(argument.isidentifier() for argument in spec.template_arguments):
+    if not isinstance(template, str) or not all(argument.isidentifier() for argument in arguments):
         raise UserError(
-            f"models.{name}.template_arguments {dict(spec.template_arguments)}: they are variables of a chat template, "
+            f"models.{name}.template_arguments {arguments}: they are variables of a chat template, "
             f"and {spec.location} needs to have one: leave them out."
         )
-    given = "".join(f"{{% set {one} = {json.dumps(value)} %}}" for one, value in spec.template_arguments.items())
+    given = "".join(f"{{% set {one} = {json.dumps(value)} %}}" for one, value in arguments.items())
     (folder / "chat_template.jinja").write_text(given + template, encoding="utf-8")
 
 

@@ -3,14 +3,57 @@
 `conf/` has a group per section; `config` reads and checks.
 """
 
+import re
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
+
+def _spelled(pattern: str, rule: str) -> AfterValidator:
+    """A text of that pattern; `rule` says so in the refusal."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(rule)
+        return text
+
+    return AfterValidator(check)
+
+
+def _set(entries: Any) -> Any:
+    """The entries that have a value: groups show all there can be, with null, so that each can be set by its name."""
+    return {key: value for key, value in entries.items() if value is not None} if isinstance(entries, dict) else entries
+
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Whole = Annotated[int, Field(ge=0, lt=2**31)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Several = Annotated[int, Field(ge=2, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
+# Names become folders, cells of tables (which read some words as numbers or as missing), keys that DVC splits at dots,
+# and words of commands.
+Name = Annotated[
+    str,
+    _spelled(
+        r"(?!(?i:nan|na|null|none|true|false|inf|infinity)$)[A-Za-z][A-Za-z0-9_-]{0,63}",
+        "a name starts with a letter, goes on with up to 63 letters, digits, _ and -, and is not a word that tables "
+        "read as a value, such as nan or none",
+    ),
+]
+Device = Annotated[
+    str, _spelled(r"auto|cpu|gpu|cuda(:\d{1,3})?|mps", "use auto, cpu, gpu, cuda or, of several, cuda:1")
+]
+Targets = Annotated[
+    str,
+    _spelled(
+        r"all-linear|(?!.*(lm_head|embed|wte|wpe))[A-Za-z_][\w.]*(,[A-Za-z_][\w.]*)*",
+        "name linear layers of the blocks, as in q_proj,v_proj, or use all-linear; the head and the embeddings stay as "
+        "the base has them",
+    ),
+]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Split = Literal["train", "validation", "test"]
 Column = Literal[
@@ -29,7 +72,7 @@ class _Strict:
 class Healing(_Strict):
     """How a smaller sibling comes from a model: the layers it keeps, and what they are healed on."""
 
-    layers: tuple[Annotated[int, Field(ge=0)], ...]  # from 0, ascending
+    layers: tuple[Whole, ...]  # from 0, ascending
     prompts: (
         str  # a file of prompts; the model's own responses to them are the text, those of split train to learn from
     )
@@ -38,7 +81,7 @@ class Healing(_Strict):
     epochs: Count = 4
     batch_size: Count = 4  # prompts per step, each with up to 8 responses
     lr: Positive = 1.0e-3
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
@@ -54,7 +97,7 @@ class Model(_Strict):
     quantisation: Literal["int8", "nf4"] | None = None  # on loading, by bitsandbytes; GPTQ and AWQ come with the files
     device_map: Literal["auto", "balanced", "sequential"] | None = None  # over the GPUs of a machine; null: one device
     template: str | None = None  # text with {prompt}; null: the tokenizer's chat template
-    template_arguments: dict[str, bool | int | str] = field(default_factory=dict)  # of that, as enable_thinking: false
+    template_arguments: dict[str, bool | int | str] | None = None  # of that, as {enable_thinking: false}
     license: str = "unknown"
     healing: Healing | None = None  # a smaller sibling of what the source holds
 
@@ -63,7 +106,7 @@ class Model(_Strict):
 class Sampling(_Strict):
     """How responses are drawn from the base when the data are prompts only."""
 
-    responses_per_prompt: Annotated[int, Field(ge=2)] = 4
+    responses_per_prompt: Several = 4
     temperature: Positive = 0.8
     max_new_tokens: Count = 48
 
@@ -86,9 +129,10 @@ class Data(_Strict):
     sampler: str  # the model that writes the responses where they are sampled, whatever base is steered later
     prompts: str  # where the prompts to generate from are: `path` is its test split, another file all of its prompts
     download: tuple[Download, ...] = ()  # what must be fetched first
-    files: dict[Split, str] = field(default_factory=dict)  # which files of a folder are which split, as patterns;
-    # a split of none is drawn from train; empty: all files, whose rows say their splits or have them drawn by prompt
-    columns: dict[Column, str] = field(default_factory=dict)  # of the files, where they are called otherwise
+    # Which files of a folder are which split, as patterns; a split of none is drawn from train; empty: all files, whose
+    # rows say their splits or have them drawn by prompt.
+    files: Annotated[dict[Split, str], BeforeValidator(_set)] = field(default_factory=dict)
+    columns: Annotated[dict[Column, str], BeforeValidator(_set)] = field(default_factory=dict)  # as the files call them
     strict: bool = False  # whether a row that cannot be used stops the run
     sampling: Sampling | None = None
     label_noise: Annotated[float, Field(ge=0, lt=0.5)] = (
@@ -96,7 +140,8 @@ class Data(_Strict):
     )
     validation_fraction: Share = 0.1  # of prompts without a split
     test_fraction: Share = 0.1
-    limits: dict[Split, Count] = field(default_factory=dict)  # only the first so many prompts of a split
+    # Only the first so many prompts of a split.
+    limits: Annotated[dict[Split, Count], BeforeValidator(_set)] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,7 +152,7 @@ class Objective(_Strict):
     scorer: str | None = None
     tie: NotNegative = 0.0  # sampled responses whose scores are closer make no pair
     beta: Positive = 0.1
-    reference: float = 0.0  # the objective's coordinate of the hypervolume reference point
+    reference: Finite = 0.0  # the objective's coordinate of the hypervolume reference point
     pretrained: Model | None = None  # an ARM that is there already, whole or an adapter of arm.base; null: train one
 
 
@@ -120,7 +165,7 @@ class Arm(_Strict):
     rank: Count = 8
     lora_alpha: Count = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    targets: str = "q_proj,k_proj,v_proj,o_proj"  # module names, or all-linear
+    targets: Targets = "q_proj,k_proj,v_proj,o_proj"  # module names, or all-linear
     quantisation: Literal["nf4"] | None = None  # of the frozen base while its adapter trains; needs bitsandbytes
 
 
@@ -139,7 +184,7 @@ class Trainer(_Strict):
 
     lr: Positive = 5.0e-4
     scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] | Share = 5  # below 1: that share of all steps
+    warmup_steps: Whole | Share = 5  # below 1: that share of all steps
     weight_decay: NotNegative = 0.05
     epochs: Count = 1
     batch_size: Count = 8  # per optimizer step, over all devices
@@ -161,13 +206,13 @@ class Decoding(_Strict):
 
     max_new_tokens: Count = 48
     temperature: NotNegative = 1.0  # of the guided sum; 0 is greedy
-    top_k: Annotated[int, Field(ge=0)] = 0  # 0: all tokens
+    top_k: Whole = 0  # 0: all tokens
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()  # texts that end a response
     samples_per_prompt: Count = 1
     batch_size: Count = 64
-    device: str = "auto"
+    device: Device = "auto"
     engine: Literal["transformers", "vllm"] = (
         "transformers"  # vllm: for the generate stage, in `make vllm`'s environment
     )
@@ -203,7 +248,7 @@ class Sweep(_Strict):
     """The weight vectors to generate at, and which of them the others are compared with."""
 
     control: str
-    points: Annotated[dict[str, Point], Field(min_length=1)]
+    points: Annotated[dict[Name, Point], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -219,7 +264,7 @@ class Rival(_Strict):
     beta: Positive | None = 0.1  # null: each objective's own β_r; rloo: of the KL to the base
     lr: Positive = 1.0e-3
     epochs: Count = 1
-    samples: Annotated[int, Field(ge=2)] = 4  # rloo: responses to a prompt in a step, and their length
+    samples: Several = 4  # rloo: responses to a prompt in a step, and their length
     max_new_tokens: Count = 48
 
 
@@ -228,14 +273,14 @@ class Tune(_Strict):
     """What is trained for comparison, on which bases."""
 
     bases: tuple[str, ...] = ()  # empty: nothing
-    rivals: dict[str, Rival] = field(default_factory=dict)
+    rivals: dict[Name, Rival] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class WeakToStrong(_Strict):
     """One ARM on bases of several sizes, beside what tuning each of them would give."""
 
-    name: str = "weak_to_strong"  # of the folder below results/ that it goes to
+    name: Name = "weak_to_strong"  # of the folder below results/ that it goes to
     weak: tuple[str, ...] = ()  # the model of the ARM, `arm.base`; empty: no such comparison
     bases: tuple[str, ...] = ()
     best_of: Count = 4  # samples of the base, of which the judge picks one
@@ -277,7 +322,7 @@ class BestOf(_Method):
     """The best of n samples by reward models."""
 
     kind: Literal["best_of_n"]
-    n: Annotated[int, Field(ge=2)] = 4
+    n: Several = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,9 +330,9 @@ class Candidates(_Method):
     """Reward models value the base's likeliest next tokens, as they stand (`args`) or rolled out (`transfer_q`)."""
 
     kind: Literal["args", "transfer_q"]
-    top_k: Annotated[int, Field(ge=2)] = 10
+    top_k: Several = 10
     scale: Positive = 1.0  # of the rewards, which come in standard deviations
-    horizon: Annotated[int, Field(ge=0)] = 0  # tokens rolled out
+    horizon: Whole = 0  # tokens rolled out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,7 +343,7 @@ class Segments(_Method):
     threshold: NotNegative = 3.0  # nats of entropy before whose token a segment ends
     longest: Count = 16  # tokens of a segment
     tries: Count = 4  # proposals of a segment
-    target: float = 1.0  # what the text as a whole should earn, in standard deviations of the rewards
+    target: Finite = 1.0  # what the text as a whole should earn, in standard deviations of the rewards
     softness: Positive = 0.3  # by how much less is still taken
 
 
@@ -312,7 +357,7 @@ class Comparison(_Strict):
     bases: tuple[str, ...] = ()  # the one that is steered, `base`; empty: no such comparison
     prompts: Count | None = None  # only the first so many of those that prepare wrote; a method may have fewer still
     against: str = ""  # the method that the others' differences are from
-    methods: dict[str, Method] = field(default_factory=dict)
+    methods: dict[Name, Method] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -395,7 +440,7 @@ Judge = Annotated[OracleJudge | RewardJudge | LlmJudge | LocalJudge, Field(discr
 class Explain(_Strict):
     """Whose token rewards the report shows."""
 
-    prompts: Annotated[int, Field(ge=0)] = 3
+    prompts: Whole = 3
     tokens: Count = 64  # of a response, from its start
     alternatives: Count = 4  # the likeliest tokens of each law at every position
 
@@ -413,12 +458,12 @@ class Tracking(_Strict):
 class Params(_Strict):
     """One experiment, whole."""
 
-    seed: int
-    models: Annotated[dict[str, Model], Field(min_length=1)]  # those there are to choose from
+    seed: Seed
+    models: Annotated[dict[Name, Model], Field(min_length=1)]  # those there are to choose from
     base: str  # the frozen LLM that is steered
     fetch: Annotated[tuple[str, ...], Field(min_length=1)]  # the models this experiment needs at hand
     data: Data
-    objectives: Annotated[dict[str, Objective], Field(min_length=1)]
+    objectives: Annotated[dict[Name, Objective], Field(min_length=1)]
     arm: Arm
     loss: Loss
     trainer: Trainer

@@ -4,21 +4,28 @@ The store is what survives: DVC deletes a stage's outputs before it runs the sta
 outside the outputs, keyed by a digest of everything that determines them.
 """
 
+import ctypes
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
 from pipeline.config import UserError
 from pipeline.files import parse_json, text_lines
 
 Row = dict[str, Any]
+
+_HERE, _SWAP = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
 def digest(value: Any) -> str:
@@ -64,7 +71,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
 def replacing(path: Path) -> Iterator[IO[str]]:
     """Open a text file that appears under its name only when it is complete (temporary name, then rename)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     try:
         with partial.open("w", encoding="utf-8", newline="") as stream:
             yield stream
@@ -77,16 +84,42 @@ def replacing(path: Path) -> Iterator[IO[str]]:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` once it is complete."""
-    partial = folder.with_name(f".{folder.name}.partial")
+    """A temporary folder that takes the place of `folder` once it is complete; readers see the old one or the new."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(folder)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir()
     try:
         yield partial
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            _exchange(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(path: Path) -> Path:
+    """A temporary name beside a path that no other process uses; what killed processes of this host left is removed."""
+    start = f".{path.name}.{platform.node()}."
+    for left in path.parent.glob(f"{glob.escape(start)}*.partial"):
+        process = left.name.removeprefix(start).removesuffix(".partial")
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    return path.with_name(f"{start}{os.getpid()}.partial")
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two folders at once where the system can (Linux, most local file systems), else by three renames."""
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if swap is not None and swap(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _SWAP) == 0:
+        return
+    aside = one.with_name(f"{one.name}.aside")
+    other.rename(aside)
+    one.rename(other)
+    aside.rename(one)
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> None:

@@ -3,11 +3,14 @@
 W&B shows what the stages wrote; no stage reads anything back from it.
 """
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -46,6 +49,20 @@ def _key() -> None:
         raise UserError("tracking is online, but WANDB_API_KEY is not set: export it, or use tracking=offline.")
 
 
+def _check_written(run: Any) -> None:
+    """Refuse an offline run that is not whole on disk: W&B drops what finds no room and only logs that.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    if run.settings.mode != "offline":
+        return
+    log = Path(run.settings.log_internal)
+    full = shutil.disk_usage(log.parent).free == 0
+    if full or "no space left" in log.read_text(encoding="utf-8", errors="replace"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), run.settings.sync_file)
+
+
 @contextmanager
 def training_logger(params: Params, job: Job, stage: str, workspace: Workspace) -> Iterator[WandbLogger | bool]:
     """A Lightning logger for one ARM's training, finished on leaving; False where tracking is disabled.
@@ -70,6 +87,7 @@ def training_logger(params: Params, job: Job, stage: str, workspace: Workspace) 
         yield WandbLogger(experiment=run, log_model=False)
     finally:
         run.finish()
+    _check_written(run)
 
 
 def log_points(params: Params, workspace: Workspace, group: str, points: Sequence[Row], samples: pd.DataFrame) -> None:
@@ -93,6 +111,7 @@ def log_points(params: Params, workspace: Workspace, group: str, points: Sequenc
         shown = samples.loc[samples.point == point, columns]
         run.log({"samples": wandb.Table(columns=list(columns), data=shown.to_numpy(dtype=object).tolist())})
         run.finish()
+        _check_written(run)
 
 
 def group_of(params: Params, responses: Sequence[str]) -> str:

@@ -1,12 +1,18 @@
 import re
-from dataclasses import fields
+import shlex
+import shutil
+from dataclasses import fields, is_dataclass
+from typing import get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
+from dvc.repo import Repo
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from pipeline.config import UserError, Workspace, load_params, to_params
+from pipeline import generation
+from pipeline.config import COLUMNS, READ_BY_DVC, UserError, Workspace, load_params, to_params
+from pipeline.decoder import Generation, Request
 from pipeline.params import Params
 from tests.tiny import ROOT
 
@@ -153,6 +159,15 @@ def test_an_unknown_key_below_an_objective_called_like_a_field(name):
         ("judge.confidence=1.0", "judge.confidence is 1.0"),
         ("arm.dropout=1.0", "arm.dropout is 1.0"),
         ("tracking.mode=loud", "tracking.mode is 'loud'"),
+        ("seed=-1", "seed is -1"),
+        ("seed=4294967296", "seed is 4294967296"),
+        ("decoding.device=gpu0", "decoding.device is 'gpu0': use auto, cpu"),
+        ("decoding.top_k=1000000000000000000000", "decoding.top_k is 1000000000000000000000"),
+        ("decoding.max_new_tokens=3000000000", "decoding.max_new_tokens is 3000000000"),
+        ("arm.targets=lm_head", "arm.targets is 'lm_head': name linear layers of the blocks"),
+        ("arm.targets='q_proj,model.embed_tokens'", "arm.targets is 'q_proj,model.embed_tokens'"),
+        ("arm.targets='q_proj, v_proj'", "arm.targets is 'q_proj, v_proj'"),
+        ("objectives.positivity.reference=nan", "objectives.positivity.reference is nan"),
     ],
 )
 def test_a_wrong_type_or_value_is_refused_where_it_stands(compose_params, override, where):
@@ -177,6 +192,114 @@ def test_what_is_no_number_is_refused_at_every_option_that_takes_one(value):
         OmegaConf.update(changed, path, value)
         with pytest.raises(UserError, match=rf"{re.escape(path)} is -?(nan|inf)"):
             to_params(changed)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.b", "..", "", "x;touch F", "$(touch F)", "it's", "a b", "a/b", "-x", "nan", "NA", "None", "050", "ü"],
+)
+@pytest.mark.parametrize("section", ["models", "objectives", "sweep.points", "tune.rivals", "comparison.methods"])
+def test_a_name_that_folders_tables_dvc_or_a_shell_read_otherwise_is_refused(section, name):
+    entry = {
+        "models": {"source": "path", "location": "x"},
+        "objectives": {"label": "x", "scorer": "positivity", "beta": 0.1, "pretrained": None},
+        "sweep.points": {"weights": {}},
+        "tune.rivals": {"weights": {"positivity": 1.0}},
+        "comparison.methods": {"kind": "genarm"},
+    }[section]
+    config = OmegaConf.create(default())
+    OmegaConf.select(config, section)[name] = entry
+    with pytest.raises(UserError, match=rf"{section} names {re.escape(repr(name))}: a name starts with a letter"):
+        to_params(config)
+
+
+@pytest.mark.parametrize("name", ["judge", "..", "a/b"])
+def test_a_ladder_cannot_write_into_another_stage_s_folder(compose_params, name):
+    with pytest.raises(UserError, match=r"weak_to_strong\.name"):
+        compose_params(f"weak_to_strong.name={name}")
+
+
+def test_no_objective_is_called_like_a_column_that_its_score_would_overwrite(compose_params):
+    row = generation._row(Request("Why?"), Generation("", 1, [], "eos", 0.0, 0.0, 0.0, forwards=1, left_out=0.0))
+    assert row.keys() <= set(COLUMNS)
+    for name in ("kl", "prompt", "base"):
+        with pytest.raises(UserError, match=f"an objective cannot be called {name}"):
+            compose_params(f"+objectives.{name}={{label: x, scorer: positivity, beta: 0.1, pretrained: null}}")
+
+
+@pytest.mark.parametrize("path", READ_BY_DVC)
+def test_what_dvc_reads_by_itself_must_be_written(path):
+    config = OmegaConf.create(default())
+    place, _, key = path.replace("*", "positivity").rpartition(".")
+    del OmegaConf.select(config, place)[key]
+    with pytest.raises(UserError, match=rf"{re.escape(place)}\.{key} is missing"):
+        to_params(config)
+
+
+def test_all_that_dvc_reads_is_known():
+    text = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
+    read = {path for path in re.findall(r"\$\{([^}]+)\}", text) if not path.startswith(("item", "key"))}
+    for stage in STAGES.values():
+        read |= {re.sub(r"\$\{[^}]+\}", "*", path) for path in paths_of(stage["params"])}
+    assert {path for path in read if "." in path and not path.endswith("*")} == set(READ_BY_DVC)
+
+
+def test_no_name_reaches_a_shell_but_quoted(tmp_path, monkeypatch):
+    config = default()
+    hostile = "x';touch F;$(touch F)"
+    config["objectives"][hostile] = config["objectives"]["positivity"]
+    config["models"][hostile] = config["models"]["own"]
+    config["fetch"] = [hostile]
+    config["tune"] = {"bases": [hostile], "rivals": {hostile: {"weights": {"positivity": 1.0}}}}
+    config["data"]["download"] = [{"repository": hostile, "revision": hostile, "folder": hostile}]
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
+    with Repo.init(no_scm=True) as repo:
+        commands = [shlex.split(stage.cmd) for stage in repo.index.stages]
+    words = {command[2].rpartition(".")[2]: command[3:] for command in commands if command[4:] != ["positivity"]}
+    assert words["fetch"] == ["--model", hostile]
+    assert words["tune"] == ["--base", hostile, "--rival", hostile]
+    assert ["--objective", hostile] in [command[3:] for command in commands]
+    assert words["download"] == ["--dataset", "dataset0"]
+    assert all(word == hostile or "touch" not in word for command in commands for word in command)
+
+
+def hidden(value, kind, path=""):
+    """Paths of the options that a composed section has no key for."""
+    if value is None or isinstance(value, list):  # what is listed is written by who lists it
+        return
+    if get_origin(kind) is dict:
+        for name, entry in value.items():
+            yield from hidden(entry, get_args(kind)[1], f"{path}.{name}")
+        return
+    kinds = [one for one in (kind, *get_args(kind)) if is_dataclass(one)]
+    if len(kinds) > 1:  # of several kinds the one that it says it is
+        kinds = [one for one in kinds if value["kind"] in get_args(get_type_hints(one)["kind"])]
+    for name, of in get_type_hints(kinds[0]).items() if kinds else ():
+        if name not in value:
+            yield f"{path}.{name}"
+        elif path + name not in (".sweeppoints", ".tunerivals", ".comparisonmethods"):  # which people write themselves
+            yield from hidden(value[name], of, f"{path}.{name}")
+
+
+GROUPS = [(group, option) for group, option in OPTIONS if group not in ("models", "methods")]
+
+
+@pytest.mark.parametrize(("group", "option"), [*GROUPS, ("seed", "0")])
+def test_every_option_can_be_set_by_its_name(group, option):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("config", overrides=[f"{group}={option}", *NEEDED.get((group, option), ())])
+    lora = {f".arm.{name}" for name in ("rank", "lora_alpha", "dropout", "targets", "quantisation")}
+    paths = set(hidden(OmegaConf.to_container(composed), Params))
+    assert paths == (lora if (group, option) == ("arm", "full") else set())
+
+
+def test_entries_that_groups_show_without_a_value_are_as_good_as_absent(compose_params):
+    assert compose_params().data.limits == compose_params().data.columns == {}
+    data = compose_params("data.limits.test=3", "data.columns.prompt=question", "data.files.train=a*").data
+    assert (data.limits, data.columns, data.files) == ({"test": 3}, {"prompt": "question"}, {"train": "a*"})
 
 
 def test_a_whole_number_will_do_for_a_float(compose_params):
@@ -265,7 +388,7 @@ def test_options_that_contradict_each_other_are_refused(compose_params):
 
 def test_held_out_fractions_must_leave_something_to_train_on(compose_params):
     with pytest.raises(UserError, match="leave nothing to train on"):
-        compose_params("+data.validation_fraction=0.5", "+data.test_fraction=0.5")
+        compose_params("data.validation_fraction=0.5", "data.test_fraction=0.5")
 
 
 def test_a_missing_params_file_says_how_to_write_it(tmp_path):

@@ -137,7 +137,7 @@ def test_train_killed_and_run_again_equals_an_uninterrupted_run(copy):
         for name in ("models/arms/positivity/adapter_model.safetensors", "results/train/positivity/curve.csv")
     ]
     before = [file.read_bytes() for file in files]
-    command = [sys.executable, "-m", "pipeline.stages.train", "positivity"]
+    command = [sys.executable, "-m", "pipeline.stages.train", "--objective", "positivity"]
     killed(copy, command, lambda: any(map(newest_checkpoint, copy.glob("scratch/train/positivity-*"))))
     assert "going on from" in run(copy, *command)
     assert [file.read_bytes() for file in files] == before

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from pipeline import export, models, training
 from pipeline.adapters import read_adapter
 from pipeline.arm import ARM, trainable
+from pipeline.baselines import rloo
 from pipeline.baselines.parm import ConditionedARM, ConditionedModel, adapter_at, collapse
 from pipeline.baselines.reading import TextReward
 from pipeline.baselines.reward_model import RewardModel
@@ -132,23 +134,64 @@ def test_an_unknown_rival_is_refused(smoke_params, workspace):
         tune.run(params, workspace, "tiny", "mix")
 
 
-def test_rloo_trains_a_policy_on_its_own_samples(smoke_params, workspace, tiny):
+@pytest.fixture
+def tune_by_rloo(smoke_params, workspace, tiny, monkeypatch):
+    """Train a policy by RLOO; returns how often rewards were asked for, the last of `answers` times with an error."""
     pytest.importorskip("trl")
-    rival = Rival({"conciseness": 1.0}, kind="rloo", beta=0.0, lr=3e-2, epochs=3, max_new_tokens=6)
-    params = dataclasses.replace(
-        smoke_params,
-        tune=dataclasses.replace(smoke_params.tune, bases=("tiny",), rivals={"short": rival}),
-        trainer=dataclasses.replace(smoke_params.trainer, batch_size=4),
-        decoding=dataclasses.replace(smoke_params.decoding, max_new_tokens=6),
-    )
     workspace.models.mkdir(parents=True)
     workspace.model("tiny").symlink_to(tiny)
     pairs = [{"prompt": f"Why {word}?", "split": "train"} for word in ("tea", "rain", "good", "bad", "love", "sad")]
     write_jsonl(workspace.results / "prepare/pairs/conciseness.jsonl", pairs)
-    tune.run(params, workspace, "tiny", "short")
+    of = rloo._reward
+
+    def run(lr=3e-2, answers=100):
+        rival, calls = Rival({"conciseness": 1.0}, kind="rloo", beta=0.0, lr=lr, epochs=3, max_new_tokens=6), []
+        params = dataclasses.replace(
+            smoke_params,
+            tune=dataclasses.replace(smoke_params.tune, bases=("tiny",), rivals={"short": rival}),
+            trainer=dataclasses.replace(smoke_params.trainer, batch_size=4, checkpoint_every=1),
+        )
+
+        def counted(*args):
+            reward = of(*args)
+
+            def counting(**columns):
+                calls.append(columns)
+                if len(calls) >= answers:
+                    raise ConnectionError("killed")
+                return reward(**columns)
+
+            return counting
+
+        monkeypatch.setattr(rloo, "_reward", counted)
+        if answers < 100:
+            with pytest.raises(ConnectionError):
+                tune.run(params, workspace, "tiny", "short")
+        else:
+            tune.run(params, workspace, "tiny", "short")
+        return len(calls)
+
+    return run
+
+
+def test_rloo_trains_a_policy_on_its_own_samples(tune_by_rloo, workspace, tiny):
+    tune_by_rloo()
     curve = pd.read_csv(workspace.results / "tune/tiny/short/curve.csv")
     assert len(curve) >= 3 and curve.reward.notna().all()
     told = json.loads((workspace.results / "tune/tiny/short/metrics.json").read_text())
     assert told["tokens"] > 0 and told["steps"] == curve.step.max()
     assert read_adapter(workspace.rival("tiny", "short"), models.load_model(tiny, torch.float32, CPU))
     assert not (workspace.scratch / "train").exists() or not any((workspace.scratch / "train").iterdir())
+
+
+def test_rloo_killed_while_saving_goes_on_and_never_under_other_settings(tune_by_rloo, workspace):
+    tune_by_rloo(answers=3)
+    [newest] = (workspace.scratch / "train").glob("*/*/checkpoint-*")
+    unfinished = newest.with_name("checkpoint-90")  # as of a run killed while saving: without its last file
+    shutil.copytree(newest, unfinished)
+    (unfinished / "trainer_state.json").unlink()
+    tune_by_rloo(answers=2, lr=1e-3)
+    assert len(list((workspace.scratch / "train").glob("*/*"))) == 2, "another learning rate is another run"
+    rest = tune_by_rloo()
+    whole = tune_by_rloo()
+    assert 0 < rest == whole - 2

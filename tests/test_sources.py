@@ -166,7 +166,13 @@ def test_a_folder_is_read_whatever_its_files_are_called_and_packed_with(tmp_path
     assert sources.passed_over(shown) == []
 
 
-def test_the_data_card_names_the_files_of_a_folder_that_were_not_read(tmp_path, compose_params, workspace, capsys):
+def test_the_data_card_names_the_files_of_a_folder_that_were_not_read(
+    tmp_path, compose_params, workspace, capsys, tiny
+):
+    workspace.models.mkdir()
+    (workspace.models / "smollm2-135m").symlink_to(tiny)  # whose control tokens the card counts
+    tmp_path = tmp_path / "data"
+    tmp_path.mkdir()
     for split in ("train", "validation", "test"):
         stored([EXPLICIT | {"prompt": split, "split": split, "chosen_ended": False}], tmp_path / f"{split}.csv.gz")
     (tmp_path / "more.lz4").write_text("x")

@@ -3,16 +3,27 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import tracemalloc
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from pipeline.config import UserError
 from pipeline.stages import guard
-from pipeline.store import RowStore, digest, file_digest, read_jsonl, replacing, write_json, write_jsonl
+from pipeline.store import (
+    RowStore,
+    digest,
+    file_digest,
+    read_jsonl,
+    replacing,
+    replacing_folder,
+    write_json,
+    write_jsonl,
+)
 from tests.tiny import ROOT
 
 QUICK = settings(max_examples=50, deadline=None, derandomize=True)
@@ -100,6 +111,57 @@ def test_replacing_keeps_the_old_file_when_the_body_raises(tmp_path):
         raise KeyboardInterrupt
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_never_seen_missing_while_it_is_replaced(tmp_path):
+    folder, done, seen = tmp_path / "folder", threading.Event(), set()
+
+    def watch():
+        while not done.is_set():
+            seen.add((folder / "file").exists())
+
+    watcher = threading.Thread(target=watch)
+    for number in range(100):
+        with replacing_folder(folder) as partial:
+            (partial / "file").write_text(str(number))
+        if number == 0:
+            watcher.start()
+    done.set()
+    watcher.join()
+    assert seen == {True}
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_folder_that_cannot_be_swapped_at_once_is_replaced_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.store.ctypes.CDLL", lambda *args, **options: object())
+    for text in ("old", "new"):
+        with replacing_folder(tmp_path / "folder") as partial:
+            (partial / "file").write_text(text)
+    assert (tmp_path / "folder" / "file").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
+
+
+def test_two_processes_that_replace_one_folder_do_not_meet(tmp_path, monkeypatch):
+    with replacing_folder(tmp_path / "folder") as one:
+        (one / "file").write_text("one")
+        with monkeypatch.context() as patch:
+            patch.setattr("pipeline.store.os.getpid", os.getppid)
+            with replacing_folder(tmp_path / "folder") as other:
+                (other / "file").write_text("other")
+        assert (one / "file").read_text() == "one"
+    assert (tmp_path / "folder" / "file").read_text() == "one"
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    with replacing_folder(tmp_path / "folder") as partial:
+        for name in ("folder", "file"):
+            left = tmp_path / partial.name.replace(str(os.getpid()), str(ended.pid)).replace("folder", name)
+            left.mkdir() if name == "folder" else left.touch()
+    with replacing_folder(tmp_path / "folder"), replacing(tmp_path / "file"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "file"}
 
 
 def test_a_row_that_is_no_json_leaves_the_old_file(tmp_path):
@@ -307,6 +369,22 @@ def test_a_store_on_a_full_disk_ends_in_one_sentence_that_names_it(store_path, m
     one_sentence(ended, store_path, "disk is full")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/x", None, "models/x"),
+    ],
+)
+def test_a_full_disk_under_weights_ends_in_one_sentence(error):
+    with pytest.raises(SystemExit) as ended, guard():
+        raise error
+    one_sentence(ended, "models/x" if isinstance(error, OSError) else "writing", "disk is full")
+    with pytest.raises(SafetensorError), guard():
+        raise SafetensorError("Error while deserializing: header too large")
+
+
 def test_a_user_error_ends_in_its_sentence_and_other_errors_pass_through():
     with pytest.raises(SystemExit) as ended, guard():
         raise UserError("the file is odd: mend it.")
@@ -330,7 +408,6 @@ def test_a_store_knows_the_rows_of_others_beside_it_and_leaves_them_alone(tmp_pa
 
 WRITER = """
 import sys
-import tracemalloc
 from pathlib import Path
 from pipeline.store import RowStore
 for turn in range(30):

@@ -3,6 +3,8 @@ import gzip
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pandas as pd
@@ -123,6 +125,28 @@ def test_offline_runs_hold_the_summaries_and_tables_that_the_report_draws(smoke_
     [table] = (workspace.scratch / "wandb").rglob("samples*.table.json")
     found = json.loads(table.read_text())
     assert found["columns"][:2] == ["prompt", "response"] and found["data"] == [["Why?", "good", 0.5, 0.1, 1.0]]
+
+
+@pytest.mark.parametrize("sign", ["no room", "a log that says so"])
+def test_a_full_disk_under_an_offline_run_is_told(smoke_params, workspace, monkeypatch, sign):
+    finish = wandb.Run.finish
+
+    def full(run):
+        finish(run)
+        with Path(run.settings.log_internal).open("a") as log:
+            log.write("" if sign == "no room" else "writer: failed to save record: no space left on device\n")
+
+    if sign == "no room":
+        monkeypatch.setattr(tracking.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    monkeypatch.setattr(wandb.Run, "finish", full)
+    params = with_mode(smoke_params, "offline")
+    with pytest.raises(OSError, match=r"No space left on device: '.*\.wandb'"):
+        tracking.log_points(params, workspace, "group", [LINE], [SAMPLE])
+    job = Job.of(params, workspace, "positivity")
+    with pytest.raises(OSError, match="No space left"), tracking.training_logger(params, job, "train", workspace):
+        pass
+    with pytest.raises(ZeroDivisionError), tracking.training_logger(params, job, "train", workspace):
+        _ = 1 / 0
 
 
 def test_a_report_without_a_key_is_one_sentence(smoke_params, monkeypatch):

@@ -1,4 +1,5 @@
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -150,6 +151,44 @@ def test_checkpoints_hold_the_adapter_only_and_a_torn_one_is_passed_over(tiny, s
     files[-1].write_bytes(files[-1].read_bytes()[:1000])
     with pytest.warns(UserWarning, match="going back"):
         assert newest_checkpoint(tmp_path) == files[0]
+
+
+@pytest.mark.parametrize("fault", ["torn", "gone"])
+def test_a_damaged_best_checkpoint_is_trained_again(tiny, smoke_params, groups, tmp_path, fault):
+    whole = new_module(tiny, smoke_params)
+    fit(whole, groups, tmp_path)
+    [best] = tmp_path.glob("best-*.ckpt")
+    best.write_bytes(best.read_bytes()[:1000]) if fault == "torn" else best.unlink()
+    again = new_module(tiny, smoke_params)
+    with pytest.warns(UserWarning, match="is of no use"):
+        fit(again, groups, tmp_path)
+    assert again.history == whole.history
+    assert all(torch.equal(weight, adapter(again)[name]) for name, weight in adapter(whole).items())
+
+
+def test_a_run_that_went_back_keeps_its_newest_states(tiny, smoke_params, groups, tmp_path, monkeypatch):
+    fit(new_module(tiny, smoke_params), groups, tmp_path)
+    for file in tmp_path.glob("*.ckpt"):
+        file.write_bytes(b"torn")
+    step = ARM.training_step
+
+    def dying(self, batch, index):
+        if self.global_step == 5:
+            raise ConnectionError("killed")
+        return step(self, batch, index)
+
+    with monkeypatch.context() as patched, pytest.raises(ConnectionError), pytest.warns(UserWarning, match="no use"):
+        patched.setattr(ARM, "training_step", dying)
+        fit(new_module(tiny, smoke_params), groups, tmp_path)
+    with warnings.catch_warnings(action="ignore"):
+        assert newest_checkpoint(tmp_path).name == "step=000004.ckpt"
+
+
+def test_whether_a_checkpoint_is_readable_is_seen_without_reading_its_tensors(tmp_path, monkeypatch):
+    torch.save({"callbacks": {}, "state_dict": {"w": torch.zeros(1000)}}, tmp_path / "step=000001.ckpt")
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, mmap, **options: load(*args, mmap=mmap, **options) if mmap else {})
+    assert newest_checkpoint(tmp_path)
 
 
 def test_a_nan_loss_stops_and_keeps_the_last_good_checkpoint(tiny, smoke_params, groups, tmp_path, monkeypatch):

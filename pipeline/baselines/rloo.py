@@ -3,18 +3,22 @@
 It sees the very scores that the judge gives, which no other method does: an upper line, and optional (extra `rlhf`).
 """
 
+import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from pipeline.config import UserError
 from pipeline.models import Source, resolve_device, resolve_dtype
 from pipeline.params import Arm, Params, Rival
 from pipeline.scorers import scorer
-from pipeline.store import Row, replacing_folder
+from pipeline.store import Row, digest, replacing_folder
 
 
 def train(
@@ -22,14 +26,14 @@ def train(
 ) -> tuple[list[Row], int]:
     """Train a LoRA policy of a base on Σ_i w_i · score_i of its own responses, and write its adapter.
 
-    A killed run goes on from the newest checkpoint below `scratch`.
+    A killed run of the same policy goes on from its newest checkpoint.
 
     Args:
         params: the experiment.
         rival: weights, β of the KL to the base, learning rate, epochs over the prompts.
         source: the base.
         prompts: to answer while training.
-        scratch: the folder of its checkpoints.
+        scratch: the folder of checkpoints, below which every policy has its own.
         folder: of the adapter.
 
     Returns:
@@ -48,8 +52,9 @@ def train(
     tokenizer: Any = prompter.tokenizer
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    checkpoints = scratch / _identity(params, rival, source, device, prompts)
     config = RLOOConfig(
-        output_dir=str(scratch), per_device_train_batch_size=params.trainer.batch_size * rival.samples,
+        output_dir=str(checkpoints), per_device_train_batch_size=params.trainer.batch_size * rival.samples,
         num_generations=rival.samples, max_completion_length=rival.max_new_tokens, temperature=1.0,
         beta=rival.beta or 0.0, learning_rate=rival.lr, lr_scheduler_type=params.trainer.scheduler,
         warmup_steps=params.trainer.warmup_steps, weight_decay=params.trainer.weight_decay,
@@ -62,7 +67,7 @@ def train(
         train_dataset=Dataset.from_list([{"prompt": _asked(prompter, prompt)} for prompt in prompts]),
         processing_class=tokenizer, peft_config=_lora(params.arm),
     )  # fmt: skip
-    trainer.train(resume_from_checkpoint=any(scratch.glob("checkpoint-*")) or None)
+    trainer.train(resume_from_checkpoint=_newest(checkpoints))
     policy: Any = trainer.accelerator.unwrap_model(trainer.model)
     with replacing_folder(folder) as unfinished:
         policy.save_pretrained(str(unfinished), save_embedding_layers=False)
@@ -73,6 +78,26 @@ def train(
         if "reward" in entry
     ]
     return history, int(trainer.state.num_input_tokens_seen)
+
+
+def _identity(params: Params, rival: Rival, source: Source, device: torch.device, prompts: Sequence[str]) -> str:
+    """Digest of all that the policy depends on, which its checkpoints are kept by."""
+    scorers = {name: params.objectives[name].scorer for name in rival.weights}
+    settings = [asdict(rival), asdict(params.arm), asdict(params.trainer), params.seed]
+    return digest([source.identity(device), settings, scorers, list(prompts)])
+
+
+def _newest(checkpoints: Path) -> str | None:
+    """The newest checkpoint written to its end; one without its state, which is written last, is removed."""
+    finished: list[tuple[int, str]] = []
+    for folder in checkpoints.glob("checkpoint-*"):
+        try:
+            state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        except (OSError, ValueError, TypeError):  # missing or torn: the run was killed, or the disk was full
+            shutil.rmtree(folder)
+        else:
+            finished.append((state.global_step, str(folder)))
+    return max(finished)[1] if finished else None
 
 
 def _reward(params: Params, rival: Rival) -> Any:

@@ -1,18 +1,21 @@
 """One file per DVC stage: load params, load files, call the library, write files.
 
-python -m pipeline.stages.train positivity      # what `dvc repro` runs, from the project's folder
+python -m pipeline.stages.train --objective positivity      # what `dvc repro` runs, from the project's folder
 """
 
 import errno
 import logging
 import os
+import re
 import sys
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from inspect import Parameter, signature
+from inspect import signature
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from pipeline.config import UserError, Workspace, load_params
 from pipeline.params import Params
@@ -33,10 +36,36 @@ def guard() -> Iterator[None]:
         yield
     except UserError as error:
         sys.exit(f"error: {error}")
-    except OSError as error:
-        if error.errno not in _DISK:
+    except Exception as error:
+        reason = _DISK.get(_errno_of(error) or 0)
+        if reason is None:
             raise
-        sys.exit(f"error: {error.filename or 'writing'}: {_DISK[error.errno]} and run the same command again.")
+        file = getattr(error, "filename2", None) or getattr(error, "filename", None) or "writing"
+        sys.exit(f"error: {file}: {reason} and run the same command again.")
+
+
+def _errno_of(error: Exception) -> int | None:
+    """The system's error number; safetensors and torch tell in words why they could not write."""
+    if isinstance(error, SafetensorError):
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        return int(told[1]) if told else None
+    if isinstance(error, RuntimeError) and "inline_container.cc" in str(error) and "unexpected pos" in str(error):
+        return errno.ENOSPC  # all that torch.save says where a file cannot grow
+    return getattr(error, "errno", None)
+
+
+def share_store(here: Path) -> None:
+    """Let a copy of the project that `dvc exp run --temp` or `--queue` works in use the project's own finished rows.
+
+    DVC copies tracked files below .dvc/tmp/exps, where scratch/ would start empty and be deleted with the copy.
+    """
+    project = next((up.parents[2] for up in here.parents if up.parts[-3:] == (".dvc", "tmp", "exps")), None)
+    store = here / "scratch" / "store"
+    if project is None or store.exists():
+        return
+    (project / "scratch" / "store").mkdir(parents=True, exist_ok=True)
+    store.parent.mkdir(exist_ok=True)
+    store.symlink_to(project / "scratch" / "store")
 
 
 def main(stage: Callable[..., None]) -> None:
@@ -47,8 +76,10 @@ def main(stage: Callable[..., None]) -> None:
         f"python -m pipeline.stages.{name}", description=module.__doc__, formatter_class=RawDescriptionHelpFormatter
     )
     for parameter in signature(stage).parameters.values():
-        if parameter.annotation in (str, str | None):
-            parser.add_argument(parameter.name, nargs=None if parameter.default is Parameter.empty else "?")
+        if parameter.annotation is str:
+            parser.add_argument(f"--{parameter.name}", required=True)
+        elif parameter.annotation == str | None:
+            parser.add_argument(parameter.name, nargs="?")
     given = vars(parser.parse_args())
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -57,4 +88,5 @@ def main(stage: Callable[..., None]) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with guard():
         params: Params = load_params()
+        share_store(Path.cwd())
         stage(params, Workspace(), **given)

@@ -1,6 +1,6 @@
 """download: a dataset of the Hub as a folder of its files.
 
-python -m pipeline.stages.download datasets/full-hh-rlhf
+python -m pipeline.stages.download --dataset dataset0      # the first of data.download, as DVC counts them
 """
 
 from pipeline.config import Workspace
@@ -9,11 +9,11 @@ from pipeline.preferences import sources
 from pipeline.stages import main
 
 
-def run(params: Params, workspace: Workspace, folder: str) -> None:
-    """Download what `data.download` wants in that folder."""
-    wanted = next(one for one in params.data.download if one.folder == folder)
+def run(params: Params, workspace: Workspace, dataset: str) -> None:
+    """Download the entry of `data.download` whose number the name ends in."""
+    wanted = params.data.download[int(dataset.removeprefix("dataset"))]
     sources.download(wanted)
-    print(f"download: {wanted.repository} is in {folder}")
+    print(f"download: {wanted.repository} is in {wanted.folder}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """train: one ARM per objective as a PEFT folder or a model of its own, its held-out accuracy and its curve.
 
-python -m pipeline.stages.train positivity
+python -m pipeline.stages.train --objective positivity
 """
 
 import shutil

@@ -1,6 +1,6 @@
 """tune: what ARMs are compared with, trained on the same pairs: an adapter of a base, models/arms/rivals/<base>/.
 
-python -m pipeline.stages.tune smollm2-135m dpo_positivity
+python -m pipeline.stages.tune --base smollm2-135m --rival positivity
 """
 
 import shutil
