@@ -5,6 +5,7 @@ Hydra composes conf/ into params.yaml (`make params`); everything below the comm
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.params import Comparison, Judge, LocalJudge, Method, Params
+from pipeline.params import Column, Comparison, Judge, LocalJudge, Method, Objective, Params
 
 # What DVC reads of params.yaml by itself: it fails where a key is missing, though a default stands in `params`.
 READ_BY_DVC = (
@@ -170,6 +171,7 @@ def _check(params: Params, origin: str) -> None:
         raise UserError(f"{origin}: no model can be called arms and no objective rivals: those are folders' names.")
     for name in objectives.keys() & set(COLUMNS):
         raise UserError(f"{origin}: an objective cannot be called {name}, as a column of the tables is: rename it.")
+    _check_labels(objectives, origin)
     if params.weak_to_strong.name in _STAGES:
         raise UserError(f"{origin}: weak_to_strong.name {params.weak_to_strong.name} is a stage's folder: rename it.")
     if params.weak_to_strong.weak not in ((), (params.arm.base,)):
@@ -213,3 +215,18 @@ def _check(params: Params, origin: str) -> None:
         )
     if params.data.validation_fraction + params.data.test_fraction >= 1:
         raise UserError(f"{origin}: data.validation_fraction and data.test_fraction leave nothing to train on.")
+
+
+def _check_labels(objectives: Mapping[str, Objective], origin: str) -> None:
+    """Every objective has a label column of its own, beside those that rows have anyway."""
+    owners: dict[str, str] = {}
+    for name, objective in objectives.items():
+        if objective.label in get_args(Column):
+            raise UserError(
+                f"{origin}: objectives.{name}.label is {objective.label}, a column that rows have anyway: name another."
+            )
+        if (other := owners.setdefault(objective.label, name)) != name:
+            raise UserError(
+                f"{origin}: objectives {other} and {name} have one label column, {objective.label}, so one would be "
+                "trained on the other's labels: give each its own."
+            )

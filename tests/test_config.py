@@ -213,6 +213,19 @@ def test_a_name_that_folders_tables_dvc_or_a_shell_read_otherwise_is_refused(sec
         to_params(config)
 
 
+@pytest.mark.parametrize(
+    ("label", "sentence"),
+    [
+        ("preferred_conciseness", "positivity and conciseness have one label column, preferred_conciseness"),
+        ("prompt", "a column that rows have anyway"),
+        ("chosen", "a column that rows have anyway"),
+    ],
+)
+def test_a_label_column_belongs_to_one_objective_and_is_no_other_column(compose_params, label, sentence):
+    with pytest.raises(UserError, match=sentence):
+        compose_params(f"objectives.positivity.label={label}")
+
+
 @pytest.mark.parametrize("name", ["judge", "..", "a/b"])
 def test_a_ladder_cannot_write_into_another_stage_s_folder(compose_params, name):
     with pytest.raises(UserError, match=r"weak_to_strong\.name"):
