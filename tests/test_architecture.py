@@ -1,6 +1,7 @@
 """Models that can be trained but not decoded, or neither, are refused in one sentence and before any work."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,6 +54,7 @@ def test_an_architecture_is_refused_before_its_weights_are_downloaded(config, se
         (local_dir / "config.json").write_text(json.dumps(config))
 
     monkeypatch.setattr(models, "snapshot_download", download)
+    monkeypatch.setattr(models.HfApi, "model_info", lambda *_, revision: SimpleNamespace(sha=revision))
     with pytest.raises(UserError, match=sentence):
         models.fetch("it", Model(source="hub", location="org/name", revision="abc"), tmp_path / "it")
     assert downloaded == [["config.json"]]

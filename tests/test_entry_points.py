@@ -50,9 +50,7 @@ def test_an_experiment_in_a_copy_of_the_project_knows_its_finished_rows(tmp_path
         here.mkdir(parents=True)
         for _ in range(2):  # a stage after another
             share_store(here)
-        store = RowStore(here / "scratch" / "store" / "generate.jsonl")
-        store.add([(copy, {})])
-        store.close()
+        RowStore(here / "scratch" / "store" / "generate.jsonl", [copy]).add([(copy, {})])
     assert (tmp_path / "scratch" / "store" / "generate.jsonl").read_text().count("\n") == 2
     share_store(tmp_path)
     assert not (tmp_path / "scratch" / "store").is_symlink()

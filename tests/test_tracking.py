@@ -141,7 +141,7 @@ def test_a_full_disk_under_an_offline_run_is_told(smoke_params, workspace, monke
     monkeypatch.setattr(wandb.Run, "finish", full)
     params = with_mode(smoke_params, "offline")
     with pytest.raises(OSError, match=r"No space left on device: '.*\.wandb'"):
-        tracking.log_points(params, workspace, "group", [LINE], [SAMPLE])
+        tracking.log_points(params, workspace, "group", [LINE], pd.DataFrame([SAMPLE]))
     job = Job.of(params, workspace, "positivity")
     with pytest.raises(OSError, match="No space left"), tracking.training_logger(params, job, "train", workspace):
         pass
