@@ -2,7 +2,7 @@
 
     python -m tests.bench_gpu                                   # an H100 or H200; eight minutes and no more
     python -m tests.bench_gpu --only decoding --models 1b,13b   # what the seven minutes may not have reached
-    python -m tests.bench_gpu --tiny --out /tmp/bench           # tiny shapes, without a GPU too: does it still run?
+    python -m tests.bench_gpu --tiny --out scratch/bench-gpu    # tiny shapes, without a GPU too: does it still run?
 
 Writes below results/bench as it goes: gpu.csv (decoding), gpu_training.csv, gpu_profile.txt (where a step spends its
 time) and gpu.json (the card and its two ceilings). Each part, the tests among them, is a process of its own, stopped

@@ -374,7 +374,7 @@ def test_a_store_on_a_full_disk_ends_in_one_sentence_that_names_it(store_path, m
     [
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
         RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
-        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/x", None, "models/x"),
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "elsewhere/x", None, "models/x"),
     ],
 )
 def test_a_full_disk_under_weights_ends_in_one_sentence(error):
