@@ -1,7 +1,7 @@
 """Tests, guided decoding, and training against TRL on one NVIDIA GPU: `make bench-gpu`.
 
     python -m tests.bench_gpu                                   # an H100 or H200; eight minutes and no more
-    python -m tests.bench_gpu --only decoding --models 1b,13b   # what the seven minutes may not have reached
+    python -m tests.bench_gpu --only decoding --models 1b,13b   # what the eight minutes may not have reached
     python -m tests.bench_gpu --tiny --out scratch/bench-gpu    # tiny shapes, without a GPU too: does it still run?
 
 Writes below results/bench as it goes: gpu.csv (decoding), gpu_training.csv, gpu_profile.txt (where a step spends its
