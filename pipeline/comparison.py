@@ -11,7 +11,8 @@ from pipeline.baselines.contender import Contender
 from pipeline.config import UserError, Workspace
 from pipeline.decoder import Request
 from pipeline.generation import Decoder, Served, generate_stored, point_requests
-from pipeline.judging import check_judge, judge_rows, responses_of
+from pipeline.judges.session import JudgeSession, open_judge
+from pipeline.judging import judge_rows, responses_of
 from pipeline.params import LlmJudge, LocalJudge, Params
 from pipeline.store import Row
 
@@ -64,19 +65,19 @@ def contenders(params: Params, workspace: Workspace) -> dict[str, Contender]:
     }
 
 
-def check(params: Params, workspace: Workspace) -> None:
-    """Refuse, before anything is generated, what could not be judged.
+def open_comparing_judge(params: Params, workspace: Workspace) -> JudgeSession:
+    """The configured judge, opened before anything is generated that it could not judge.
 
     Raises:
         UserError: the judge lacks something, or it compares with a control that every method has its own of.
     """
-    check_judge(params, workspace)
     control = params.sweep.control
     if isinstance(params.judge, LlmJudge | LocalJudge) and params.sweep.points[control].guided:
         raise UserError(f"sweep.control {control} is guided: name an unguided point for judge={params.judge.kind}.")
+    return open_judge(params, workspace)
 
 
-def generate(params: Params, workspace: Workspace, prompts: Sequence[str]) -> list[Row]:
+def generate(params: Params, workspace: Workspace, prompts: Sequence[str], judge: JudgeSession) -> list[Row]:
     """Rows of all lines with the judge's scores, each with `method`, `point` and the `line` it belongs to."""
     points = {name: point for name, point in params.sweep.points.items() if not point.guided}
     wanted = [*point_requests(replace(params, sweep=replace(params.sweep, points=points)), params.base, prompts)]
@@ -101,7 +102,7 @@ def generate(params: Params, workspace: Workspace, prompts: Sequence[str]) -> li
             {"method": name, "point": line.point, "line": line.name, **row}
             for (line, _, _), row in zip(asked, found, strict=True)
         ]
-    return judge_rows(rows, params, workspace, control)
+    return judge_rows(rows, judge, control)
 
 
 def tokens_per_second(params: Params, workspace: Workspace, prompts: Sequence[str]) -> dict[str, float]:

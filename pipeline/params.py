@@ -403,7 +403,7 @@ class _RubricJudge(_Judge):
 
     rubrics: dict[str, str]  # per objective, a file in pipeline/prompts/rubrics
     orders: Literal["both", "seeded"] = "both"  # seeded: one order, drawn from the question itself
-    max_calls: Count | None = None  # answers to ask for in one run; what is answered is kept
+    max_calls: Count | None = None  # questions of one run, over card, rows and objectives; what is answered is kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -421,6 +421,7 @@ class LlmJudge(_RubricJudge):
     concurrency: Count = 4
     timeout: Positive = 60.0  # seconds
     attempts: Count = 6
+    price: tuple[NotNegative, NotNegative] | None = None  # of a million tokens read, and written; null: not reckoned
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ import pandas as pd
 from pipeline.baselines.best_of_n import best_of_kl
 from pipeline.config import Workspace
 from pipeline.generation import Served, generate_stored, generate_sweep, point_requests
+from pipeline.judges.session import JudgeSession
 from pipeline.judging import judge_rows, responses_of
 from pipeline.params import Params
 from pipeline.pareto import bootstrap_mean, distinct_2, gap_recovered, prompt_means
@@ -55,7 +56,7 @@ def lines_of(params: Params) -> dict[str, Line]:
     return found | {f"{best}/{name}": Line(best, name, "", None) for name in params.objectives}
 
 
-def generate(params: Params, workspace: Workspace, base: str, prompts: Sequence[str]) -> list[Row]:
+def generate(params: Params, workspace: Workspace, base: str, prompts: Sequence[str], judge: JudgeSession) -> list[Row]:
     """All rows of a base with the judge's scores: every point of the sweep, and the best of N samples of the control.
 
     Each of the `samples_per_prompt` best-of-N rows has N samples of its own. Its KL is bounded as in `best_of_kl`.
@@ -72,7 +73,7 @@ def generate(params: Params, workspace: Workspace, base: str, prompts: Sequence[
     pool = generate_stored(wanted, params, workspace, base, "generate")
     plain = responses_of(rows, params.sweep.control).items()
     compared = {(prompt, sample + own * time): text for (prompt, sample), text in plain for time in range(times)}
-    judged = judge_rows([*rows, *pool], params, workspace, compared)
+    judged = judge_rows([*rows, *pool], judge, compared)
     scored, pool = judged[: len(rows)], judged[len(rows) :]
     best = f"best_of_{times}"
     for start in range(0, len(pool), own * times):

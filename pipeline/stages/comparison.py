@@ -17,10 +17,10 @@ def run(params: Params, workspace: Workspace) -> None:
     """Ask every method of `params.comparison`, and compare."""
     out = workspace.results / "comparison"
     prompts = [row["prompt"] for _, row in read_jsonl(workspace.results / "prepare" / "prompts.jsonl")]
-    comparison.check(params, workspace)
+    judge = comparison.open_comparing_judge(params, workspace)
     prompts = prompts_with_room(params, workspace, [params.base], prompts[: params.comparison.prompts])
     training = comparison.training_cost(params, workspace)  # refuses what is not trained before anything is generated
-    rows = comparison.generate(params, workspace, prompts)
+    rows = comparison.generate(params, workspace, prompts, judge)
     speeds = comparison.tokens_per_second(params, workspace, prompts)
     scored = scored_frame(rows, params.objectives)
     tables = {

@@ -8,7 +8,8 @@ import json
 from pipeline import weak_to_strong
 from pipeline.config import Workspace
 from pipeline.generation import prompts_with_room
-from pipeline.judging import check_judge, scored_frame
+from pipeline.judges.session import open_judge
+from pipeline.judging import scored_frame
 from pipeline.params import Params
 from pipeline.report import figures, pages, terminal
 from pipeline.stages import main
@@ -20,13 +21,13 @@ def run(params: Params, workspace: Workspace) -> None:
     results, out = workspace.results, workspace.results / params.weak_to_strong.name
     prompts = [row["prompt"] for _, row in read_jsonl(results / "prepare" / "prompts.jsonl")]
     bases = params.weak_to_strong.bases
-    check_judge(params, workspace)  # before anything is generated
+    judge = open_judge(params, workspace)  # before anything is generated
     prompts = prompts_with_room(params, workspace, bases, prompts)
     weak_to_strong.lines_of(params)  # refuses what it cannot compare before anything is generated
     of_base: dict[str, list[Row]] = {}
     speeds: dict[tuple[str, str], float] = {}
     for base in reversed(bases):  # from the largest, so that what does not fit shows at once
-        of_base[base] = weak_to_strong.generate(params, workspace, base, prompts)
+        of_base[base] = weak_to_strong.generate(params, workspace, base, prompts, judge)
         found = weak_to_strong.tokens_per_second(params, workspace, base, prompts)
         speeds |= {(base, point): speed for point, speed in found.items()}
     rows = [row for base in bases for row in of_base[base]]
