@@ -222,7 +222,7 @@ class CrossTokenizerSession:
         """Per lane the rows it serves and, there, its ARM as one of the base, values_bV.
 
         That is log π_base + log P_arm − log P_ref, not normalised. The reference, translated, is the base.
-        `candidate_mask_BV` and `uncovered_mass_B` are set; what the values are of tokens that were not judged means nothing.
+        `candidate_mask_BV` and `uncovered_mass_B` are set; values of tokens outside of that mask mean nothing.
 
         Args:
             base_BV: the base's logits.
