@@ -18,7 +18,7 @@ from pipeline.config.errors import UserError
 from pipeline.config.points import REFERENCE
 from pipeline.config.schema import Model, Point, Sweep
 from pipeline.decoding.backbone import Backbone
-from pipeline.decoding.cross_tokenizer.exact import END, ByteModel, product, text_logp
+from tests.exact import END, ByteModel, product, text_logp
 from pipeline.decoding.cross_tokenizer.spelling import Spelling
 from pipeline.decoding.decoder import GuidedDecoder, Request
 from pipeline.decoding.logits_processor import GuidanceProcessor
