@@ -5,12 +5,12 @@ python -m pipeline.stages.judge
 
 from pathlib import Path
 
-from pipeline import judging
-from pipeline.config import Workspace
-from pipeline.judges.session import open_judge
-from pipeline.params import Params
+from pipeline.config.schema import Params
+from pipeline.config.workspace import Workspace
+from pipeline.data.files import Row, read_jsonl, replacing, write_json, write_jsonl
+from pipeline.evaluation import judging
+from pipeline.evaluation.judges.session import open_judge
 from pipeline.stages import main
-from pipeline.store import Row, read_jsonl, replacing, write_json, write_jsonl
 
 
 def run(params: Params, workspace: Workspace, prepared: Path | None = None) -> None:
@@ -23,7 +23,7 @@ def run(params: Params, workspace: Workspace, prepared: Path | None = None) -> N
     pairs = judging.card_pairs(labelled, params.judge.card_pairs, params.seed)
     control, objectives = params.sweep.control, list(params.objectives)
     compared = judging.responses_of(rows, control)
-    judge.prepare(pairs, rows, compared)
+    judge.prepare(pairs, [(rows, compared)])
     card = judging.judge_card(pairs, judge, params.judge, params.seed)
     write_json(out / "card.json", card)  # before the rows are paid for
     for line in judging.card_lines(card):
