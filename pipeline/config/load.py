@@ -5,6 +5,7 @@ Hydra composes conf/ into params.yaml (`make params`); everything below the comm
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
@@ -29,6 +30,7 @@ COLUMNS = (
     "base", "forwards", "finish", "kl", "left_out", "line", "logp", "logp_base", "method", "n_tokens", "point",
     "prompt", "prompt_tokens", "response", "sample", "seed", "stream", "tokens",
 )  # fmt: skip
+_SECRET = re.compile(r"://[^/\s?#]*@|://\S*[?&][\w.-]*(key|token|secret|signature|sig|password)=", re.IGNORECASE)
 _STAGES = (
     "bench", "comparison", "download", "explain", "fetch", "generate", "judge", "pareto", "prepare", "report", "train",
     "tune",
@@ -65,6 +67,11 @@ def to_params(config: Any, origin: str = "the configuration") -> Params:
         plain = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{origin}: {str(error).splitlines()[0]}: correct the reference.") from error
+    if secrets := _secrets(plain):  # first: the sentences below show values
+        raise UserError(
+            f"{origin}: {secrets[0]} is an address that holds a password or key: take it out of the configuration and "
+            f"of {origin}, and export an endpoint's key in the variable that judge.api_key_env names."
+        )
     try:
         params = TypeAdapter(Params).validate_json(json.dumps(plain), strict=True)
     except ValidationError as error:
@@ -83,6 +90,14 @@ def _missing(node: Any, path: str = "") -> list[str]:
     if isinstance(node, dict):
         return [found for key, value in node.items() for found in _missing(value, f"{path}.{key}".lstrip("."))]
     return [path] if node == "???" else []
+
+
+def _secrets(node: Any, path: str = "") -> list[str]:
+    """Paths of the texts with an address that holds a user's name, a password or a key."""
+    if isinstance(node, dict | list):
+        items = node.items() if isinstance(node, dict) else enumerate(node)
+        return [found for key, value in items for found in _secrets(value, f"{path}.{key}".lstrip("."))]
+    return [path] if isinstance(node, str) and _SECRET.search(node) else []
 
 
 def _absent(node: Any, path: list[str], parents: str = "") -> list[str]:

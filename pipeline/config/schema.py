@@ -411,7 +411,9 @@ class LlmJudge(_RubricJudge):
     """A model behind an endpoint that speaks OpenAI's chat protocol."""
 
     kind: Literal["llm"]
-    base_url: str
+    base_url: Annotated[
+        str, _spelled(r"https?://[^\s?#]+", "an address starts with http:// or https://, without ? or #")
+    ]
     model: str
     api_key_env: str  # the environment variable that holds the key
     max_tokens: Count = 200

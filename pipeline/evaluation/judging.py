@@ -126,7 +126,7 @@ def card_lines(card: Row) -> list[str]:
     lines = []
     for name, metrics in card["objectives"].items():
         accuracy = metrics["accuracy"]["value"]
-        shown = "no pairs to agree with" if accuracy is None else f"{accuracy:.3f} of held-out pairs as labelled"
+        shown = "nothing to agree with" if accuracy is None else f"{accuracy:.3f} of held-out pairs as labelled"
         why = f" ({reasons_text(metrics['reasons'])})" if metrics["reasons"] else ""
         cut = f", {metrics['truncated']:.3f} of the texts truncated" if metrics["truncated"] else ""
         lines.append(f"{card['kind']}: {name}: {shown}, undetermined {metrics['undetermined']:.3f}{why}{cut}")

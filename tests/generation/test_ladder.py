@@ -11,8 +11,9 @@ from pipeline.config.errors import UserError
 from pipeline.config.points import point_weights
 from pipeline.config.schema import Point
 from pipeline.evaluation.front import gap_recovered
+from pipeline.evaluation.judges.session import open_judge
 from pipeline.evaluation.ladder import UNDEFINED, lines_of, table
-from pipeline.generation.ladder import generate
+from pipeline.generation.ladder import judge_bases, sample
 from pipeline.generation.rows import point_requests
 
 SURE = (0.95, 500, 0)
@@ -165,7 +166,8 @@ def test_best_of_n_is_the_best_of_its_own_samples(smoke_params, tiny, workspace)
         decoding=dataclasses.replace(smoke_params.decoding, samples_per_prompt=2, max_new_tokens=6),
         weak_to_strong=dataclasses.replace(smoke_params.weak_to_strong, best_of=3),
     )
-    rows = generate(params, workspace, "tiny", ["Why?", "Tell me about tea."])
+    sampled = {"tiny": sample(params, workspace, "tiny", ["Why?", "Tell me about tea."])}
+    rows = judge_bases(params, sampled, open_judge(params, workspace))
     by_point = pd.DataFrame(rows).groupby("point")
     assert by_point.size().to_dict() == {"base": 4, "best_of_3/positivity": 4, "best_of_3/conciseness": 4}
     for _, row in by_point.get_group("best_of_3/positivity").iterrows():
