@@ -48,7 +48,7 @@ class Prompter:
             UserError: no end-of-sequence token, no fast tokenizer, neither a template nor a chat template, or a chat
                 template that cannot be filled in.
         """
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if tokenizer.eos_token_id is None:
             raise UserError(f"{folder}: the tokenizer has no end-of-sequence token: set eos_token in its config.")
         if getattr(tokenizer, "backend_tokenizer", None) is None:

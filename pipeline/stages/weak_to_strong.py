@@ -11,7 +11,7 @@ from pipeline.data.files import read_jsonl, replacing, write_jsonl
 from pipeline.evaluation.judges.session import open_judge
 from pipeline.evaluation.judging import scored_frame
 from pipeline.evaluation.ladder import lines_of, table
-from pipeline.generation.ladder import Sampled, judge_bases, sample, tokens_per_second
+from pipeline.generation.ladder import Sampled, judge_bases, sample
 from pipeline.generation.rows import prompts_with_room
 from pipeline.report import figures, pages, terminal
 from pipeline.stages import main
@@ -26,14 +26,11 @@ def run(params: Params, workspace: Workspace) -> None:
     prompts = prompts_with_room(params, workspace, bases, prompts)
     lines_of(params)  # refuses what it cannot compare before anything is generated
     sampled: dict[str, Sampled] = {}
-    speeds: dict[tuple[str, str], float] = {}
     for base in reversed(bases):  # from the largest, so that what does not fit shows at once
         sampled[base] = sample(params, workspace, base, prompts)
-        found = tokens_per_second(params, workspace, base, prompts)
-        speeds |= {(base, point): speed for point, speed in found.items()}
     rows = judge_bases(params, {base: sampled[base] for base in bases}, judge)
     scored = scored_frame(rows, params.objectives)
-    lines = table(params, scored, speeds)
+    lines = table(params, scored)
     write_jsonl(out / "rows.jsonl", rows)
     with replacing(out / "table.csv") as stream:
         lines.to_csv(stream, index=False)

@@ -93,7 +93,9 @@ class Guided:
         self._app = app
         told = json.loads(os.environ[TOLD])
         self._base, self._adapters, self._room = told["base"], told["adapters"], asyncio.Semaphore(told["groups"])
-        self._tokenizer = AutoTokenizer.from_pretrained(Path(told["folder"]), local_files_only=True)
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            Path(told["folder"]), local_files_only=True, trust_remote_code=False
+        )
         beside = [read(said) for said in told["guides"]]
         self._guides = [name for one in beside for name in one.names]
         self._prompters = [one.source.prompter() for one in beside]

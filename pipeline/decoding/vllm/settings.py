@@ -80,7 +80,10 @@ def ends_and_marks(base: Source) -> tuple[list[int], list[int]]:
 def _check_adapters(prompter: Prompter, base: Source, adapters: Mapping[str, Path]) -> None:
     """Refuse what `GuidedDecoder` refuses: vLLM would load some of it, and apply something else."""
     with torch.device("meta"):  # its layers' names and shapes, and no weights
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.folder, local_files_only=True))
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False),
+            trust_remote_code=False,
+        )
     for name, folder in adapters.items():
         read_adapter(folder, model)
         check_adapter_tokenizer(prompter, folder, name)
