@@ -151,7 +151,9 @@ def _loading(spec: Scoring) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"the reward model {spec.location} could not be loaded ({reason}): check the name.") from error
+        raise UserError(
+            f"the reward model {spec.location} could not be loaded ({reason}): check the name, and use a model without code of its own."
+        ) from error
 
 
 def _ids(spec: Scoring, tokenizer: Any, control: ControlTokens, row: Row) -> list[int]:
