@@ -10,7 +10,7 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from pipeline.config.errors import UserError
 from pipeline.config.schema import LocalJudge, Model
-from pipeline.evaluation.judges.local_llm import LocalAsked, Spelled
+from pipeline.evaluation.judges.local_llm import LocalModel, Spelled
 from pipeline.evaluation.judges.rubric import Question
 from pipeline.evaluation.judges.verdicts import Verdicts, undetermined
 from pipeline.models.fetch import fetch
@@ -98,7 +98,7 @@ def test_a_verdicts_probability_is_that_of_all_of_its_tokens(smoke_params, works
     params = params_of(smoke_params, judge)
     questions = [Question("Which?", *pair) for pair in PAIRS]
     replies = {}
-    LocalAsked(judge, params, workspace).ask(questions, replies.__setitem__)
+    LocalModel(judge, params, workspace).ask(questions, replies.__setitem__)
     model = load_model(workspace.model("judge"), torch.float32, torch.device("cpu"))
     prompter = Prompter.load(workspace.model("judge"), None)
     for place, question in enumerate(questions):

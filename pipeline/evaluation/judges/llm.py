@@ -31,8 +31,8 @@ class RefusedError(Exception):
     """A question was refused, perhaps because of the settings that all have in common."""
 
 
-class LlmAsked:
-    """The endpoint's replies.
+class EndpointModel:
+    """A judge that is asked over the network.
 
     Raises:
         UserError: the extra is not installed, or the key is not in the environment.
@@ -209,9 +209,9 @@ def _wait(state: Any) -> float:
     """Seconds before the next attempt: what the endpoint asks for, or twice as long as before with some jitter."""
     error = state.outcome.exception() if state.outcome is not None else None
     response = getattr(error, "response", None)
-    asked = response.headers.get("retry-after") if response is not None else None
+    seconds = response.headers.get("retry-after") if response is not None else None
     try:
-        return max(0.0, min(float(asked), _LONGEST_WAIT)) if asked is not None else _back_off(state)
+        return _back_off(state) if seconds is None else max(0.0, min(float(seconds), _LONGEST_WAIT))
     except ValueError:  # a date
         return _back_off(state)
 

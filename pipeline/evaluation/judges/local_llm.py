@@ -22,18 +22,19 @@ from pipeline.models.prompting import Prompter, left_pad
 _WORDS = ("A", "B", "TIE")
 
 
-class LocalAsked:
-    """The model's replies, each the probabilities of the verdicts and the line that says the likeliest."""
+class LocalModel:
+    """A judge on this machine; its replies are the probabilities of the verdicts and a line with the likeliest.
+
+    Raises:
+        UserError: it is not at hand.
+    """
 
     def __init__(self, judge: LocalJudge, params: Params, workspace: Workspace) -> None:
         self._judge, self._device = judge, resolve_device(params.decoding.device)
         self._source = Source.of(params, workspace, judge.model)
         self._model: Any = None
-
-    @property
-    def identity(self) -> list[Any]:
-        """What its replies depend on beside the question."""
-        return ["local_llm", "whole answers", *self._source.identity(self._device), self._judge.least]
+        # What its replies depend on beside the question.
+        self.identity = ["local_llm", "whole answers", *self._source.identity(self._device), judge.least]
 
     def ask(self, questions: Sequence[Question], keep: Callable[[int, Reply], None]) -> None:
         """Ask a batch at a time, the shortest questions first; `keep(index, reply)` gets every reply at once.
@@ -60,10 +61,10 @@ class LocalAsked:
             for place in places[len(fitting) :]:
                 keep(place, Reply(fault=CONTEXT_LENGTH))
 
-    def _probs(self, asked: Sequence["Spelled"], pad: int) -> list[list[float]]:
+    def _probs(self, questions: Sequence["Spelled"], pad: int) -> list[list[float]]:
         """Of every question, the probabilities of the verdicts, each of all of its tokens."""
-        owners = [(place, stem) for place, one in enumerate(asked) for stem in one.stems]
-        texts = [[*asked[place].ids, *stem] for place, stem in owners]
+        owners = [(place, stem) for place, one in enumerate(questions) for stem in one.stems]
+        texts = [[*questions[place].ids, *stem] for place, stem in owners]
         ids_RT, mask_RT = left_pad(texts, pad, self._device)
         longest = max(len(stem) for _, stem in owners)
         with torch.inference_mode():
@@ -71,8 +72,8 @@ class LocalAsked:
                 input_ids=ids_RT, attention_mask=mask_RT, position_ids=(mask_RT.cumsum(-1) - 1).clamp_min(0),
                 logits_to_keep=longest + 1,
             ).logits.float()  # fmt: skip
-        found = []
-        for place, one in enumerate(asked):
+        every = []
+        for place, one in enumerate(questions):
             probs = []
             for answer in one.answers:
                 row = next(row for row, (own, stem) in enumerate(owners) if own == place and _begins(stem, answer[:-1]))
@@ -80,8 +81,8 @@ class LocalAsked:
                 logps_TV = logits_RTV[row, first : first + len(answer)].log_softmax(-1)
                 steps = torch.tensor(answer, device=self._device)[:, None]
                 probs.append(float(logps_TV.gather(1, steps).sum().exp()))
-            found.append(probs)
-        return found
+            every.append(probs)
+        return every
 
     def _reply(self, question: Question, probs: list[float]) -> Reply:
         shown = json.dumps(dict(zip(_WORDS, (round(value, 6) for value in probs), strict=True)))

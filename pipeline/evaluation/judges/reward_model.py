@@ -152,7 +152,8 @@ def _loading(spec: Scoring) -> Iterator[None]:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"the reward model {spec.location} could not be loaded ({reason}): check the name, and use a model without code of its own."
+            f"the reward model {spec.location} could not be loaded ({reason}): check the name, "
+            "and use a model without code of its own."
         ) from error
 
 

@@ -10,8 +10,8 @@ from pipeline.config.schema import LlmJudge, LocalJudge, Params
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import digest
 from pipeline.data.row_store import RowStore
-from pipeline.evaluation.judges.llm import LlmAsked
-from pipeline.evaluation.judges.local_llm import LocalAsked
+from pipeline.evaluation.judges.llm import EndpointModel
+from pipeline.evaluation.judges.local_llm import LocalModel
 from pipeline.evaluation.judges.progress import Progress
 from pipeline.evaluation.judges.reply import Reply
 from pipeline.evaluation.judges.rubric import Question, read_rubric
@@ -19,8 +19,8 @@ from pipeline.evaluation.judges.rubric import Question, read_rubric
 Pair = tuple[str, str, str]  # a prompt, a response, and another
 
 
-class Asked(Protocol):
-    """Who answers questions: an endpoint, or a local model."""
+class JudgeModel(Protocol):
+    """A model that answers questions: behind an endpoint, or a local one."""
 
     @property
     def identity(self) -> list[Any]:
@@ -28,6 +28,18 @@ class Asked(Protocol):
 
     def ask(self, questions: Sequence[Question], keep: Callable[[int, Reply], None]) -> None:
         """Ask all; `keep(index, reply)` gets every reply the moment it is there, from one thread at a time."""
+
+
+@dataclass(frozen=True)
+class _Order:
+    """A pair in one of the orders that it is asked in."""
+
+    key: str  # of the reply in the row store
+    question: Question
+    turned: bool  # whether the judge sees the pair's second response first
+
+
+_Orders = dict[str, list[list[_Order]]]  # per objective and pair
 
 
 @dataclass(frozen=True)
@@ -50,9 +62,13 @@ class Verdicts:
             if name not in judge.rubrics:
                 raise UserError(f"judge.rubrics has none for {name}: add judge.rubrics.{name}=overall.")
         self._rubrics = {name: read_rubric(judge.rubrics[name]) for name in params.objectives}
-        self._asked: Asked = LlmAsked(judge) if isinstance(judge, LlmJudge) else LocalAsked(judge, params, workspace)
+        self._model: JudgeModel
+        if isinstance(judge, LlmJudge):
+            self._model = EndpointModel(judge)
+        else:
+            self._model = LocalModel(judge, params, workspace)
         self._judge, self._path = judge, workspace.scratch / "store" / "verdicts.jsonl"
-        self._calls = 0
+        self._calls = 0  # of this run
 
     def of(self, pairs: Mapping[str, Sequence[Pair]]) -> dict[str, list[tuple[Verdict, ...]]]:
         """The verdicts on the pairs of every objective, one per order in which a pair is asked.
@@ -61,37 +77,37 @@ class Verdicts:
             UserError: `judge.max_calls` is reached, or no answer could be had; answers so far are kept.
             OSError: an answer could not be kept, so no further question was asked.
         """
-        questions = self._questions(pairs)
-        store = RowStore(self._path, (key for asked in questions.values() for orders in asked for key, *_ in orders))
-        missing = _missing(questions, store)
-        self._fill(store, missing)
+        orders = self._orders(pairs)
+        store = RowStore(self._path, _keys(orders))
+        self._fill(store, _missing(orders, store))
         return {
             name: [
-                tuple(_verdict(question, Reply.of_row(store[key]), turned) for key, question, turned in orders)
-                for orders in asked
+                tuple(_verdict(one.question, Reply.of_row(store[one.key]), one.turned) for one in of_pair)
+                for of_pair in of_objective
             ]
-            for name, asked in questions.items()
+            for name, of_objective in orders.items()
         }
 
     def outlook(self, pairs: Iterable[Mapping[str, Sequence[Pair]]]) -> str:
         """What it would take to have the verdicts on all of these pairs: calls, tokens, and what they cost."""
-        every = [self._questions(each) for each in pairs]
-        keys = {key for each in every for asked in each.values() for orders in asked for key, *_ in orders}
+        groups = [self._orders(group) for group in pairs]
+        keys = {key for group in groups for key in _keys(group)}
         store = RowStore(self._path, keys)
-        left = {key: one for each in every for key, (_, one) in _missing(each, store).items()}
+        left = {key: question for group in groups for key, (_, question) in _missing(group, store).items()}
+        shown = f"{len(keys)} questions, {len(keys) - len(left)} of them answered before"
+        if not left:
+            return shown
         most = self._judge.max_calls
         budget = "" if most is None or most >= len(left) else f"; judge.max_calls ends this run after {most}"
-        shown = f"{len(keys)} questions, {len(keys) - len(left)} of them answered before"
-        return f"{shown}, {Progress(self._judge, list(left.values())).left}{budget}" if left else shown
+        return f"{shown}, {Progress(self._judge, list(left.values())).left}{budget}"
 
-    def _questions(self, pairs: Mapping[str, Sequence[Pair]]) -> dict[str, list[list[tuple[str, Question, bool]]]]:
-        """Of every objective and pair the orders it is asked in: the reply's key, the question, whether turned."""
-        identity = self._asked.identity
+    def _orders(self, pairs: Mapping[str, Sequence[Pair]]) -> _Orders:
+        identity, both = self._model.identity, self._judge.orders == "both"
         return {
             name: [
                 [
-                    (digest([identity, one.messages()]), one, turned)
-                    for one, turned in _orders(Question(self._rubrics[name], *pair), self._judge.orders == "both")
+                    _Order(digest([identity, question.messages()]), question, turned)
+                    for question, turned in _in_order(Question(self._rubrics[name], *pair), both)
                 ]
                 for pair in of_objective
             ]
@@ -101,25 +117,27 @@ class Verdicts:
     def _fill(self, store: RowStore, missing: Mapping[str, tuple[str, Question]]) -> None:
         """Ask what is missing, as far as the run's budget goes."""
         most = self._judge.max_calls
-        taken = list(missing)[: None if most is None else most - self._calls]
-        questions = [missing[key][1] for key in taken]
-        self._calls += len(taken)
+        keys = list(missing)[: None if most is None else most - self._calls]
+        questions = [missing[key][1] for key in keys]
+        self._calls += len(keys)
         with Progress(self._judge, questions) as progress:
 
             def keep(index: int, reply: Reply) -> None:
-                store.add([(taken[index], {"objective": missing[taken[index]][0], **reply.row()})])
+                key = keys[index]
+                store.add([(key, {"objective": missing[key][0], **reply.row()})])
                 progress.add(reply)
 
-            self._asked.ask(questions, keep)
-        if left := len(missing) - len(taken):
+            self._model.ask(questions, keep)
+        if left := list(missing.values())[len(keys) :]:
+            objectives = ", ".join(dict.fromkeys(name for name, _ in left))
             raise UserError(
-                f"judge.max_calls={most} is reached and {left} questions on {', '.join(_owners(missing, taken))} are "
-                "left: run again to go on, or raise it; answers so far are kept."
+                f"judge.max_calls={most} is reached and {len(left)} questions on {objectives} are left: run again to "
+                "go on, or raise it; answers so far are kept."
             )
 
 
-def _orders(question: Question, both: bool) -> list[tuple[Question, bool]]:
-    """The orders a pair is asked in, and whether each is turned round."""
+def _in_order(question: Question, both: bool) -> list[tuple[Question, bool]]:
+    """A question in the orders it is asked in, and whether each is turned round."""
     orders = [(question, False), (question.turned, True)]
     if both:
         return orders
@@ -129,21 +147,19 @@ def _orders(question: Question, both: bool) -> list[tuple[Question, bool]]:
     return [orders[lot ^ (first > second)]]
 
 
-def _missing(
-    questions: Mapping[str, Sequence[Sequence[tuple[str, Question, bool]]]], store: RowStore
-) -> dict[str, tuple[str, Question]]:
+def _keys(orders: _Orders) -> list[str]:
+    return [one.key for of_objective in orders.values() for of_pair in of_objective for one in of_pair]
+
+
+def _missing(orders: _Orders, store: RowStore) -> dict[str, tuple[str, Question]]:
     """The questions without a reply, each with its objective; one that several objectives share is asked once."""
     missing: dict[str, tuple[str, Question]] = {}
-    for name, asked in questions.items():
-        for orders in asked:
-            for key, question, _ in orders:
-                if key not in store:
-                    missing.setdefault(key, (name, question))
+    for name, of_objective in orders.items():
+        for of_pair in of_objective:
+            for one in of_pair:
+                if one.key not in store:
+                    missing.setdefault(one.key, (name, one.question))
     return missing
-
-
-def _owners(missing: Mapping[str, tuple[str, Question]], taken: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(missing[key][0] for key in list(missing)[len(taken) :]))
 
 
 def _verdict(question: Question, reply: Reply, turned: bool) -> Verdict:
