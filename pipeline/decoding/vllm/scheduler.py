@@ -11,8 +11,7 @@ from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from pipeline.decoding.vllm.processor import facts
-from pipeline.decoding.vllm.settings import EXTRA
+from pipeline.decoding.vllm.lanes import facts_of
 
 
 class GroupScheduler(Scheduler):
@@ -26,14 +25,14 @@ class GroupScheduler(Scheduler):
 
     def add_request(self, request: Any) -> None:
         """Let a request in, or hold a lane until the others are here."""
-        told = _told(request)
-        if told is None:
+        facts = facts_of(request.sampling_params)
+        if facts is None:
             super().add_request(request)
             return
-        lanes = self._arriving.setdefault(told["group"], [])
+        lanes = self._arriving.setdefault(facts["group"], [])
         lanes.append(request)
-        if len(lanes) == int(told["lanes"]):
-            for lane in self._arriving.pop(told["group"]):
+        if len(lanes) == facts["lanes"]:
+            for lane in self._arriving.pop(facts["group"]):
                 super().add_request(lane)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
@@ -66,13 +65,7 @@ class GroupScheduler(Scheduler):
         return found
 
 
-def _told(request: Any) -> dict[str, Any] | None:
-    """What a lane says of itself; None of any other request."""
-    extra = getattr(request.sampling_params, "extra_args", None) or {}
-    return facts(extra[EXTRA]) if EXTRA in extra else None
-
-
 def _group(request: Any) -> str:
     """What a request enters together with: all lanes of its group, or itself alone."""
-    told = _told(request)
-    return f"request {request.request_id}" if told is None else f"group {told['group']}"
+    facts = facts_of(request.sampling_params)
+    return f"request {request.request_id}" if facts is None else f"group {facts['group']}"

@@ -1,0 +1,28 @@
+"""vLLM's server as `serve` starts it: as a module, since the CPU build's `vllm` command does not find its own version."""
+
+import sys
+
+from vllm.entrypoints.launchers.api_server import entry
+
+from pipeline.decoding.vllm.server import deaths
+
+_ENGINE_DIED = 70  # EX_SOFTWARE of sysexits.h: a supervisor restarts what ends with it
+
+
+def main() -> None:
+    """Run vLLM's server.
+
+    Raises:
+        SystemExit: it did not start, or its engine died, where vLLM itself would end as if all were well.
+    """
+    try:
+        entry.main()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SystemExit(f"vLLM's server did not start: {error}") from error
+    if deaths:
+        print("vLLM's engine died, its own report is above: the server has to be started again.", file=sys.stderr)
+        raise SystemExit(_ENGINE_DIED)
+
+
+if __name__ == "__main__":
+    main()
