@@ -23,6 +23,7 @@ from pipeline.config.errors import UserError
 from pipeline.decoding.decoder import GuidedDecoder
 from pipeline.decoding.request import Request
 from pipeline.decoding.vllm.decoder import VllmDecoder, _common
+from pipeline.decoding.vllm.lanes import Shaping, lane_params
 from pipeline.decoding.vllm.processor import LaneProcessor
 from pipeline.decoding.vllm.settings import EXTRA
 from pipeline.generation.rows import generate_sweep
@@ -132,22 +133,23 @@ def test_stop_texts_end_a_response_as_in_the_decoder(served, reference):
     assert found.tokens == wanted.tokens and found.kl == pytest.approx(wanted.kl, abs=1e-2)
 
 
+def params_of(group, alphas, mark, shaping=None, **how):
+    """Sampling parameters of a group's lanes, by model."""
+    request = Request("Why?", **{"temperature": 0.0, **how})
+    params = lane_params(
+        group, request, alphas, shaping or Shaping(), mark=mark, first=0, guides={}, prompts=[],
+        output=RequestOutputKind.FINAL_ONLY,
+    )  # fmt: skip
+    return dict(zip(alphas, params, strict=True))
+
+
 def lanes_of(served, group, names, size=8, alpha=1.0):
     """Hand single lanes to the engine behind the frontend's back."""
     ids = served._prompter.prompt_ids("Why?")
-    arms = {"base": (0, None, 1.0), "one": (1, "one", alpha)}
+    lanes = params_of(group, {"base": 1.0, "one": alpha}, served._mark, max_new_tokens=size)
     for name in names:
-        lane, arm, alpha = arms[name]
-        facts = {
-            "group": group, "lanes": 2, "lane": lane, "alpha": alpha, "mark": served._mark, "stream": "0" * 32,
-            "first": 0, "last": size, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
-        }  # fmt: skip
-        params = SamplingParams(
-            temperature=0.0, max_tokens=size, stop_token_ids=[served._mark], ignore_eos=True, detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY, extra_args={EXTRA: facts},
-        )  # fmt: skip
         served._engine.add_request(
-            f"{group}/{name}", {"prompt_token_ids": ids}, params, lora_request=served._adapters.get(arm)
+            f"{group}/{name}", {"prompt_token_ids": ids}, lanes[name], lora_request=served._adapters.get(name)
         )
 
 
@@ -233,11 +235,7 @@ def test_a_lane_alone_is_marked_even_where_its_logits_are_no_number():
         additional_config={EXTRA: {"vocab_size": 8, "guides": []}},
     )
     processor = LaneProcessor(config, torch.device("cpu"), False)
-    facts = {
-        "group": "x", "lanes": 2, "lane": 0, "alpha": 1.0, "mark": 5, "stream": "0" * 32, "first": 0, "last": 2,
-        "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
-    }  # fmt: skip
-    params = SamplingParams(temperature=0.0, max_tokens=2, extra_args={EXTRA: facts})
+    params = params_of("x", {"base": 1.0, "one": 1.0}, 5, max_new_tokens=2)["base"]
     processor.update_state(BatchUpdate(batch_size=1, removed=[], added=[(0, params, [5], [])], moved=[]))
     assert int(processor.apply(torch.full((1, 8), torch.nan)).argmax()) == 5
 
@@ -266,17 +264,14 @@ def test_what_it_cannot_do_is_refused(served, request_, said):
         list(served.generate([request_]))
 
 
-def test_a_malformed_lane_is_refused_at_the_door(served):
-    params = SamplingParams(max_tokens=2, seed=1, extra_args={EXTRA: {"group": "x", "lane": 5, "lanes": 2}})
-    with pytest.raises(Exception, match="no lane of a guided request"):
-        served._engine.add_request("bad", {"prompt_token_ids": [5, 6]}, params)
-    facts = {
-        "group": "x", "lanes": 1, "lane": 0, "alpha": 1.0, "mark": 9, "stream": "0" * 32, "first": 0, "last": 2,
-        "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
-    }  # fmt: skip
-    params = SamplingParams(temperature=0.0, max_tokens=3, extra_args={EXTRA: facts})
-    with pytest.raises(Exception, match="max_tokens=3, and its group draws 2"):
-        served._engine.add_request("long", {"prompt_token_ids": [5, 6]}, params)
+def test_only_our_own_code_may_write_what_a_lane_tells(served):
+    """Whatever route a request comes by: a number out of its range would end the engine for everybody."""
+    facts = params_of("x", {"base": 1.0}, 9, max_new_tokens=2)["base"].extra_args[EXTRA]
+    for forged in ({**facts, "top_k": 2**63, "seal": "0"}, {"group": {}}, json.dumps(facts), [1], 5, ""):
+        params = SamplingParams(temperature=0.0, max_tokens=2, extra_args={EXTRA: forged})
+        with pytest.raises(Exception, match="vllm_xargs is internal"):
+            served._engine.add_request("forged", {"prompt_token_ids": [5, 6]}, params)
+    assert not served._engine.has_unfinished_requests()
 
 
 def test_many_requests_one_after_the_other_leave_nothing_behind(served):

@@ -241,7 +241,9 @@ class LaneProcessor(LogitsProcessor):
             return True
         kept = [len(lane.output) == length + plan.steps for lane, length in zip(plan.lanes, plan.lengths, strict=True)]
         if plan.last_G3 is not None:
-            plan.sums_G3 += torch.where(torch.tensor(kept, device=self._device)[:, None], plan.last_G3, 0.0)
+            if not all(kept):
+                plan.last_G3 = torch.where(torch.tensor(kept, device=self._device)[:, None], plan.last_G3, 0.0)
+            plan.sums_G3 = plan.sums_G3 + plan.last_G3  # not in place: some callers are outside inference mode
         for lane, is_kept in zip(plan.lanes, kept, strict=True):
             if is_kept and lane.group in plan.records:
                 position = len(lane.before) + len(lane.output) - 1
