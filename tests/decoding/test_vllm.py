@@ -25,7 +25,7 @@ from pipeline.decoding.request import Request
 from pipeline.decoding.vllm.decoder import VllmDecoder, _common
 from pipeline.decoding.vllm.lanes import Shaping, lane_params
 from pipeline.decoding.vllm.processor import LaneProcessor
-from pipeline.decoding.vllm.settings import EXTRA
+from pipeline.decoding.vllm.settings import EXTRA, settings
 from pipeline.generation.rows import generate_sweep
 from pipeline.models.fetch import fetch
 from pipeline.models.loading import Source, load_model
@@ -179,6 +179,27 @@ def test_a_lane_that_comes_a_step_later_finds_no_one(served):
     lanes_of(served, "late", ["one"])
     for output in drained(served).values():
         assert list(output.token_ids) == [served._mark]
+
+
+def test_penalties_and_the_shortest_length_shape_the_sum_before_the_temperature(served, reference):
+    """Against the law written down: the reference's greedy path, with OpenAI's penalties taken off its logits."""
+    ids, ends = served._prompter.prompt_ids("Why?"), served._ends
+    weights = {"one": 1.0}
+    how = {"presence_penalty": 1.5, "frequency_penalty": 0.5, "min_tokens": 12, "stop_token_ids": tuple(ends)}
+    lanes = params_of("shaped", {"base": 1.0, "one": 1.0}, served._mark, Shaping(**how), max_new_tokens=16)
+    for name, params in lanes.items():
+        prompt = {"prompt_token_ids": ids}
+        served._engine.add_request(f"shaped/{name}", prompt, params, lora_request=served._adapters.get(name))
+    found = list(drained(served)["shaped/base"].token_ids)
+    expected = []
+    while len(expected) < len(found):
+        law_V = reference.trace(Request("Why?", weights), [*expected, 0]).logps["guided"][len(expected)].clone()
+        for token, count in Counter(expected).items():
+            law_V[token] -= 1.5 + 0.5 * count
+        if len(expected) < 12:
+            law_V[ends] = -torch.inf
+        expected.append(int(law_V.argmax()))
+    assert found == expected and len(found) >= 12
 
 
 def test_when_a_lane_is_aborted_the_other_stops_at_that_step(served, reference):
@@ -407,10 +428,10 @@ def test_an_adapter_that_vllm_would_apply_otherwise_is_refused(source, adapters,
         VllmDecoder(source, {"one": tmp_path / "nothing"}, batch_size=1)
 
 
-def test_another_version_of_vllm_is_one_sentence(source, adapters, monkeypatch):
-    monkeypatch.setattr("pipeline.decoding.vllm.settings.SUPPORTED", ("0.99",))
-    with pytest.raises(UserError, match=r"vLLM is 0\.32\.\d+, and 0\.99\.x is needed: `make vllm`"):
-        VllmDecoder(source, adapters, batch_size=2)
+def test_a_version_of_vllm_that_was_not_tested_is_one_sentence_and_no_refusal(source, monkeypatch):
+    monkeypatch.setattr("pipeline.decoding.vllm.settings.TESTED", ("0.99",))
+    with pytest.warns(UserWarning, match=r"vLLM is 0\.32\.\d+, and tested are 0\.99\.x: if it does not start"):
+        assert settings(source, {}, [], 1)["max_num_seqs"] == 1
 
 
 def test_an_engine_that_could_lose_lanes_unseen_does_not_start(source, adapters):

@@ -80,7 +80,7 @@ class VllmDecoder:
         engine: further arguments of `vllm.LLM`, such as `tensor_parallel_size`.
 
     Raises:
-        UserError: vLLM is of a version whose processors are another interface, or an ARM does not fit the base.
+        UserError: an ARM does not fit the base.
     """
 
     def __init__(

@@ -2,10 +2,6 @@
 
 import sys
 
-from vllm.entrypoints.launchers.api_server import entry
-
-from pipeline.decoding.vllm.server import deaths
-
 _ENGINE_DIED = 70  # EX_SOFTWARE of sysexits.h: a supervisor restarts what ends with it
 
 
@@ -15,6 +11,12 @@ def main() -> None:
     Raises:
         SystemExit: it did not start, or its engine died, where vLLM itself would end as if all were well.
     """
+    try:
+        from vllm.entrypoints.launchers.api_server import entry
+
+        from pipeline.decoding.vllm.server import deaths
+    except ImportError as error:
+        raise SystemExit(f"this version of vLLM has other interfaces ({error}): `make vllm`.") from error
     try:
         entry.main()
     except (OSError, RuntimeError, ValueError) as error:

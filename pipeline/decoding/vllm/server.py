@@ -26,7 +26,9 @@ from pipeline.decoding.vllm.response import Responder
 from pipeline.decoding.vllm.settings import SERVE
 
 _LARGEST_BODY = 8 * 2**20  # bytes
-_Json = Depends(validate_json_request)
+_LARGEST_INTEGER = 2**31 - 1  # vLLM keeps such numbers in tensors of 32 bits, and does not look before
+_WIDE = ("seed", "priority")  # these in 64, and it does
+_GUIDED = ("/v1/completions", "/v1/chat/completions")
 deaths: list[Any] = []  # engines that died
 
 
@@ -40,11 +42,12 @@ class GuidedRoutes:
         """Add the routes, which replace vLLM's of the same paths, and what guards all others."""
         for route in app.routes:
             if isinstance(route, APIRoute) and "POST" in (route.methods or ()):
-                guard = get_parameterless_sub_dependant(depends=Depends(_refuse_guidance), path=route.path)
-                route.dependant.dependencies.insert(0, guard)
+                check = get_parameterless_sub_dependant(depends=Depends(_check_body), path=route.path)
+                route.dependant.dependencies.insert(0, check)
         app.add_middleware(BoundedBodies)
-        app.post("/v1/chat/completions", dependencies=[_Json], response_model=None)(create_chat_completion)
-        app.post("/v1/completions", dependencies=[_Json], response_model=None)(create_completion)
+        checks = [Depends(validate_json_request), Depends(_check_body)]
+        app.post("/v1/chat/completions", dependencies=checks, response_model=None)(create_chat_completion)
+        app.post("/v1/completions", dependencies=checks, response_model=None)(create_completion)
         app.get("/v1/models", response_model=None)(show_models)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
@@ -81,19 +84,26 @@ class BoundedBodies:
         await self._app(scope, counted if scope["type"] == "http" else receive, send)
 
 
-async def _refuse_guidance(raw_request: Request) -> None:
-    """vLLM takes fields that it does not know without a word, and would answer unguided."""
+async def _check_body(raw_request: Request) -> None:
+    """Refuse what vLLM lets through: `guidance` where nothing reads it, and integers that end its engine.
+
+    Raises:
+        VLLMValidationError: one of these, or a body that is not JSON.
+    """
     if "json" not in raw_request.headers.get("content-type", ""):
         return
     try:
         body = await raw_request.json()
     except (ValueError, RecursionError) as error:
         raise VLLMValidationError(f"the body is not JSON that can be read: {error}") from error
-    if isinstance(body, dict) and body.get("guidance") is not None:
-        raise VLLMValidationError(
-            f"guidance is for /v1/completions and /v1/chat/completions, not for {raw_request.url.path}.",
-            parameter="guidance",
-        )
+    if not isinstance(body, dict):
+        return
+    path, params = raw_request.url.path, body.get("sampling_params")
+    if body.get("guidance") is not None and not path.endswith(_GUIDED):
+        raise VLLMValidationError(f"guidance is for {' and '.join(_GUIDED)}, not for {path}.", parameter="guidance")
+    for name, value in [*body.items(), *(params.items() if isinstance(params, dict) else ())]:
+        if isinstance(value, int) and abs(value) > _LARGEST_INTEGER and name not in _WIDE:
+            raise VLLMValidationError(f"{name} has more than 32 bits.", parameter=name)
 
 
 async def create_chat_completion(request: GuidedChat, raw_request: Request) -> Response | None:

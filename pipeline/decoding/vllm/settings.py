@@ -1,6 +1,7 @@
 """How vLLM has to be started for lanes: the same for the decoder and for the server."""
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
@@ -19,7 +20,7 @@ from pipeline.models.vocabulary import check_adapter_tokenizer, check_vocabulary
 
 EXTRA = "guidance"  # the key of a lane's facts in `SamplingParams.extra_args`, and of ours in `additional_config`
 SERVE = "GENARM_SERVE"  # environment variable: the models that the launcher serves, as JSON, for the server's routes
-SUPPORTED = ("0.32",)  # of vLLM: its interface to logits processors has changed between minor versions
+TESTED = ("0.32",)  # of vLLM; its interfaces have changed between minor versions
 # Our processor is of the kind that vLLM's first model runner knows; the second, which it may choose on GPUs, is not.
 ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_NO_USAGE_STATS": "1"}
 ROOM = ("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB unless told otherwise; vLLM's own choice is nearly all memory there is
@@ -37,7 +38,7 @@ def settings(base: Source, adapters: Mapping[str, Path], beside: Sequence[SideBa
         groups: guided requests at once.
 
     Raises:
-        UserError: vLLM is of another version, or not there; an adapter is missing, or of a higher rank than vLLM has
+        UserError: vLLM is not there; an adapter is missing, or of a higher rank than vLLM has
             buffers for; a guide has another tokenizer; int8, which vLLM does not do.
     """
     _check_version()
@@ -65,10 +66,17 @@ def settings(base: Source, adapters: Mapping[str, Path], beside: Sequence[SideBa
 
 
 def _check_version() -> None:
-    found = [one.version for one in distributions() if one.name in ("vllm", "vllm-cpu")]
-    if not found or not found[0].startswith(SUPPORTED):
-        wanted = ", ".join(f"{version}.x" for version in SUPPORTED)
-        raise UserError(f"vLLM is {found[0] if found else 'not installed'}, and {wanted} is needed: `make vllm`.")
+    """Warn of versions that were not tested: what breaks there, breaks when vLLM starts."""
+    versions = [one.version for one in distributions() if one.name in ("vllm", "vllm-cpu")]
+    if not versions:
+        raise UserError("vLLM is not installed: `make vllm`.")
+    if not versions[0].startswith(tuple(f"{version}." for version in TESTED)):
+        warnings.warn(
+            f"vLLM is {versions[0]}, and tested are {', '.join(f'{version}.x' for version in TESTED)}: if it does not "
+            "start, its logits processors, scheduler or request classes have other interfaces; `make vllm` installs a "
+            "tested version.",
+            stacklevel=2,
+        )
 
 
 def ends_and_marks(base: Source) -> tuple[list[int], list[int]]:
