@@ -77,7 +77,7 @@ def small(source, tmp_path_factory):
 @pytest.fixture(scope="module")
 def served(source, adapters):
     """With the stock scheduler, which lets lanes in one by one: what ours prevents, the processor has to notice."""
-    room = {"max_model_len": 256, "max_num_batched_tokens": 1024}
+    room = {"max_model_len": 256, "max_num_batched_tokens": 1024, "enable_chunked_prefill": False}
     return VllmDecoder(source, adapters, batch_size=4, scheduler_cls=None, **room)
 
 
@@ -435,8 +435,50 @@ def test_a_version_of_vllm_that_was_not_tested_is_one_sentence_and_no_refusal(so
 
 
 def test_an_engine_that_could_lose_lanes_unseen_does_not_start(source, adapters):
-    with pytest.raises(Exception, match="no-enable-chunked-prefill"):
-        VllmDecoder(source, adapters, batch_size=2, max_model_len=128, enable_chunked_prefill=True)
+    with pytest.raises(Exception, match="computed in pieces need vLLM's --scheduler-cls"):
+        VllmDecoder(source, adapters, batch_size=2, max_model_len=128, scheduler_cls=None)
+
+
+def test_prompts_in_pieces_and_from_the_cache_give_the_same_texts(source, adapters, reference):
+    """Lanes reach the end of their prompts in different steps: other adapters have other pages in the cache."""
+    pieces = VllmDecoder(source, adapters, batch_size=3, max_model_len=256, max_num_batched_tokens=64, block_size=32)
+    begun = []
+    begin = pieces._begin
+    pieces._begin = lambda group: begun.append(group.part) or begin(group)
+    prompts = ["Why? " * 60, "Why? " * 59 + "Hello", "Hello", "Name something good. " * 9]
+    for weights in POINTS[1:]:  # one after the other: what the base has cached, an adapter has not
+        requests = [Request(prompt, weights, temperature=0.8, max_new_tokens=12) for prompt in prompts]
+        same(dict(pieces.generate(requests)), dict(reference.generate(requests)))
+    assert max(map(len, (pieces._prompter.prompt_ids(prompt) for prompt in prompts))) > 64
+    assert not any(begun), "a group lost a lane though there was room for all"
+
+
+def test_a_long_prompt_beside_others_does_not_stop_them(source, adapters):
+    """Lanes that draw go on in every step, whatever part of it prompts want."""
+    beside = VllmDecoder(source, adapters, batch_size=3, max_model_len=256, max_num_batched_tokens=64)
+    lanes_of(beside, "short", ["base", "one"], size=40)
+    beside._engine.step()
+    ids = beside._prompter.prompt_ids("Why? " * 60)
+    for number in range(3):
+        params = SamplingParams(temperature=0.0, max_tokens=4, detokenize=False, ignore_eos=True)
+        beside._engine.add_request(f"long{number}", {"prompt_token_ids": [5 + number, *ids[1:]]}, params)
+    found = drained(beside)
+    first, second = found["short/base"], found["short/one"]
+    assert list(first.token_ids) == list(second.token_ids) and beside._mark not in first.token_ids
+
+
+def test_held_lanes_that_take_all_of_the_cache_are_let_go(source, adapters):
+    """Else the engine would wait for room that nobody leaves."""
+    requests = [Request(f"{name}? " * 40, {"one": 1.0}, temperature=0.0, max_new_tokens=8) for name in ("Why", "How")]
+    length = max(len(source.prompter().prompt_ids(request.prompt)) for request in requests)
+    blocks = 2 * -(-(length + 8) // 32)  # of one group
+    full = VllmDecoder(
+        source, adapters, batch_size=2, max_model_len=256, max_num_batched_tokens=64, block_size=32,
+        num_gpu_blocks_override=blocks + blocks // 2 + 1, enable_prefix_caching=False,
+    )  # fmt: skip
+    full._budget = 10**6  # the frontend lets both in at once
+    expected = dict(GuidedDecoder.load(source, adapters, device="cpu").generate(requests))
+    same(dict(full.generate(requests)), expected)
 
 
 def test_the_generate_stage_runs_on_vllm_and_keeps_its_rows_apart(source, adapters, compose_params, workspace):

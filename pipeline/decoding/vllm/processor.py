@@ -36,7 +36,7 @@ from pipeline.decoding.vllm.guides import Guided, Guides
 from pipeline.decoding.vllm.lanes import check_seal, facts_of
 from pipeline.decoding.vllm.logprobs import TokenLogprobs, token_logprobs
 from pipeline.decoding.vllm.rows import Lane, Plan, lane_of
-from pipeline.decoding.vllm.settings import EXTRA
+from pipeline.decoding.vllm.settings import EXTRA, SCHEDULER
 
 _KEPT = 4096  # groups whose log-probabilities are kept until they are fetched
 
@@ -50,8 +50,8 @@ class LaneProcessor(LogitsProcessor):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         scheduler = vllm_config.scheduler_config
-        if scheduler.enable_chunked_prefill:
-            raise ValueError("guided lanes need whole prompts: start vLLM with --no-enable-chunked-prefill.")
+        if scheduler.enable_chunked_prefill and scheduler.scheduler_cls != SCHEDULER:
+            raise ValueError(f"lanes whose prompts are computed in pieces need vLLM's --scheduler-cls {SCHEDULER}.")
         if scheduler.async_scheduling:
             raise ValueError("guided lanes need each token in time: start vLLM with --no-async-scheduling.")
         config = vllm_config.additional_config[EXTRA]

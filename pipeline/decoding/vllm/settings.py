@@ -20,6 +20,7 @@ from pipeline.models.vocabulary import check_adapter_tokenizer, check_vocabulary
 
 EXTRA = "guidance"  # the key of a lane's facts in `SamplingParams.extra_args`, and of ours in `additional_config`
 SERVE = "GENARM_SERVE"  # environment variable: the models that the launcher serves, as JSON, for the server's routes
+SCHEDULER = "pipeline.decoding.vllm.scheduler.GroupScheduler"
 TESTED = ("0.32",)  # of vLLM; its interfaces have changed between minor versions
 # Our processor is of the kind that vLLM's first model runner knows; the second, which it may choose on GPUs, is not.
 ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_NO_USAGE_STATS": "1"}
@@ -49,10 +50,10 @@ def settings(base: Source, adapters: Mapping[str, Path], beside: Sequence[SideBa
         raise UserError("vLLM does not quantise to int8 on loading: set the base's quantisation to nf4 or null.")
     found: dict[str, Any] = {
         "model": str(base.folder), "dtype": base.dtype, "max_num_seqs": groups * (1 + len(adapters)),
-        "enable_chunked_prefill": False, "async_scheduling": False, "enforce_eager": True,
+        "enable_chunked_prefill": True, "async_scheduling": False, "enforce_eager": True,
         "logits_processors": ["pipeline.decoding.vllm.processor:LaneProcessor"],
         "worker_extension_cls": "pipeline.decoding.vllm.processor.Ledger",
-        "scheduler_cls": "pipeline.decoding.vllm.scheduler.GroupScheduler",
+        "scheduler_cls": SCHEDULER,
         "additional_config": {EXTRA: {"vocab_size": prompter.vocab_size, "guides": to_json(beside)}},
     }  # fmt: skip
     if base.quantisation == "nf4":
