@@ -25,6 +25,7 @@ from pipeline.decoding.request import Request
 from pipeline.decoding.vllm.decoder import VllmDecoder, _common
 from pipeline.decoding.vllm.lanes import Shaping, lane_params
 from pipeline.decoding.vllm.processor import LaneProcessor
+from pipeline.decoding.vllm.scheduler import GroupScheduler
 from pipeline.decoding.vllm.settings import EXTRA, settings
 from pipeline.generation.rows import generate_sweep
 from pipeline.models.fetch import fetch
@@ -467,16 +468,32 @@ def test_a_long_prompt_beside_others_does_not_stop_them(source, adapters):
     assert list(first.token_ids) == list(second.token_ids) and beside._mark not in first.token_ids
 
 
-def test_held_lanes_that_take_all_of_the_cache_are_let_go(source, adapters):
+def test_when_held_lanes_have_taken_all_of_the_cache_the_last_group_is_let_go(monkeypatch):
     """Else the engine would wait for room that nobody leaves."""
+    scheduled = iter([5, 0, 0])
+    stock = lambda *_: SimpleNamespace(total_num_scheduled_tokens=next(scheduled))  # noqa: E731
+    monkeypatch.setattr("vllm.v1.core.sched.scheduler.Scheduler.schedule", stock)
+    scheduler = GroupScheduler.__new__(GroupScheduler)
+    scheduler.running, scheduler.waiting, scheduler.kv_holding_waiting = [], [], []
+    scheduler.max_num_active_reqs = scheduler.max_num_scheduled_tokens = 8
+    lanes = {name: [SimpleNamespace(held=True, num_tokens=9, num_computed_tokens=at) for at in (9, 0)] for name in "ab"}
+    scheduler._held, scheduler._chunked = dict(lanes), True
+    held = []
+    for _ in range(3):
+        scheduler.schedule()
+        held.append([name for name in lanes if all(lane.held for lane in lanes[name])])
+    assert held == [["a", "b"], ["a"], []]
+
+
+def test_two_groups_in_a_cache_for_one_come_one_after_the_other(source, adapters):
     requests = [Request(f"{name}? " * 40, {"one": 1.0}, temperature=0.0, max_new_tokens=8) for name in ("Why", "How")]
     length = max(len(source.prompter().prompt_ids(request.prompt)) for request in requests)
     blocks = 2 * -(-(length + 8) // 32)  # of one group
     full = VllmDecoder(
         source, adapters, batch_size=2, max_model_len=256, max_num_batched_tokens=64, block_size=32,
-        num_gpu_blocks_override=blocks + blocks // 2 + 1, enable_prefix_caching=False,
+        num_gpu_blocks_override=blocks + 2, enable_prefix_caching=False,
     )  # fmt: skip
-    full._budget = 10**6  # the frontend lets both in at once
+    full._budget = 10**6  # the frontend lets both in at once, and vLLM too while little of them is computed
     expected = dict(GuidedDecoder.load(source, adapters, device="cpu").generate(requests))
     same(dict(full.generate(requests)), expected)
 
