@@ -21,10 +21,10 @@ import torch
 
 from pipeline.config.load import load_params
 from pipeline.decoding.backbone import Backbone, SideBackbone
-from pipeline.decoding.cross_tokenizer.exact import ByteModel
 from pipeline.decoding.decoder import GuidedDecoder, Request
 from pipeline.decoding.guidance import normalised
 from pipeline.models.loading import Source
+from tests.exact import ByteModel
 
 TOKENS, REPETITIONS, BATCHES = 24, 3, (1, 8, 32)
 MODELS = Path("models")

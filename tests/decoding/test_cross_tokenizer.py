@@ -18,7 +18,6 @@ from pipeline.config.errors import UserError
 from pipeline.config.points import REFERENCE
 from pipeline.config.schema import Model, Point, Sweep
 from pipeline.decoding.backbone import Backbone
-from pipeline.decoding.cross_tokenizer.exact import END, ByteModel, product, text_logp
 from pipeline.decoding.cross_tokenizer.spelling import Spelling
 from pipeline.decoding.decoder import GuidedDecoder, Request
 from pipeline.decoding.logits_processor import GuidanceProcessor
@@ -26,6 +25,7 @@ from pipeline.generation.rows import generate_sweep
 from pipeline.models.fetch import fetch
 from pipeline.models.loading import load_model
 from pipeline.models.prompting import Prompter
+from tests.exact import END, ByteModel, product, text_logp
 from tests.foreign import Slow, foreign_model, sentencepiece
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -10,6 +10,7 @@ from pipeline.decoding.decoder import GuidedDecoder, Request
 from pipeline.decoding.logits_processor import GuidanceProcessor
 from pipeline.models.loading import load_model
 from pipeline.models.prompting import Prompter
+from tests.decoding import test_logits_processor
 from tests.decoding.test_cross_tokenizer import log_ratio
 from tests.foreign import foreign_model, sentencepiece
 from tests.gpu.rows import changed
@@ -78,7 +79,7 @@ def test_generate_and_the_decoder_choose_the_same_tokens(tiny, prompter, arms, d
     found = model.generate(**given, do_sample=False, max_new_tokens=12, logits_processor=[guidance])
     wanted = [
         Request(prompt, test_logits_processor.WEIGHTS, temperature=0.0, max_new_tokens=12)
-        for prompt in test_processor.PROMPTS
+        for prompt in test_logits_processor.PROMPTS
     ]
     for tokens, row in zip(found, run(GuidedDecoder(base), wanted), strict=True):
         assert tokens[given["input_ids"].shape[1] :].tolist()[: len(row.tokens)] == row.tokens

@@ -5,8 +5,8 @@ the base has written, and keeps it open: its last tokens are read anew if what c
 said of a next token of the base is the probability of all the ARM's continuations that begin with it: of one token or
 several, that reach just to its end or beyond. Summed exactly are those along the canonical spelling; those that depart
 from it before its last token are left out. Asked about are the base's likeliest tokens, those that the ARM spells with
-several of its own only where they are likelier still; the law is over these, and `uncovered_mass_B` says how much of the
-base's mass is not among them.
+several of its own only where they are likelier still; the law is over these, and `uncovered_mass_B` says how much of
+the base's mass is not among them.
 
 Shapes: B rows, b those of a lane, K lanes of a row (its reference the last), S slots, A vocabulary of the ARMs, V that
 of the base, P groups and M tokens as in `translation`.
@@ -221,8 +221,8 @@ class CrossTokenizerSession:
     def translated(self, base_BV: Tensor, named: Collection[str]) -> dict[str, tuple[Tensor, Tensor]]:
         """Per lane the rows it serves and, there, its ARM as one of the base, values_bV.
 
-        That is log π_base + log P_arm − log P_ref, not normalised. The reference, translated, is the base. `candidate_mask_BV`
-        and `uncovered_mass_B` are set; what the values are of tokens that were not judged means nothing.
+        That is log π_base + log P_arm − log P_ref, not normalised. The reference, translated, is the base.
+        `candidate_mask_BV` and `uncovered_mass_B` are set; values of tokens outside of that mask mean nothing.
 
         Args:
             base_BV: the base's logits.
