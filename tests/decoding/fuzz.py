@@ -15,11 +15,11 @@ _FIELDS = [
 ]  # fmt: skip
 
 
-def fuzzed(number: int) -> bytes:
+def fuzzed(number: int, model: str = "tiny") -> bytes:
     """The body of this number: always the same."""
     draw = random.Random(number)
     body = {
-        "model": "tiny", "max_tokens": draw.randint(1, 6), "seed": number, "prompt": "Hello",
+        "model": model, "max_tokens": draw.randint(1, 6), "seed": number, "prompt": "Hello",
         "messages": [{"role": "user", "content": "Hello"}],
         "guidance": {"weights": {"positivity": draw.choice([1.0, 0, -1, *_VALUES])}},
     }  # fmt: skip

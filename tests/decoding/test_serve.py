@@ -38,6 +38,7 @@ from pipeline.decoding.vllm.serve import _chat_template
 from pipeline.decoding.vllm.settings import ends_and_marks
 from pipeline.decoding.vllm.text import GrowingText
 from pipeline.models.loading import Source
+from tests.bench.serve import faults, soak
 from tests.decoding.fuzz import fuzzed
 from tests.decoding.test_vllm import adapters, small, source  # noqa: F401
 from tests.tiny import ROOT
@@ -563,6 +564,14 @@ def counters(server):
     text = urllib.request.urlopen(server.removesuffix("/v1") + "/metrics").read().decode()
     lines = [line.rsplit(" ", 1) for line in text.split("\n") if line.startswith("genarm:")]
     return {name: float(value) for name, value in lines}
+
+
+def test_a_short_soak_loses_nothing(started):
+    """`make soak` is the long one, with a limit to what memory may grow by."""
+    address, process, _ = started
+    table = asyncio.run(soak(psutil.Process(process.pid), address, "tiny", 400, KEY))
+    assert table.answers.sum() > 200 and table.malformed.sum() > 100 and table.first_token_p99_ms.notna().all()
+    assert not [fault for fault in faults(table) if not fault.startswith("memory")]
 
 
 def test_an_engine_that_dies_says_so_and_ends_with_a_code_for_supervisors(started):
