@@ -2,8 +2,8 @@
 
     make soak    # after `make repro`; hours on two cores; writes results/bench/serve.csv; FLAGS="--many 2000"
 
-A quarter of the requests are malformed (`tests.decoding.fuzz`); the others are guided or not, whole or streamed, and some
-clients leave after the first piece. An answer is whole if it ended by itself or has all the tokens that it may have.
+A quarter of the requests are malformed (`tests.decoding.fuzz`); the others are guided or not, whole or streamed, and
+some clients leave after the first piece. An answer is whole if it ended by itself or has all the tokens it may have.
 Times are a client's: to the first piece of a stream, and from piece to piece. In the end nothing may be lost, no
 malformed body may have been an internal error, and memory may not have grown over the second half.
 """

@@ -4,14 +4,15 @@ import json
 import random
 
 _VALUES = [
-    None, True, False, 0, 1, -1, 2**31, 2**63, -(2**63) - 1, 10**400, 1e-320, 1e308, float("inf"), float("nan"), "", "a",
-    "\ud83d", "\x00", "\u2028", [], {}, [[]], [2**63], {"a": {}}, [None], "0" * 5000, ["a"] * 100, -0.0, 0.5,
+    None, True, False, 0, 1, -1, 2**31, 2**63, -(2**63) - 1, 10**400, 1e-320, 1e308, float("inf"), float("nan"), "",
+    "a", "\ud83d", "\x00", "\u2028", [], {}, [[]], [2**63], {"a": {}}, [None], "0" * 5000, ["a"] * 100, -0.0, 0.5,
 ]  # fmt: skip
 _FIELDS = [
     "temperature", "top_k", "top_p", "min_p", "max_tokens", "max_completion_tokens", "n", "seed", "stop", "stream",
     "stream_options", "stop_token_ids", "ignore_eos", "min_tokens", "presence_penalty", "frequency_penalty", "logprobs",
-    "top_logprobs", "chat_template_kwargs", "guidance", "model", "messages", "prompt", "vllm_xargs", "user", "logit_bias",
-    "response_format", "tools", "echo", "priority", "bad_words", "allowed_token_ids", "request_id", "repetition_penalty",
+    "top_logprobs", "chat_template_kwargs", "guidance", "model", "messages", "prompt", "vllm_xargs", "user",
+    "logit_bias", "response_format", "tools", "echo", "priority", "bad_words", "allowed_token_ids", "request_id",
+    "repetition_penalty",
 ]  # fmt: skip
 
 

@@ -23,7 +23,6 @@ from transformers import AutoTokenizer
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make vllm")
 from openai import AsyncOpenAI, BadRequestError, OpenAI
-
 from vllm.exceptions import VLLMValidationError
 
 from pipeline.config.errors import UserError
@@ -234,11 +233,11 @@ def test_guidance_where_there_is_none_is_refused(server, client):
     assert client.completions.create(**asked, extra_body={"guidance": None}).choices[0].text == plain
 
 
-def models_of(base, beside=(), adapters=("positivity",)):
+def models_of(base, beside=()):
     """What the server knows of a base and of models beside it."""
     ends, marks = ends_and_marks(base)
     described = {
-        "base": "tiny", "folder": str(base.folder), "groups": 2, "adapters": list(adapters), "ends": ends,
+        "base": "tiny", "folder": str(base.folder), "groups": 2, "adapters": ["positivity"], "ends": ends,
         "guides": guides.to_json(beside), "marks": marks, "template": base.template,
     }  # fmt: skip
     config = SimpleNamespace(
@@ -576,7 +575,7 @@ def test_a_short_soak_loses_nothing(started):
 
 def test_an_engine_that_dies_says_so_and_ends_with_a_code_for_supervisors(started):
     """It comes last: nothing is served behind it."""
-    address, process, log = started
+    _, process, log = started
     [engine] = [child for child in psutil.Process(process.pid).children(recursive=True) if "EngineCore" in child.name()]
     engine.kill()
     assert process.wait(60) == 70

@@ -1,4 +1,4 @@
-"""vLLM's server as `serve` starts it: as a module, since the CPU build's `vllm` command does not find its own version."""
+"""vLLM's server as `serve` starts it: as a module, since the CPU build's `vllm` command does not know its version."""
 
 import sys
 
