@@ -493,3 +493,13 @@ def test_a_dvc_stage_lists_every_section_that_its_script_reads(stage):
         read = (read | set(re.findall(r"\bparams\.([a-z_]+)", library))) - {"objectives", "tune"}
     assert read
     assert read <= sections_of(stage)
+
+
+JUDGES = sorted(path.stem for path in (CONF / "judge").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_takes_every_judge(compose_params, experiment):
+    for judge in JUDGES:
+        params = compose_params(f"experiment={experiment}", f"judge={judge}")
+        assert getattr(params.judge, "rubrics", params.objectives).keys() >= params.objectives.keys(), judge
