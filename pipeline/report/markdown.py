@@ -33,7 +33,7 @@ def front_page(front: pd.DataFrame, objectives: Sequence[str], metrics: Row, pat
         f"({', '.join(f'{value:g}' for value in metrics['reference'].values())}); the unguided points alone "
         f"{metrics['hypervolume_controls']:.3f}.",
         "",
-        "Scores with their bootstrap interval over prompts; KL to the base in nats per response; perplexity under the base.",
+        "Scores have bootstrap intervals over prompts; KL is to the base, in nats per response; perplexity is the base's.",
         "Read the last three columns with every score: they show when a scorer is gamed.",
         "",
         "![Reward against KL](reward_kl.png)",
@@ -74,17 +74,17 @@ def comparison_page(tables: Mapping[str, pd.DataFrame], objectives: Sequence[str
     lines = [
         "# Comparison of methods",
         "",
-        "Written by the stage `comparison` from [table.csv](table.csv) and [fronts.csv](fronts.csv). "
-        "[matched.csv](matched.csv): reward at matched KL; [wins.csv](wins.csv): who wins against whom; "
+        "Written by the stage `comparison` from [table.csv](table.csv) and [fronts.csv](fronts.csv).",
+        "[matched.csv](matched.csv): reward at matched KL; [wins.csv](wins.csv): who wins against whom;",
         "[index.html](index.html): the page with samples.",
         "",
         "![Fronts of every method](fronts.png)",
         "",
         *_methods_table(tables["table"], tables["fronts"], objectives),
         "",
-        f"Best hypervolume first; differences from `{against}` by paired bootstrap over the prompts both methods have, each "
-        "interval for itself. *End*: at the weight of that objective alone. *Even*: at the most even mix. KL to the base in "
-        "nats per response; forwards and tokens/s of the even mix.",
+        f"Best hypervolume first. Differences are from `{against}`, by paired bootstrap over the prompts both methods have,",
+        "each interval for itself. *End*: at the weight of that objective alone. *Even*: at the most even mix, of which",
+        "forwards and tokens/s are too. KL is to the base, in nats per response.",
         "",
         "![Reward of each objective against KL to the base](reward_kl.png)",
     ]
@@ -165,17 +165,19 @@ def ladder_page(table: pd.DataFrame, objectives: Sequence[str], weak: str, path:
     lines = [
         f"# ARMs of {weak} on other bases",
         "",
-        "Written by the stage `weak_to_strong` from [table.csv](table.csv); [index.html](index.html) is the page with samples.",
+        "Written by the stage `weak_to_strong` from [table.csv](table.csv); the page with samples is",
+        "[index.html](index.html).",
         "",
         "![Reward against KL for every base](figure.png)",
         "",
         *_table(head, rows),
         "",
-        "`control` is the base alone, `sharpened` the base as sharp as guidance by that α, `genarm` guidance in the plain form, "
-        "`genarm_log_ratio` without what the ARM's model said before training, `arm` the ARM alone, `dpo` the base tuned by DPO, "
-        "`best_of_…` the best sample by the judge. Intervals are bootstraps over prompts, KL is in nats per response."
-        + (" *Left out*: the base's probability per token that guidance does not cover." if cut else "")
-        + (" *Gap recovered*: the share of DPO's gain over the control." if gaps else ""),
+        "`control` is the base alone, `sharpened` the base as sharp as guidance by that α, `genarm` guidance in the plain",
+        "form, `genarm_log_ratio` without what the ARM's model said before training, `arm` the ARM alone, `dpo` the base",
+        "tuned by DPO, `best_of_…` the best sample by the judge. Intervals are bootstraps over prompts; KL is in nats per",
+        "response.",
+        *(["*Left out*: the base's probability per token that guidance does not cover."] if cut else []),
+        *(["*Gap recovered*: the share of DPO's gain over the control."] if gaps else []),
     ]
     _write(lines, path)
 
