@@ -1,4 +1,4 @@
-"""Figures that the README files quote are those of the tables beside them, their links lead somewhere, their commands work."""
+"""The README files: figures are those of the tables beside them, links lead somewhere, compositions are accepted."""
 
 import json
 import math
@@ -28,6 +28,10 @@ def section(page, title):
 
 def prose(page, title):
     return " ".join(section(page, title).split())
+
+
+def table_lines(page, title):
+    return [line for line in section(page, title).splitlines() if line.startswith("|")]
 
 
 def lines_of(page, title):
@@ -86,7 +90,7 @@ def test_result_pages_are_those_that_stages_write_from_the_committed_tables(tmp_
 
 
 def test_the_table_of_the_first_page_is_the_stage_s():
-    table = [line for line in section("README.md", "What comes out").splitlines() if line.startswith("|")]
+    table = table_lines("README.md", "What comes out")
     assert len(table) == 2 + len(csv("pareto/front.csv"))
     assert "\n".join(table) in TEXTS["results/pareto/README.md"], "copy the table of results/pareto/README.md"
 
