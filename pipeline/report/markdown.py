@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import pandas as pd
@@ -33,8 +34,10 @@ def front_page(front: pd.DataFrame, objectives: Sequence[str], metrics: Row, pat
         f"({', '.join(f'{value:g}' for value in metrics['reference'].values())}); the unguided points alone "
         f"{metrics['hypervolume_controls']:.3f}.",
         "",
-        "Scores have bootstrap intervals over prompts; KL is to the base, in nats per response; perplexity is the base's.",
-        "Read the last three columns with every score: they show when a scorer is gamed.",
+        *_paragraph(
+            "Scores have bootstrap intervals over prompts; KL is to the base, in nats per response; perplexity is under the "
+            "base. Read the last three columns with every score: they show when a scorer is gamed."
+        ),
         "",
         "![Reward against KL](reward_kl.png)",
         "",
@@ -82,9 +85,11 @@ def comparison_page(tables: Mapping[str, pd.DataFrame], objectives: Sequence[str
         "",
         *_methods_table(tables["table"], tables["fronts"], objectives),
         "",
-        f"Best hypervolume first. Differences are from `{against}`, by paired bootstrap over the prompts both methods have,",
-        "each interval for itself. *End*: at the weight of that objective alone. *Even*: at the most even mix, of which",
-        "forwards and tokens/s are too. KL is to the base, in nats per response.",
+        *_paragraph(
+            f"Best hypervolume first. Differences are from `{against}`, by paired bootstrap over the prompts both methods "
+            "have, each interval for itself. *End*: at the weight of that objective alone. *Even*: at the most even mix, of "
+            "which forwards and tokens/s are too. KL is to the base, in nats per response."
+        ),
         "",
         "![Reward of each objective against KL to the base](reward_kl.png)",
     ]
@@ -172,12 +177,14 @@ def ladder_page(table: pd.DataFrame, objectives: Sequence[str], weak: str, path:
         "",
         *_table(head, rows),
         "",
-        "`control` is the base alone, `sharpened` the base as sharp as guidance by that α, `genarm` guidance in the plain",
-        "form, `genarm_log_ratio` without what the ARM's model said before training, `arm` the ARM alone, `dpo` the base",
-        "tuned by DPO, `best_of_…` the best sample by the judge. Intervals are bootstraps over prompts; KL is in nats per",
-        "response.",
-        *(["*Left out*: the base's probability per token that guidance does not cover."] if cut else []),
-        *(["*Gap recovered*: the share of DPO's gain over the control."] if gaps else []),
+        *_paragraph(
+            "`control` is the base alone, `sharpened` the base as sharp as guidance by that α, `genarm` guidance in the "
+            "plain form, `genarm_log_ratio` without what the ARM's model said before training, `arm` the ARM alone, `dpo` "
+            "the base tuned by DPO, `best_of_…` the best sample by the judge. Intervals are bootstraps over prompts; KL is "
+            "to the base, in nats per response."
+            + (" *Left out*: the base's probability per token that guidance does not cover." if cut else "")
+            + (" *Gap recovered*: the share of DPO's gain over the control." if gaps else "")
+        ),
     ]
     _write(lines, path)
 
@@ -204,6 +211,10 @@ def _general(value: Any) -> str:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def _paragraph(text: str) -> list[str]:
+    return wrap(text, 120, break_on_hyphens=False)
 
 
 def _write(lines: Sequence[str], path: Path) -> None:
