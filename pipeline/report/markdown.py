@@ -35,8 +35,8 @@ def front_page(front: pd.DataFrame, objectives: Sequence[str], metrics: Row, pat
         f"{metrics['hypervolume_controls']:.3f}.",
         "",
         *_paragraph(
-            "Scores have bootstrap intervals over prompts; KL is to the base, in nats per response; perplexity is under the "
-            "base. Read the last three columns with every score: they show when a scorer is gamed."
+            "Scores have bootstrap intervals over prompts; KL is to the base, in nats per response; perplexity is "
+            "under the base. Read the last three columns with every score: they show when a scorer is gamed."
         ),
         "",
         "![Reward against KL](reward_kl.png)",
@@ -86,9 +86,9 @@ def comparison_page(tables: Mapping[str, pd.DataFrame], objectives: Sequence[str
         *_methods_table(tables["table"], tables["fronts"], objectives),
         "",
         *_paragraph(
-            f"Best hypervolume first. Differences are from `{against}`, by paired bootstrap over the prompts both methods "
-            "have, each interval for itself. *End*: at the weight of that objective alone. *Even*: at the most even mix, of "
-            "which forwards and tokens/s are too. KL is to the base, in nats per response."
+            f"Best hypervolume first. Differences are from `{against}`, by paired bootstrap over the prompts both "
+            "methods have, each interval for itself. *End*: at the weight of that objective alone. *Even*: at the "
+            "most even mix, of which forwards and tokens/s are too. KL is to the base, in nats per response."
         ),
         "",
         "![Reward of each objective against KL to the base](reward_kl.png)",
@@ -178,10 +178,10 @@ def ladder_page(table: pd.DataFrame, objectives: Sequence[str], weak: str, path:
         *_table(head, rows),
         "",
         *_paragraph(
-            "`control` is the base alone, `sharpened` the base as sharp as guidance by that α, `genarm` guidance in the "
-            "plain form, `genarm_log_ratio` without what the ARM's model said before training, `arm` the ARM alone, `dpo` "
-            "the base tuned by DPO, `best_of_…` the best sample by the judge. Intervals are bootstraps over prompts; KL is "
-            "to the base, in nats per response."
+            "`control` is the base alone, `sharpened` the base as sharp as guidance by that α, `genarm` guidance "
+            "in the plain form, `genarm_log_ratio` without what the ARM's model said before training, `arm` the "
+            "ARM alone, `dpo` the base tuned by DPO, `best_of_…` the best sample by the judge. Intervals are "
+            "bootstraps over prompts; KL is to the base, in nats per response."
             + (" *Left out*: the base's probability per token that guidance does not cover." if cut else "")
             + (" *Gap recovered*: the share of DPO's gain over the control." if gaps else "")
         ),
