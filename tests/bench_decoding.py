@@ -11,7 +11,7 @@ values.
 
     unguided     `model.generate` of transformers on the base alone: the floor
     naive        `model.generate` with a plain logits processor: 1 + k models, 1 + k forwards per token
-    processor    `model.generate` with `GuidanceProcessor`: base and ARMs are two forwards
+    processor    `model.generate` with `GuidanceLogitsProcessor`: base and ARMs are two forwards
     ours         `GuidedDecoder`: base and ARMs are one forward
 """
 
@@ -44,7 +44,7 @@ from pipeline.lanes import Backbone, left_pad
 from pipeline.models import Prompter, Source, load_model, resolve_device, resolve_dtype
 from pipeline.params import Params
 from pipeline.preferences.reading import read_prompts
-from pipeline.processor import GuidanceProcessor
+from pipeline.processor import GuidanceLogitsProcessor
 from pipeline.store import replacing, write_json
 
 TOKENS, REPETITIONS, PEAK_K = 24, 3, 2
@@ -115,7 +115,7 @@ class Bench:
 
     def processor(self, k: int, prompts: list[str]) -> int:
         weights = dict.fromkeys(self.names[:k], 1 / k)
-        return self.generate(prompts, lambda _: [GuidanceProcessor(self.prompter, weights, self.arms)])
+        return self.generate(prompts, lambda _: [GuidanceLogitsProcessor(self.prompter, weights, self.arms)])
 
     def ours(self, k: int, prompts: list[str]) -> int:
         self.seed += 1

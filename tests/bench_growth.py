@@ -71,7 +71,7 @@ def furnish(folder: Path, count: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     composed = subprocess.run(
-        [sys.executable, "-m", "pipeline.sweep", "--cfg", "job", "--resolve", "tracking=disabled", *FIVE_POINTS],
+        [sys.executable, "-m", "pipeline", "sweep", "--cfg", "job", "--resolve", "tracking=disabled", *FIVE_POINTS],
         capture_output=True, text=True, check=True, cwd=ROOT,
     )  # fmt: skip
     (folder / "params.yaml").write_text(composed.stdout, encoding="utf-8")

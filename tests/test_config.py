@@ -271,10 +271,10 @@ def test_no_name_reaches_a_shell_but_quoted(tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
     with Repo.init(no_scm=True) as repo:
         commands = [shlex.split(stage.cmd) for stage in repo.index.stages]
-    words = {command[2].rpartition(".")[2]: command[3:] for command in commands if command[4:] != ["positivity"]}
+    words = {command[3]: command[4:] for command in commands if command[5:] != ["positivity"]}
     assert words["fetch"] == ["--model", hostile]
     assert words["tune"] == ["--base", hostile, "--rival", hostile]
-    assert ["--objective", hostile] in [command[3:] for command in commands]
+    assert ["--objective", hostile] in [command[4:] for command in commands]
     assert words["download"] == ["--dataset", "dataset0"]
     assert all(word == hostile or "touch" not in word for command in commands for word in command)
 

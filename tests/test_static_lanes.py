@@ -15,7 +15,7 @@ from pipeline import batch, models, replay, static_lanes
 from pipeline.batch import Batch
 from pipeline.decoder import GuidedDecoder, Request
 from pipeline.lanes import Backbone, has_fixed_shapes
-from pipeline.processor import GuidanceProcessor
+from pipeline.processor import GuidanceLogitsProcessor
 from pipeline.static_lanes import StaticLanes, _rounded_columns, _rounded_slots
 from tests.reference import CPU, POINTS, PROMPTS, requests, run
 from tests.test_lanes import SMALL
@@ -108,7 +108,7 @@ def test_a_processor_steps_in_fixed_shapes(base, prompter, arms):
     for fixed_shapes in (False, True):
         backbone = Backbone(base, prompter, arms, name=None)
         backbone.static = fixed_shapes
-        guidance = GuidanceProcessor(prompter, {"one": 0.5, "two": 0.5}, backbone)
+        guidance = GuidanceLogitsProcessor(prompter, {"one": 0.5, "two": 0.5}, backbone)
         how = {"do_sample": False, "max_new_tokens": 12, "logits_processor": [guidance]}
         made.append(base.generate(**inputs(prompter, PROMPTS), **how))
     assert torch.equal(*made)

@@ -1,6 +1,6 @@
 """comparison: every method at every point of the sweep: tables, figures and page, results/comparison/.
 
-python -m pipeline.stages.comparison
+python -m pipeline comparison
 """
 
 from pipeline import comparison, standings
@@ -8,8 +8,7 @@ from pipeline.config import Workspace
 from pipeline.generation import prompts_with_room
 from pipeline.judging import scored_frame
 from pipeline.params import Params
-from pipeline.report import figures, pages, terminal
-from pipeline.stages import main
+from pipeline.report import figures, markdown, pages, terminal
 from pipeline.store import read_jsonl, replacing, write_json, write_jsonl
 
 
@@ -40,9 +39,6 @@ def run(params: Params, workspace: Workspace) -> None:
     drawings[0].save(out / "fronts.png")
     drawings[1].save(out / "reward_kl.png")
     pages.comparison(params, tables, scored, drawings, out / "index.html")
+    markdown.comparison_page(tables, objectives, params.comparison.against, out / "README.md")
     terminal.comparison(tables["fronts"])
     print(f"comparison: open {out / 'index.html'}")
-
-
-if __name__ == "__main__":
-    main(run)

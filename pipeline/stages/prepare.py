@@ -1,6 +1,6 @@
 """prepare: preference rows, one file of pairs per objective, and the prompts to generate from.
 
-python -m pipeline.stages.prepare
+python -m pipeline prepare
 """
 
 import json
@@ -14,7 +14,6 @@ from pipeline.params import Params, Sampling
 from pipeline.preferences import SPLITS, reading, sources
 from pipeline.preferences.card import DataCard
 from pipeline.preferences.labelling import label_samples, pair_of
-from pipeline.stages import main
 from pipeline.store import Row, replacing, write_json, write_jsonl
 
 
@@ -106,7 +105,3 @@ def sample(
     for (prompt_id, _), row in zip(wanted, rows, strict=True):
         samples[prompt_id].append((row["response"], row["finish"] == "eos"))
     return samples
-
-
-if __name__ == "__main__":
-    main(run)

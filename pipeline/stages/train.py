@@ -1,6 +1,6 @@
 """train: one ARM per objective as a PEFT folder or a model of its own, its held-out accuracy and its curve.
 
-python -m pipeline.stages.train --objective positivity
+python -m pipeline train --objective positivity
 """
 
 import shutil
@@ -13,7 +13,6 @@ from pipeline import export, hub, models, tracking, training
 from pipeline.arm import CURVE
 from pipeline.config import UserError, Workspace
 from pipeline.params import Params
-from pipeline.stages import main
 from pipeline.store import digest, file_digest, read_jsonl, replacing, write_json
 from pipeline.training import Job
 
@@ -53,7 +52,3 @@ def produce(params: Params, workspace: Workspace, job: Job, stage: str, folder: 
     write_json(out / "metrics.json", told)
     shutil.rmtree(trained.checkpoints, ignore_errors=True)
     print(f"{stage}: {out.name}: {trained.held_out.accuracy} after {trained.steps} steps")
-
-
-if __name__ == "__main__":
-    main(run)

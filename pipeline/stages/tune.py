@@ -1,6 +1,6 @@
 """tune: what ARMs are compared with, trained on the same pairs: an adapter of a base, models/arms/rivals/<base>/.
 
-python -m pipeline.stages.tune --base smollm2-135m --rival positivity
+python -m pipeline tune --base smollm2-135m --rival positivity
 """
 
 import shutil
@@ -12,7 +12,6 @@ from pipeline.baselines import rloo
 from pipeline.config import UserError, Workspace
 from pipeline.models import Source
 from pipeline.params import Params
-from pipeline.stages import main
 from pipeline.stages.train import produce
 from pipeline.store import read_jsonl, replacing, write_json
 from pipeline.training import Job
@@ -44,7 +43,3 @@ def _reinforce(params: Params, workspace: Workspace, base: str, rival: str) -> N
     seconds = round(time.monotonic() - started, 1)
     write_json(out / "metrics.json", {"steps": history[-1]["step"], "tokens": tokens, "seconds": seconds})
     shutil.rmtree(scratch, ignore_errors=True)
-
-
-if __name__ == "__main__":
-    main(run)

@@ -1,6 +1,6 @@
 """weak_to_strong: the ARMs on every base of the ladder: table, figure and page, results/<weak_to_strong.name>/.
 
-python -m pipeline.stages.weak_to_strong
+python -m pipeline weak_to_strong
 """
 
 import json
@@ -10,8 +10,7 @@ from pipeline.config import Workspace
 from pipeline.generation import prompts_with_room
 from pipeline.judging import check_judge, scored_frame
 from pipeline.params import Params
-from pipeline.report import figures, pages, terminal
-from pipeline.stages import main
+from pipeline.report import figures, markdown, pages, terminal
 from pipeline.store import Row, read_jsonl, replacing, write_jsonl
 
 
@@ -41,9 +40,6 @@ def run(params: Params, workspace: Workspace) -> None:
     ladder = {name: json.loads((results / "fetch" / f"{name}.json").read_text(encoding="utf-8")) for name in names}
     page = out / "index.html"
     pages.ladder(params, table, scored, ladder, drawn, page)
+    markdown.ladder_page(table, list(params.objectives), params.arm.base, out / "README.md")
     terminal.ladder(table, list(params.objectives))
     print(f"weak_to_strong: open {page}")
-
-
-if __name__ == "__main__":
-    main(run)

@@ -8,7 +8,7 @@ from pipeline import models
 from pipeline.decoder import GuidedDecoder, Request
 from pipeline.lanes import REFERENCE, Backbone
 from pipeline.models import Prompter
-from pipeline.processor import GuidanceProcessor
+from pipeline.processor import GuidanceLogitsProcessor
 from tests import test_processor
 from tests.foreign import foreign_model, sentencepiece
 from tests.gpu.rows import changed
@@ -74,7 +74,7 @@ def test_generate_and_the_decoder_choose_the_same_tokens(tiny, prompter, arms, d
     arm.static = base.static = static
     given = test_processor.inputs(prompter)
     given |= {name: given[name].to(device) for name in ("input_ids", "attention_mask")}
-    guidance = GuidanceProcessor(prompter, test_processor.WEIGHTS, arm)
+    guidance = GuidanceLogitsProcessor(prompter, test_processor.WEIGHTS, arm)
     found = model.generate(**given, do_sample=False, max_new_tokens=12, logits_processor=[guidance])
     wanted = [
         Request(prompt, test_processor.WEIGHTS, temperature=0.0, max_new_tokens=12) for prompt in test_processor.PROMPTS
@@ -90,7 +90,7 @@ def test_generate_is_guided_across_tokenizers_too(backbone_of, device, static):
     base, arm = Backbone(model, prompter), backbone_of(static=static, name=REFERENCE)
     base.static = static
     weights = {"one": 1.0, REFERENCE: -1.0}
-    guidance = GuidanceProcessor(prompter, weights, arm, prompts=["Tips?"])
+    guidance = GuidanceLogitsProcessor(prompter, weights, arm, prompts=["Tips?"])
     ids = torch.tensor([prompter.prompt_ids("Tips?")], device=device)
     found = model.generate(ids, do_sample=False, max_new_tokens=10, logits_processor=[guidance], pad_token_id=0)
     (row,) = run(GuidedDecoder(base, arm), [Request("Tips?", weights, temperature=0.0, max_new_tokens=10)])

@@ -1,6 +1,6 @@
 """Guided decoding behind vLLM's own OpenAI-compatible server.
 
-    python -m pipeline.engines.vllm.serve --port 8000     # `make serve`; flags after -- go to vLLM's server
+    python -m pipeline serve --port 8000     # `make serve`; flags after -- go to vLLM's server
     curl -s localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": "smollm2-135m",
       "messages": [{"role": "user", "content": "Describe a rainy Monday."}], "max_tokens": 48, "seed": 1,
       "guidance": {"weights": {"positivity": 1.0}}}'
@@ -23,7 +23,6 @@ from pipeline.engines.vllm import guides
 from pipeline.engines.vllm.settings import ENVIRONMENT, ROOM, TOLD, ends_and_marks, settings
 from pipeline.lanes import Beside, arranged
 from pipeline.models import Prompter, Source
-from pipeline.stages import guard
 
 
 def command(
@@ -59,15 +58,15 @@ def _flag(name: str, value: Any) -> list[str]:
     return [f"--{spelled}", *map(str, value if isinstance(value, list) else [value])]
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Become vLLM's server for the base and the ARMs of params.yaml."""
     parser = ArgumentParser(
-        "python -m pipeline.engines.vllm.serve", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+        "python -m pipeline serve", description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--groups", type=int, default=32, help="guided requests at once")
     parser.add_argument("more", nargs="*", help="after --: further flags of vLLM's server")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     params, workspace = load_params(), Workspace()
     source = Source.of(params, workspace, params.base)
     weak = Source.of(params, workspace, params.arm.base) if params.arm.base != params.base else None
@@ -83,8 +82,3 @@ def main() -> None:
         os.environ.setdefault("LD_PRELOAD", allocator)
     started = command(params.base, source, adapters, beside, given.groups, given.port)
     os.execvp(started[0], [*started, *given.more])
-
-
-if __name__ == "__main__":
-    with guard():
-        main()

@@ -1,26 +1,26 @@
 """Where to look at the results; with --tracking online, the Pareto report in W&B of the runs that are there.
 
-python -m pipeline.report
+python -m pipeline report
 wandb sync scratch/wandb/offline-run-*                                     # once, where tracking was offline
-python -m pipeline.report --tracking online --baseline smollm2-135m-1f0e9a2b     # make report TRACKING=online
+python -m pipeline report --tracking online --baseline smollm2-135m-1f0e9a2b     # make report TRACKING=online
 """
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Sequence
 
 from pipeline import tracking
 from pipeline.config import UserError, Workspace, load_params
-from pipeline.stages import guard
 from pipeline.store import read_jsonl
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Say where everything is, or publish it."""
     parser = ArgumentParser(
-        "python -m pipeline.report", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+        "python -m pipeline report", description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
     parser.add_argument("--tracking", choices=["offline", "online"], default="offline")
     parser.add_argument("--baseline", metavar="GROUP", help="another group of runs, to compare with")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     workspace = Workspace()
     results, offline = workspace.results, sorted(workspace.scratch.glob("wandb/offline-run-*"))
     files = ("report", "report/index.html"), ("front", "pareto/front.csv"), ("picture", "pareto/front.png")
@@ -38,8 +38,3 @@ def main() -> None:
     print(f"group    {group}")
     if given.tracking == "online":
         print(f"online   {tracking.publish_report(params, group, given.baseline)}")
-
-
-if __name__ == "__main__":
-    with guard():
-        main()
