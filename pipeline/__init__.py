@@ -13,12 +13,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.arm_training import train_arm
-    from pipeline.config import UserError, load_params
-    from pipeline.decoder import Generation, GuidedDecoder, Request, Trace
-    from pipeline.experiment import load_experiment
-    from pipeline.params import Params
-    from pipeline.processor import GuidanceLogitsProcessor
+    from pipeline.config.errors import UserError
+    from pipeline.config.load import load_params
+    from pipeline.config.schema import Params
+    from pipeline.decoding.decoder import Generation, GuidedDecoder, Request, Trace
+    from pipeline.decoding.logits_processor import GuidanceLogitsProcessor
+    from pipeline.generation.experiment import load_experiment
+    from pipeline.training.train_arm import train_arm
 
 __all__ = [
     "Generation",
@@ -34,16 +35,16 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Generation": "pipeline.decoder",
-    "GuidanceLogitsProcessor": "pipeline.processor",
-    "GuidedDecoder": "pipeline.decoder",
-    "Params": "pipeline.params",
-    "Request": "pipeline.decoder",
-    "Trace": "pipeline.decoder",
-    "UserError": "pipeline.config",
-    "load_experiment": "pipeline.experiment",
-    "load_params": "pipeline.config",
-    "train_arm": "pipeline.arm_training",
+    "Generation": "pipeline.decoding.decoder",
+    "GuidanceLogitsProcessor": "pipeline.decoding.logits_processor",
+    "GuidedDecoder": "pipeline.decoding.decoder",
+    "Params": "pipeline.config.schema",
+    "Request": "pipeline.decoding.decoder",
+    "Trace": "pipeline.decoding.decoder",
+    "UserError": "pipeline.config.errors",
+    "load_experiment": "pipeline.generation.experiment",
+    "load_params": "pipeline.config.load",
+    "train_arm": "pipeline.training.train_arm",
 }
 
 

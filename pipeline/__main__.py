@@ -25,14 +25,14 @@ STAGES = {
 }
 # Of each tool: the module whose main(arguments) it is, imported when it is called, and what it does.
 TOOLS = {
-    "sweep": ("pipeline.sweep", "compose conf/, or run a configuration or many (Hydra)"),
-    "plan": ("pipeline.plan", "memory, time and judge calls of a run, before anything is loaded"),
-    "trace": ("pipeline.explain", "the token rewards of a response, in the terminal"),
-    "playground": ("pipeline.playground", "a local page: a slider for each objective, base and guided text"),
-    "serve": ("pipeline.engines.vllm.serve", "guided decoding behind vLLM's OpenAI-compatible server"),
+    "sweep": ("pipeline.stages.sweep", "compose conf/, or run a configuration or many (Hydra)"),
+    "plan": ("pipeline.stages.plan", "memory, time and judge calls of a run, before anything is loaded"),
+    "trace": ("pipeline.generation.explain", "the token rewards of a response, in the terminal"),
+    "playground": ("pipeline.report.playground", "a local page: a slider for each objective, base and guided text"),
+    "serve": ("pipeline.decoding.vllm.serve", "guided decoding behind vLLM's OpenAI-compatible server"),
     "report": ("pipeline.report.overview", "where the results are; the report in W&B"),
-    "push": ("pipeline.hub", "upload an ARM to the Hugging Face Hub"),
-    "gc": ("pipeline.stale_rows", "remove stored rows that no recent run used"),
+    "push": ("pipeline.training.hub", "upload an ARM to the Hugging Face Hub"),
+    "gc": ("pipeline.data.stale_rows", "remove stored rows that no recent run used"),
 }
 
 
@@ -55,7 +55,8 @@ def main(arguments: Sequence[str]) -> None:
     if name not in (*STAGES, *TOOLS):
         (closest,) = get_close_matches(name, [*STAGES, *TOOLS], n=1, cutoff=0.0)
         sys.exit(f"error: there is no command {name}: did you mean {closest}? `python -m pipeline --help` lists all.")
-    from pipeline.stages import guard, run_stage
+    from pipeline.config.errors import guard
+    from pipeline.stages import run_stage
 
     with guard():
         if name in STAGES:

@@ -10,7 +10,7 @@ import torch
 
 import pipeline
 from pipeline import GuidanceLogitsProcessor, GuidedDecoder, Request, UserError, load_experiment, train_arm
-from pipeline.params import Trainer
+from pipeline.config.schema import Trainer
 from tests.tiny import ROOT
 
 PAIRS = [

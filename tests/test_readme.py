@@ -14,7 +14,7 @@ from tests.tiny import ROOT
 
 NUMBER = re.compile(r"(?<![\w.-])[-+]?\d+(?:,\d{3})*(?:\.\d+)?")
 FILES = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True)
-PAGES = [name for name in FILES.stdout.splitlines() if "/prompts/" not in name]
+PAGES = [name for name in FILES.stdout.splitlines() if "/rubrics/" not in name]
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
 VLLM_PAGE, CROSS_PAGE = "pipeline/decoding/vllm/README.md", "pipeline/decoding/cross_tokenizer/README.md"
 BENCH_PAGE, RESULTS_PAGE = "results/bench/README.md", "results/README.md"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.store import Row, replacing
+from pipeline.data.files import Row, replacing
 
 _NONE = "–"
 

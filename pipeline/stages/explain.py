@@ -3,10 +3,10 @@
 python -m pipeline explain
 """
 
-from pipeline import explain
-from pipeline.config import Workspace
-from pipeline.params import Params
-from pipeline.store import Row, read_jsonl, write_json
+from pipeline.config.schema import Params
+from pipeline.config.workspace import Workspace
+from pipeline.data.files import Row, read_jsonl, write_json
+from pipeline.generation import explain
 
 
 def run(params: Params, workspace: Workspace) -> None:

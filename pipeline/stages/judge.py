@@ -5,10 +5,10 @@ python -m pipeline judge
 
 from pathlib import Path
 
-from pipeline import judging
-from pipeline.config import Workspace
-from pipeline.params import Params
-from pipeline.store import Row, read_jsonl, replacing, write_json, write_jsonl
+from pipeline.config.schema import Params
+from pipeline.config.workspace import Workspace
+from pipeline.data.files import Row, read_jsonl, replacing, write_json, write_jsonl
+from pipeline.evaluation import judging
 
 
 def run(params: Params, workspace: Workspace, prepared: Path | None = None) -> None:
