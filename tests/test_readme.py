@@ -116,6 +116,8 @@ def test_links_lead_to_files_of_the_project_and_to_headings_that_are_there(page)
 def compositions():
     """The overrides of every `make params ARGS=…` that a page shows, where they are whole."""
     for page, text in TEXTS.items():
+        if page == "CONTRIBUTING.md":  # whose compositions need what its recipes add: see test_contributing
+            continue
         for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 found = re.search(r"""make (?:params|plan) .*?ARGS=(?:"((?:[^"\\]|\\.)*)"|(\S+))""", line)
