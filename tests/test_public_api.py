@@ -98,7 +98,7 @@ def test_an_arm_trained_by_a_call_guides(tiny, tmp_path):
     files = {file.name for file in (tmp_path / "kindness").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= files
     again = train_arm(tiny, PAIRS, tmp_path / "again" / "kindness", beta=0.1, trainer=trainer)
-    assert {**again, "seconds": 0} == {**metrics, "seconds": 0}
+    assert again == metrics
     decoder = GuidedDecoder.load(tiny, {"kindness": tmp_path / "kindness"}, device="cpu")
     ((_, generation),) = decoder.generate([Request("Tips?", {"kindness": 1.0}, max_new_tokens=4)])
     assert generation.kl > 0

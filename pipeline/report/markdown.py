@@ -88,7 +88,7 @@ def comparison_page(tables: Mapping[str, pd.DataFrame], objectives: Sequence[str
         *_paragraph(
             f"Best hypervolume first. Differences are from `{against}`, by paired bootstrap over the prompts both "
             "methods have, each interval for itself. *End*: at the weight of that objective alone. *Even*: at the "
-            "most even mix, of which forwards and tokens/s are too. KL is to the base, in nats per response."
+            "most even mix, of which the forwards are too. KL is to the base, in nats per response."
         ),
         "",
         "![Reward of each objective against KL to the base](reward_kl.png)",
@@ -101,7 +101,7 @@ def _methods_table(table: pd.DataFrame, fronts: pd.DataFrame, objectives: Sequen
     corrected = "p_holm" in fronts
     head = ["method", "hypervolume", "difference", *(["p (Holm)"] if corrected else [])]
     head += [*(f"{name} end" for name in objectives), "KL, even", "distinct-2, even", "perplexity, even"]
-    head += ["forwards/token", "tokens/s", "training, min", "prompts"]
+    head += ["forwards/token", "M tokens trained", "prompts"]
     rows = []
     for line in fronts.sort_values("hypervolume", ascending=False).to_dict("records"):
         points = first[first.method == line["method"]]
@@ -120,8 +120,7 @@ def _methods_table(table: pd.DataFrame, fronts: pd.DataFrame, objectives: Sequen
                 _fixed(even["distinct_2"], 2),
                 _fixed(even["perplexity"], 1),
                 _fixed(even["forwards_per_token"], 1),
-                _fixed(even["tokens_per_s"], 0),
-                _fixed(even["train_seconds"] / 60, 1) if even["train_seconds"] else _NONE,
+                f"{even['train_tokens'] / 1e6:.2f}" if even["train_tokens"] else _NONE,
                 str(line["prompts"]),
             ]
         )
@@ -148,7 +147,7 @@ def ladder_page(table: pd.DataFrame, objectives: Sequence[str], weak: str, path:
     gaps = table.gap_recovered.notna().any()
     head = ["base", "method", *(f"α {name}" for name in several), *([] if several else ["α"])]
     head += [*objectives, "KL", "perplexity", "distinct-2"]
-    head += [*(["left out"] if cut else []), *(["gap recovered"] if gaps else []), "tokens/s"]
+    head += [*(["left out"] if cut else []), *(["gap recovered"] if gaps else [])]
     rows = []
     for line in table.to_dict("records"):
         method = line["method"] + (f" by {line['picked_by']}" if picked and pd.notna(line["picked_by"]) else "")
@@ -164,7 +163,6 @@ def ladder_page(table: pd.DataFrame, objectives: Sequence[str], weak: str, path:
                 _fixed(line["distinct_2"], 2),
                 *([_fixed(line["left_out"], 2)] if cut else []),
                 *([_gap(line)] if gaps else []),
-                _fixed(line["tokens_per_s"], 0),
             ]
         )
     lines = [

@@ -1,6 +1,5 @@
 """One ARM from pairs, by a function call: what the stage `train` does, without a project around it."""
 
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,12 +50,11 @@ def train_arm(
     Raises:
         UserError: a pair lacks a field, a split has no pairs, or the model cannot be trained on them.
     """
-    started, folder = time.monotonic(), Path(folder)
+    base, folder = Path(base), Path(folder)
     rows = [_checked(number, pair) for number, pair in enumerate(pairs)]
     for split in SPLITS:
         if not any(row["split"] == split for row in rows):
             raise UserError(f"there is no pair of split {split}: an ARM needs some of each of {', '.join(SPLITS)}.")
-    base = Path(base)
     source, config = Source(base, template), trainer or Trainer()
     job = Job(
         folder.name, "arm", {folder.name: (beta, 1.0)}, base.name, source, arm or Arm(base=base.name), loss or Loss(),
@@ -69,7 +67,7 @@ def train_arm(
             return {}
         card = export.model_card(job, "unknown", digests, trained)
         export.save(trained.model, source.prompter().tokenizer, folder, job.start, card, trained.held_out)
-    return export.metrics(trained.held_out, trained, config.epochs, round(time.monotonic() - started, 1))
+    return export.metrics(trained.held_out, trained, config.epochs)
 
 
 def _checked(number: int, pair: Mapping[str, Any]) -> Row:
