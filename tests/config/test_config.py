@@ -113,6 +113,7 @@ def test_load_params_reads_what_compose_makes(compose_params, tmp_path):
         ("+data.sampling.temprature=1.0", "data.sampling.temperature"),
         ("+traner={lr: 0.1}", "trainer"),
         ("+sweep.contrl=base", "sweep.control"),
+        ("+judge.max_calls=3", "judge.card_pairs"),  # which judges of another kind have
     ],
 )
 def test_an_unknown_key_is_refused_with_the_closest_known_one(compose_params, override, closest):
