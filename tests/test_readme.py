@@ -180,6 +180,9 @@ def test_the_models_of_the_ladder_are_those_of_its_page():
         r"Perplexity of held-out.*?: (.*?) for itself, (.*?) with 20 layers, (.*?) with 10", text
     ).groups():
         assert perplexity in page
+    sizes = re.search(r"distilled: (\d+ and \d+ of its \d+) million parameters", text)[1]
+    rows = re.findall(r"<td>smollm2-\w+</td><td>\d+</td><td>([\d.]+) M</td>", page)
+    assert quotes(sizes, *map(float, rows))
 
 
 def test_each_objective_rises_with_its_weight_along_the_line():

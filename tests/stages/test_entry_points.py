@@ -4,6 +4,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -136,3 +137,25 @@ def test_what_a_user_can_mend_is_one_sentence(monkeypatch, tmp_path):
         assert elsewhere(*command) == (
             "error: params.yaml is missing: write it with `make params`, in the project's folder."
         )
+
+
+def test_the_image_of_the_server_copies_what_is_there_and_runs_a_command():
+    text, ignored = (ROOT / "Dockerfile").read_text("utf-8"), (ROOT / ".dockerignore").read_text("utf-8").splitlines()
+    copied = [name for line in re.findall(r"^COPY (.*) \S+$", text, flags=re.MULTILINE) for name in line.split()]
+    assert "pipeline" in copied
+    for name in copied:
+        assert (ROOT / name).exists() and f"!{name}" in ignored, f"{name} is not in the build context"
+    (command,) = re.findall(r'^ENTRYPOINT \["python", "-m", "pipeline", "(\w+)"\]$', text, flags=re.MULTILINE)
+    assert command in TOOLS
+
+
+def test_the_version_is_one():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))["version"] == version
+    assert f"\n## {version}\n" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+def test_the_workflow_runs_what_every_change_must_pass():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text("utf-8"))
+    steps = [step.get("run") for job in workflow["jobs"].values() for step in job["steps"]]
+    assert [step for step in steps if step] == [".ci/run"] and os.access(ROOT / ".ci/run", os.X_OK)
