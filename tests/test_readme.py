@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from pipeline.report import markdown
+from tests.test_layers import FLOORS
 from tests.tiny import ROOT
 
 NUMBER = re.compile(r"(?<![\w.-])[-+]?\d+(?:,\d{3})*(?:\.\d+)?")
@@ -97,6 +98,12 @@ def test_the_table_of_the_first_page_is_the_stage_s():
 
 def test_the_first_page_is_one_page():
     assert len(TEXTS["README.md"].splitlines()) <= 150
+
+
+def test_the_map_lists_the_packages_from_the_top_floor_down():
+    rooms = re.findall(r"^\| \[pipeline/(\w+)\]", section("README.md", "The map of the house"), flags=re.MULTILINE)
+    assert set(rooms) == set(FLOORS)
+    assert [FLOORS[name] for name in rooms] == sorted(FLOORS.values(), reverse=True)
 
 
 @pytest.mark.parametrize("page", PAGES)
