@@ -127,9 +127,9 @@ def compositions():
             continue
         for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
-                found = re.search(r"""make (?:params|plan) .*?ARGS=(?:"((?:[^"\\]|\\.)*)"|(\S+))""", line)
-                if found and "…" not in line:
-                    yield page, (found[1] or found[2]).replace("\\$", "$")
+                match = re.search(r"""make (?:params|plan) .*?ARGS=(?:"((?:[^"\\]|\\.)*)"|(\S+))""", line)
+                if match and "…" not in line:
+                    yield page, (match[1] or match[2]).replace("\\$", "$")
 
 
 @pytest.mark.parametrize(("page", "overrides"), sorted(set(compositions())))
@@ -243,22 +243,22 @@ VLLM = {
 @pytest.mark.parametrize("title", VLLM)
 def test_speeds_inside_vllm_are_those_of_its_bench(title):
     table, quoted = csv("bench/vllm.csv", "engine", "arms", "batch"), lines_of(VLLM_PAGE, "Speed")[title]
-    for batch, said in zip((1, 8, 32, 64), quoted, strict=True):
+    for batch, figures in zip((1, 8, 32, 64), quoted, strict=True):
         if (*VLLM[title], batch) not in table.index:
-            assert said == "–"
+            assert figures == "–"
             continue
         row = table.loc[(*VLLM[title], batch)]
-        assert quotes(said, row.tokens_per_s, *([] if title == "unguided vLLM" else [row.of_unguided])), said
+        assert quotes(figures, row.tokens_per_s, *([] if title == "unguided vLLM" else [row.of_unguided])), figures
 
 
 def test_what_is_said_of_serving_is_in_its_benches():
     text, table = prose(VLLM_PAGE, "Speed"), csv("bench/vllm.csv", "engine", "arms").sort_values("batch")
-    said = re.search(r"With one ARM (.*?) of unguided", text)[1]
-    assert quotes(said, *table.loc[("guided", 1)].of_unguided)
+    figures = re.search(r"With one ARM (.*?) of unguided", text)[1]
+    assert quotes(figures, *table.loc[("guided", 1)].of_unguided)
     served = csv("bench/serve.csv", "requests")
     assert (served.answers == served.whole).all() and served.answers.sum() == 64 + 2000
-    said = re.search(r"memory rose from (.*?) GiB over the first 1,200 and stood still over the last 800", text)[1]
-    assert quotes(said, served.memory_gib["64 at once"], served.memory_gib["1001 to 1200"])
+    figures = re.search(r"memory rose from (.*?) GiB over the first 1,200 and stood still over the last 800", text)[1]
+    assert quotes(figures, served.memory_gib["64 at once"], served.memory_gib["1001 to 1200"])
     assert served.memory_gib["1801 to 2000"] == served.memory_gib["1001 to 1200"]
 
 
@@ -276,17 +276,18 @@ def test_what_guidance_costs_is_that_of_its_bench():
     for title, method in COSTS.items():
         quoted = lines_of(BENCH_PAGE, "Guided decoding on a CPU")[title]
         assert all(
-            quotes(said, table["bfloat16", 2, method, batch]) for batch, said in zip((1, 8, 32), quoted, strict=True)
+            quotes(figures, table["bfloat16", 2, method, batch])
+            for batch, figures in zip((1, 8, 32), quoted, strict=True)
         )
-    said = re.search(r"In float32 `GuidedDecoder` costs (.*?)\. ", text)[1]
-    assert quotes(said, *(table["float32", 2, "ours", batch] for batch in (1, 8, 32)))
+    figures = re.search(r"In float32 `GuidedDecoder` costs (.*?)\. ", text)[1]
+    assert quotes(figures, *(table["float32", 2, "ours", batch] for batch in (1, 8, 32)))
     at_once = csv("bench/sweep.csv", "method")
     assert quotes(re.search(r"takes 1 / ([\d.]+) of the time", text)[1], at_once.ratio_to_at_once["point by point"])
     precision = csv("bench/precision.csv", "point")
     points = precision.drop(index="all")
     assert quotes(re.search(r"on (\d+) steps of real prompts", text)[1], precision.steps["all"])
-    said = re.search(r"by ([\d.]+) nats of KL on average\s+against float32 \((.*?) at the 99th", text)
-    assert quotes(said[1], precision.mean_kl["all"]) and quotes(said[2], points.p99_kl.min(), points.p99_kl.max())
+    figures = re.search(r"by ([\d.]+) nats of KL on average\s+against float32 \((.*?) at the 99th", text)
+    assert quotes(figures[1], precision.mean_kl["all"]) and quotes(figures[2], points.p99_kl.min(), points.p99_kl.max())
 
 
 TRAINED = {
@@ -302,24 +303,28 @@ def test_what_training_costs_is_that_of_its_bench():
         (ratio, memory), ours = lines_of(BENCH_PAGE, "Training")[title], table.loc[("bfloat16", "ours", prompts)]
         assert quotes(ratio, ours.ratio_to_trl, ours.low, ours.high)
         assert quotes(memory, table.peak_mb["bfloat16", "trl", prompts] / 1000, ours.peak_mb / 1000)
-    said = re.search(r"In float32 \(one repetition\) (.*?) times TRL's", text)[1]
-    assert quotes(said, *(table.ratio_to_trl["float32", "ours", prompts] for prompts in TRAINED.values()))
+    figures = re.search(r"In float32 \(one repetition\) (.*?) times TRL's", text)[1]
+    assert quotes(figures, *(table.ratio_to_trl["float32", "ours", prompts] for prompts in TRAINED.values()))
     share = table.peak_mb["float32", "ours", "short"] / table.peak_mb["float32", "trl", "short"]
     assert quotes(re.search(r"is then ([\d.]+) of TRL's", text)[1], share)
-    said = re.search(r"DPO here is (.*?) times TRL's", text)[1]
-    assert quotes(said, *(table.ratio_to_trl["bfloat16", "ours-dpo", prompts] for prompts in ("short", "long")))
+    figures = re.search(r"DPO here is (.*?) times TRL's", text)[1]
+    assert quotes(figures, *(table.ratio_to_trl["bfloat16", "ours-dpo", prompts] for prompts in ("short", "long")))
 
 
 def test_how_fast_files_are_read_is_that_of_the_bench():
     table, text = csv("bench/prepare.csv", "file"), prose("pipeline/data/README.md", "What is checked")
-    said = re.search(
+    figures = re.search(
         r"Lines \((.*?) million rows\) is prepared in (.*?) minutes and (.*?) GiB of memory, "
         r"as Parquet in (.*?) minutes and (.*?) GiB",
         text,
     )
     lines, parquet = table.loc["jsonl"], table.loc["parquet"]
-    assert quotes(said[1], lines.rows / 1e6) and quotes(said[2], lines.seconds / 60) and quotes(said[3], lines.peak_gib)
-    assert quotes(said[4], parquet.seconds / 60) and quotes(said[5], parquet.peak_gib)
+    assert (
+        quotes(figures[1], lines.rows / 1e6)
+        and quotes(figures[2], lines.seconds / 60)
+        and quotes(figures[3], lines.peak_gib)
+    )
+    assert quotes(figures[4], parquet.seconds / 60) and quotes(figures[5], parquet.peak_gib)
 
 
 def test_speeds_on_a_gpu_are_those_of_the_bench():
@@ -333,12 +338,12 @@ def test_speeds_on_a_gpu_are_those_of_the_bench():
     quoted = {cells[0]: cells[1:] for line in text.splitlines() if len(cells := re.split(r" *\| *", line)[1:-1]) == 5}
     for title, (method, k) in lines.items():
         rows = table[(table.method == method) & (table.k == k) & (table.prompt_tokens == 64)].set_index("batch")
-        for batch, said in zip((1, 8, 32, 128), quoted[title], strict=True):
-            assert said == "–" if batch not in rows.index else int(said) == round(rows.tokens_per_s[batch])
+        for batch, figures in zip((1, 8, 32, 128), quoted[title], strict=True):
+            assert figures == "–" if batch not in rows.index else int(figures) == round(rows.tokens_per_s[batch])
     text = " ".join(text.split())
     steps = table[(table.batch == 1) & (table.prompt_tokens == 64)].set_index(["method", "k"]).step_ms
-    for said in (f"{steps['ours', 0]} ms", f"{steps['ours', 2]} ms", f"{steps['eager', 2]} ms"):
-        assert said in text
+    for figures in (f"{steps['ours', 0]} ms", f"{steps['ours', 2]} ms", f"{steps['eager', 2]} ms"):
+        assert figures in text
     assert f"{steps['ours', 0] / steps['ours', 2]:.2f} of the unguided" in text
     share = table[(table.method == "ours") & (table.k == 0) & (table.batch == 1) & (table.prompt_tokens == 64)]
     assert f"{share.bandwidth_share.item():.2f} of the unguided step" in text
