@@ -32,10 +32,10 @@ test: install  ## all tests, offline (FLAGS="--at-least 1400": fail if fewer pas
 	python -m pytest -n auto --dist loadfile $(FLAGS)
 
 params: install  ## compose conf/ into params.yaml (ARGS="data=own data.path=mine.jsonl" to override)
-	python -m pipeline.stages.sweep --cfg job --resolve $(ARGS) > .params.partial && mv .params.partial params.yaml
+	python -m pipeline sweep --cfg job --resolve $(ARGS) > .params.partial && mv .params.partial params.yaml
 
 plan: install  ## memory, forwards, time and judge calls of a run, before anything is loaded (EXPERIMENT=hh_rlhf, ARGS as for params)
-	python -m pipeline.stages.sweep --cfg job --resolve $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(ARGS) | python -m pipeline.stages.plan - $(PLAN)
+	python -m pipeline sweep --cfg job --resolve $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(ARGS) | python -m pipeline plan - $(PLAN)
 
 lint: install  ## ruff and mypy
 	ruff check . && ruff format --check . && mypy
@@ -57,7 +57,7 @@ bench-gpu: install  ## the tests on a GPU and its speed with random models of 1B
 	python -m tests.bench.gpu $(FLAGS)
 
 report: install  ## where to look at the results; TRACKING=online builds the report in W&B (BASELINE=group to compare with)
-	@python -m pipeline.report $(if $(TRACKING),--tracking $(TRACKING)) $(if $(BASELINE),--baseline $(BASELINE))
+	@python -m pipeline report $(if $(TRACKING),--tracking $(TRACKING)) $(if $(BASELINE),--baseline $(BASELINE))
 
 vllm: $(VLLM)/.installed  ## the environment of decoding.engine=vllm, on CPUs (BUILD=cuda: the CUDA build of the same version)
 
@@ -78,16 +78,16 @@ soak: vllm  ## the server under 20,064 requests, a quarter of them malformed; ho
 	$(VLLM)/bin/python -m tests.bench.serve $(FLAGS)
 
 serve: vllm  ## an OpenAI-compatible server on loopback: weights per request (FLAGS="--port 8000 -- --max-model-len 2048")
-	$(VLLM)/bin/python -m pipeline.decoding.vllm.serve $(FLAGS)
+	$(VLLM)/bin/python -m pipeline serve $(FLAGS)
 
 pictures: install  ## photograph report and playground for the README (needs Chromium)
 	python -m tests.pictures
 
 playground: install  ## a local page: sliders for the objectives, the base beside the guided text
-	python -m pipeline.report.playground
+	python -m pipeline playground
 
 gc: install  ## generated rows that no run of the last 90 days asked for (FLAGS="--days 30 --delete" removes)
-	@python -m pipeline.data.stale_rows $(FLAGS)
+	@python -m pipeline gc $(FLAGS)
 
 clean:  ## remove what stages and tools wrote, but not DVC's cache
 	rm -rf models scratch .pytest_cache .mypy_cache .ruff_cache .hypothesis

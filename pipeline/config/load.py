@@ -116,18 +116,18 @@ def _sentence(fault: Any) -> str:
     if path[-1] == "[key]":
         return f"{'.'.join(path[:-2])} names {fault['input']!r}: {reason}."
     tag = 3 if path[:2] == ["comparison", "methods"] else 1 if path[0] == "judge" else len(path)
-    path = [*path[:tag], *path[tag + 1 :]]  # where there are several kinds, pydantic names the kind as well
+    kind, path = path[tag : tag + 1], [*path[:tag], *path[tag + 1 :]]  # of several kinds pydantic names the one as well
     where = ".".join(path)
     if fault["type"] == "unexpected_keyword_argument":
-        close = get_close_matches(path[-1], _known_keys(path[:-1]), n=1, cutoff=0.0)
+        close = get_close_matches(path[-1], _known_keys(path[:-1], kind), n=1, cutoff=0.0)
         return f"unknown key {where}: did you mean {'.'.join([*path[:-1], *close])}?"
     if fault["type"] == "missing":
         return f"{where} is missing: give it a value."
     return f"{where} is {fault['input']!r}: {reason[0].lower()}{reason[1:]}."
 
 
-def _known_keys(path: list[str]) -> list[str]:
-    """The fields of the dataclass at a path such as `sweep.points.base`."""
+def _known_keys(path: list[str], name: list[str]) -> list[str]:
+    """The fields of the dataclass at a path such as `sweep.points.base`; `name` its kind, if there are several."""
     kind: Any = Params
     for part in path:
         if get_origin(kind) is dict:  # the part is the name of an entry, such as a point's
@@ -138,6 +138,7 @@ def _known_keys(path: list[str]) -> list[str]:
             (option for option in get_args(kind) if is_dataclass(option) and get_origin(kind) is not dict), kind
         )
     kinds = get_args(get_args(kind)[0]) if kind in (Method, Judge) else [kind]
+    kinds = [one for one in kinds if len(kinds) == 1 or name[0] in get_args(get_type_hints(one)["kind"])]
     return [known.name for one in kinds for known in fields(one)]
 
 

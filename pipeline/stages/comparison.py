@@ -1,6 +1,6 @@
 """comparison: every method at every point of the sweep: tables, figures and page, results/comparison/.
 
-python -m pipeline.stages.comparison
+python -m pipeline comparison
 """
 
 from pipeline.config.schema import Params
@@ -10,8 +10,7 @@ from pipeline.evaluation import standings
 from pipeline.evaluation.judging import scored_frame
 from pipeline.generation.comparison import generate, open_comparing_judge, training_cost
 from pipeline.generation.rows import prompts_with_room
-from pipeline.report import figures, pages, terminal
-from pipeline.stages import main
+from pipeline.report import figures, markdown, pages, terminal
 
 
 def run(params: Params, workspace: Workspace) -> None:
@@ -40,9 +39,6 @@ def run(params: Params, workspace: Workspace) -> None:
     drawings[0].save(out / "fronts.png")
     drawings[1].save(out / "reward_kl.png")
     pages.comparison(params, tables, scored, drawings, out / "index.html")
+    markdown.comparison_page(tables, objectives, params.comparison.against, out / "README.md")
     terminal.comparison(tables["fronts"])
     print(f"comparison: open {out / 'index.html'}")
-
-
-if __name__ == "__main__":
-    main(run)

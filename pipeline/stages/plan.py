@@ -1,6 +1,6 @@
 """What a run will need: memory, forwards, time, answers of a judge; and whether it can fit. Nothing is loaded.
 
-python -m pipeline.stages.plan                                                    # of params.yaml
+python -m pipeline plan                                                    # of params.yaml
 make plan EXPERIMENT=pku_saferlhf_65b ARGS="decoding.batch_size=4"         # of any composition
 make plan EXPERIMENT=hh_rlhf PLAN="--tokens-per-second 900 --price 0.15 0.60"
 """
@@ -8,6 +8,7 @@ make plan EXPERIMENT=hh_rlhf PLAN="--tokens-per-second 900 --price 0.15 0.60"
 import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -199,25 +200,16 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.3g} minutes" if seconds < 7200 else f"{seconds / 3600:.3g} hours"
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Plan params.yaml, or the composition that comes on standard input."""
-    parser = ArgumentParser(
-        "python -m pipeline.stages.plan", description=__doc__, formatter_class=RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser("python -m pipeline plan", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("params", nargs="?", default="params.yaml", help="a file, or - for standard input")
     parser.add_argument("--tokens-per-second", type=float, help="of guided decoding at that batch, as it was measured")
     parser.add_argument("--price", type=float, nargs=2, metavar=("READ", "WRITTEN"), help="in the place of judge.price")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     if given.params == "-":
         params = to_params(OmegaConf.create(sys.stdin.read()), "the composition")
     else:
         params = load_params(Path(given.params))
     if not print_plan(params, Workspace(), Console(), given.tokens_per_second, given.price):
         raise UserError("this run cannot fit here: see above.")
-
-
-if __name__ == "__main__":
-    from pipeline.config.errors import guard
-
-    with guard():
-        main()

@@ -1,6 +1,6 @@
 """prepare: preference rows, one file of pairs per objective, and the prompts to generate from.
 
-python -m pipeline.stages.prepare
+python -m pipeline prepare
 """
 
 import json
@@ -19,7 +19,6 @@ from pipeline.data.preferences import Prompts, read_prompts, read_rows
 from pipeline.data.splits import SPLITS
 from pipeline.generation.rows import generate_stored, with_room
 from pipeline.models.control_tokens import control_names
-from pipeline.stages import main
 
 
 def run(params: Params, workspace: Workspace) -> None:
@@ -107,7 +106,3 @@ def sample(
     for (prompt_id, _), row in zip(wanted, rows, strict=True):
         samples[prompt_id].append((row["response"], row["finish"] == "eos"))
     return samples
-
-
-if __name__ == "__main__":
-    main(run)

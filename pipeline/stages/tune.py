@@ -1,6 +1,6 @@
 """tune: what ARMs are compared with, trained on the same pairs: an adapter of a base, models/arms/rivals/<base>/.
 
-python -m pipeline.stages.tune --base smollm2-135m --rival positivity
+python -m pipeline tune --base smollm2-135m --rival positivity
 """
 
 import shutil
@@ -12,7 +12,6 @@ from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import read_jsonl, replacing, write_json
 from pipeline.models.loading import Source
-from pipeline.stages import main
 from pipeline.stages.train import produce
 from pipeline.training import rloo
 from pipeline.training.fit import Job
@@ -43,7 +42,3 @@ def _reinforce(params: Params, workspace: Workspace, base: str, rival: str) -> N
         pd.DataFrame(history).to_csv(stream, index=False)
     write_json(out / "metrics.json", {"steps": history[-1]["step"], "tokens": tokens})
     shutil.rmtree(scratch, ignore_errors=True)
-
-
-if __name__ == "__main__":
-    main(run)

@@ -1,6 +1,6 @@
 """weak_to_strong: the ARMs on every base of the ladder: table, figure and page, results/<weak_to_strong.name>/.
 
-python -m pipeline.stages.weak_to_strong
+python -m pipeline weak_to_strong
 """
 
 import json
@@ -13,8 +13,7 @@ from pipeline.evaluation.judging import scored_frame
 from pipeline.evaluation.ladder import lines_of, table
 from pipeline.generation.ladder import Sampled, judge_bases, sample
 from pipeline.generation.rows import prompts_with_room
-from pipeline.report import figures, pages, terminal
-from pipeline.stages import main
+from pipeline.report import figures, markdown, pages, terminal
 
 
 def run(params: Params, workspace: Workspace) -> None:
@@ -40,9 +39,6 @@ def run(params: Params, workspace: Workspace) -> None:
     ladder = {name: json.loads((results / "fetch" / f"{name}.json").read_text(encoding="utf-8")) for name in names}
     page = out / "index.html"
     pages.ladder(params, lines, scored, ladder, drawn, page)
+    markdown.ladder_page(lines, list(params.objectives), params.arm.base, out / "README.md")
     terminal.ladder(lines, list(params.objectives))
     print(f"weak_to_strong: open {page}")
-
-
-if __name__ == "__main__":
-    main(run)

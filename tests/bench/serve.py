@@ -145,7 +145,7 @@ def server() -> Iterator[psutil.Process]:
     # Pages of the cache count once they are written to: a small one is soon all there, and what grows then is not it.
     flags += ["--num-gpu-blocks-override", "200"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "2", **os.environ}
-    with subprocess.Popen([sys.executable, "-m", "pipeline.decoding.vllm.serve", *flags], env=environment) as process:
+    with subprocess.Popen([sys.executable, "-m", "pipeline", "serve", *flags], env=environment) as process:
         try:
             while process.poll() is None:
                 try:

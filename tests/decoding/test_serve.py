@@ -74,7 +74,7 @@ def started(source, adapters, small, tmp_path_factory):  # noqa: F811
     flags += ["--num-gpu-blocks-override", "14", "--no-enable-prefix-caching", "--api-key", KEY]
     with (home / "log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.decoding.vllm.serve", "--port", str(port), "--groups", "6", "--", *flags],
+            [sys.executable, "-m", "pipeline", "serve", "--port", str(port), "--groups", "6", "--", *flags],
             cwd=home, env={**os.environ, "PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1"},
             stdout=log, stderr=log,
         )  # fmt: skip

@@ -43,7 +43,7 @@ def test_another_base_trains_no_arm_and_heals_nothing(ladder):
 
 def test_multirun_runs_the_ladder(ladder):
     run(
-        ladder, sys.executable, "-m", "pipeline.stages.sweep", "--multirun", "experiment=smoke_weak_to_strong",
+        ladder, sys.executable, "-m", "pipeline", "sweep", "--multirun", "experiment=smoke_weak_to_strong",
         "base=tiny-1l,tiny", "hydra.sweep.dir=scratch/sweep",
     )  # fmt: skip
     fronts = [pd.read_csv(path) for path in sorted((ladder / "scratch/sweep").glob("*/pareto/front.csv"))]

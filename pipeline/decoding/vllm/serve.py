@@ -1,6 +1,6 @@
 """Guided decoding behind vLLM's own OpenAI-compatible server.
 
-    python -m pipeline.decoding.vllm.serve --port 8000     # `make serve`; flags after -- go to vLLM's server
+    python -m pipeline serve --port 8000     # `make serve`; flags after -- go to vLLM's server
     curl -s localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": "smollm2-135m",
       "messages": [{"role": "user", "content": "Describe a rainy Monday."}], "max_tokens": 48, "seed": 1,
       "guidance": {"weights": {"positivity": 1.0}}}'
@@ -18,7 +18,6 @@ from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.errors import guard
 from pipeline.config.load import load_params
 from pipeline.config.workspace import Workspace
 from pipeline.decoding.backbone import SideBackbone, plan_backbones
@@ -64,15 +63,15 @@ def _flag(name: str, value: Any) -> list[str]:
     return [f"--{spelled}", *map(str, value if isinstance(value, list) else [value])]
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Become vLLM's server for the base and the ARMs of params.yaml."""
     parser = ArgumentParser(
-        "python -m pipeline.decoding.vllm.serve", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+        "python -m pipeline serve", description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--groups", type=int, default=32, help="guided requests at once")
     parser.add_argument("more", nargs="*", help="after --: further flags of vLLM's server")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     params, workspace = load_params(), Workspace()
     source = Source.of(params, workspace, params.base)
     weak = Source.of(params, workspace, params.arm.base) if params.arm.base != params.base else None
@@ -90,8 +89,3 @@ def main() -> None:
         os.environ.setdefault("LD_PRELOAD", allocator)
     started = command(params.base, source, adapters, beside, options.groups, options.port)
     os.execvp(started[0], [*started, *options.more])
-
-
-if __name__ == "__main__":
-    with guard():
-        main()
