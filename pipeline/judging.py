@@ -4,6 +4,7 @@ A pointwise judge scores a response; a pairwise one compares it with the control
 1 where it is better, 0 where the control is, 1/2 where they are equal, and none where the verdict is undetermined.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,25 +19,43 @@ from pipeline.params import Judge, LlmJudge, LocalJudge, Objective, OracleJudge,
 from pipeline.pareto import bootstrap_mean
 from pipeline.scorers import scorer
 from pipeline.store import Row, RowStore, digest
+from pipeline.text_classifier import TextClassifier
 
 
-def score_rows(rows: Sequence[Row], objectives: Mapping[str, Objective]) -> list[Row]:
+def score_rows(rows: Sequence[Row], objectives: Mapping[str, Objective], classifiers: Path | None = None) -> list[Row]:
     """The rows with one score per objective by its own scorer, under the objective's name.
 
+    Args:
+        rows: each with `response`.
+        objectives: what is scored; one of two sentences without a scorer by the classifier that prepare fitted, which
+            says the probability that a text was written to the wanted one.
+        classifiers: the file of those classifiers; None: the project's.
+
     Raises:
-        UserError: an objective has no scorer.
+        UserError: an objective has no scorer and no sentence, or its classifier is not there.
     """
-    scorers = _scorers(objectives)
+    scorers = _scorers(objectives, classifiers or Workspace().classifiers)
     return [_scored(row, {name: score(row["response"]) for name, score in scorers.items()}) for row in rows]
 
 
-def _scorers(objectives: Mapping[str, Objective]) -> dict[str, Callable[[str], float]]:
+def _scorers(objectives: Mapping[str, Objective], classifiers: Path | None) -> dict[str, Callable[[str], float]]:
+    """Per objective its scorer; without a file of classifiers, which may not be fitted yet, only whether it has one."""
     scorers = {}
     for name, objective in objectives.items():
-        if objective.scorer is None:
+        if objective.scorer is not None:
+            scorers[name] = scorer(objective.scorer)
+        elif objective.wanted is None:
             raise UserError(f"objectives.{name} has no scorer, which judge=oracle needs: set objectives.{name}.scorer.")
-        scorers[name] = scorer(objective.scorer)
+        elif classifiers is not None:
+            scorers[name] = _classifier(name, classifiers).probability
     return scorers
+
+
+def _classifier(name: str, file: Path) -> TextClassifier:
+    fitted = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if name not in fitted:
+        raise UserError(f"{file} has no classifier for {name}: run stage prepare again, which fits it.")
+    return TextClassifier.from_json(fitted[name])
 
 
 def check_judge(params: Params, workspace: Workspace) -> None:
@@ -47,7 +66,7 @@ def check_judge(params: Params, workspace: Workspace) -> None:
     """
     judge = params.judge
     if isinstance(judge, OracleJudge):
-        _scorers(params.objectives)
+        _scorers(params.objectives, None)
     elif isinstance(judge, RewardJudge):
         RewardModelJudge(judge, params, workspace)
         for name in params.objectives:
@@ -83,9 +102,9 @@ def judge_rows(
     """
     judge = params.judge
     if isinstance(judge, OracleJudge):
-        return score_rows(rows, params.objectives)
+        return score_rows(rows, params.objectives, workspace.classifiers)
     if isinstance(judge, RewardJudge):
-        found = {name: _rewards(name, rows, judge, params, workspace) for name in params.objectives}
+        found = {name: rewards_of(name, rows, judge, params, workspace) for name in params.objectives}
         return [
             _scored(row, {name: rewards[place] for name, rewards in found.items()}) for place, row in enumerate(rows)
         ]
@@ -94,7 +113,7 @@ def judge_rows(
     verdicts = {}
     for name in params.objectives:
         given = Verdicts(judge, params, workspace, name).of(differing)
-        verdicts[name] = dict(zip(differing, map(_score, given), strict=True))
+        verdicts[name] = dict(zip(differing, map(mean_verdict, given), strict=True))
     return [
         _scored(row, {name: scores.get(pair, 0.5) for name, scores in verdicts.items()})
         for row, pair in zip(rows, pairs, strict=True)
@@ -137,7 +156,7 @@ def judge_card(pairs: Mapping[str, Sequence[Row]], params: Params, workspace: Wo
     for name, labelled in pairs.items():
         taken = sorted(labelled, key=lambda pair: _lot(pair, params.seed))[: judge.card_pairs]
         given = list(_agreement(taken, name, params, workspace))
-        scores = [_score(one) for one in given]
+        scores = [mean_verdict(one) for one in given]
         decided = [
             (pair["prompt"], score > 0.5) for pair, score in zip(taken, scores, strict=True) if score is not None
         ]
@@ -173,14 +192,14 @@ def _agreement(
         for finish in ["eos" if pair.get(f"{side}_ended", True) else "length"]
     ]
     if isinstance(judge, RewardJudge):
-        scores = _rewards(name, rows, judge, params, workspace)
+        scores = rewards_of(name, rows, judge, params, workspace)
     else:
-        scores = [row[name] for row in score_rows(rows, {name: params.objectives[name]})]
+        scores = [row[name] for row in score_rows(rows, {name: params.objectives[name]}, workspace.classifiers)]
     for chosen, rejected in zip(scores[::2], scores[1::2], strict=True):
         yield (0.5 * (1 + (chosen > rejected) - (chosen < rejected)),)
 
 
-def _rewards(name: str, rows: Sequence[Row], judge: RewardJudge, params: Params, workspace: Workspace) -> list[float]:
+def rewards_of(name: str, rows: Sequence[Row], judge: RewardJudge, params: Params, workspace: Workspace) -> list[float]:
     """Rewards of an objective's model, from the store where they are there."""
     model = RewardModelJudge(judge, params, workspace)
     origin = model.identity(name)
@@ -193,8 +212,8 @@ def _rewards(name: str, rows: Sequence[Row], judge: RewardJudge, params: Params,
     return [store[key]["reward"] for key in keys]
 
 
-def _score(given: Sequence[float | None]) -> float | None:
-    """The mean of the verdicts that were given."""
+def mean_verdict(given: Sequence[float | None]) -> float | None:
+    """The mean of the verdicts in either order, None where there is none."""
     known = [one for one in given if one is not None]
     return sum(known) / len(known) if known else None
 

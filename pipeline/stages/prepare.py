@@ -4,6 +4,7 @@ python -m pipeline.stages.prepare
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,31 +14,84 @@ from pipeline.control_tokens import control_names
 from pipeline.params import Params, Sampling
 from pipeline.preferences import SPLITS, reading, sources
 from pipeline.preferences.card import DataCard
+from pipeline.preferences.contrast import conditions, contrast_pairs
 from pipeline.preferences.labelling import label_samples, pair_of
 from pipeline.stages import main
 from pipeline.store import Row, replacing, write_json, write_jsonl
 
 
 def run(params: Params, workspace: Workspace) -> None:
-    """Read rows, or sample and label responses; write results/prepare/."""
+    """Read rows, or sample responses and label or contrast them; write results/prepare/ and models/classifiers.json."""
     data, out = params.data, workspace.results / "prepare"
     card = DataCard(params.objectives, data.strict, control_names(workspace.model(data.sampler)))
+    sources_used: dict[str, Row] = {name: {"source": params.preference_source(name)} for name in params.objectives}
+    classifiers: dict[str, Row] = {}
     if data.sampling is None:
         rows = reading.read_rows(data, params.objectives, params.seed, card)
     else:
-        asked = reading.read_prompts(data, params.seed)
-        samples = sample(asked, params, data.sampling, workspace, card)
-        rows = label_samples(asked, samples, params.objectives)
+        rows = iter(sampled_rows(params, data.sampling, workspace, card, sources_used, classifiers))
     prompts = write_pairs(rows, params, out, card)
     write_jsonl(out / "prompts.jsonl", ({"prompt": prompt} for prompt in prompts.unseen(data)))
-    unread = sources.passed_over(data)
-    write_json(out / "data_card.json", (told := card.summary()) | ({"files not read": unread} if unread else {}))
+    write_json(workspace.classifiers, classifiers)
+    unread, summary = sources.passed_over(data), card.summary()
+    for name, counts in summary["objectives"].items():
+        counts |= sources_used[name]
+    write_json(out / "data_card.json", summary | ({"files not read": unread} if unread else {}))
     if unread:
         print(f"prepare: of no kind that can be read, and passed over: {', '.join(unread)}")
-    for reason, count in told["dropped"].items():
-        print(f"prepare: {count['rows']} of {told['read']} rows left out: {reason}")
-    for name, counts in told["objectives"].items():
+    for reason, count in summary["dropped"].items():
+        print(f"prepare: {count['rows']} of {summary['read']} rows left out: {reason}")
+    for name, counts in summary["objectives"].items():
         print(f"prepare: {name}: pairs {counts['pairs']}, ties {counts['ties']}")
+        for reason, count in counts.get("left out", {}).items():
+            print(f"prepare: {name}: {count} of {counts['sampled']} pairs left out: {reason}")
+        if "verdict" in counts:
+            print(f"prepare: {counts['verdict']}")
+
+
+def sampled_rows(
+    params: Params,
+    sampling: Sampling,
+    workspace: Workspace,
+    card: DataCard,
+    used: dict[str, Row],
+    classifiers: dict[str, Row],
+) -> list[Row]:
+    """Rows of sampled responses: every two of a prompt where scorers or annotators label them, then those of sentences.
+
+    Args:
+        params: the experiment.
+        sampling: how responses are drawn.
+        workspace: where models and stores are.
+        card: counts prompts without room.
+        used: receives per objective what there is to say of its source.
+        classifiers: receives the classifier of every objective of two sentences.
+    """
+    from pipeline.annotation import annotate, check_annotator  # seconds and memory that rows from files do without
+    from pipeline.contrast_card import contrast_card
+    from pipeline.samples import sample_responses
+
+    by_source = {name: params.preference_source(name) for name in params.objectives}
+    contrasts = {name: params.objectives[name] for name, source in by_source.items() if source == "contrast"}
+    scored = {name: params.objectives[name] for name, source in by_source.items() if source == "scorer"}
+    annotated = [name for name, source in by_source.items() if source in ("judge", "reward_model")]
+    for name in annotated:
+        check_annotator(name, params, workspace)
+    prompts = reading.read_prompts(params.data, params.seed)
+    instructions = [instruction for objective in contrasts.values() for instruction in conditions(objective)]
+    bare = [None] if scored or annotated else []
+    samples = sample_responses(prompts, [*bare, *instructions], params, sampling, workspace, card)
+    rows = list(label_samples(prompts, samples[None], scored)) if bare else []
+    for name in annotated:
+        used[name]["annotator"] = dict(annotate(rows, name, params, workspace))
+    for name, objective in contrasts.items():
+        counts = Counter[str]()
+        pairs = contrast_pairs(prompts, name, objective, samples, counts)
+        found, classifier = contrast_card(name, pairs, counts, params)
+        used[name] |= found
+        classifiers[name] = classifier.to_json()
+        rows += pairs
+    return rows
 
 
 def write_pairs(rows: Iterator[Row], params: Params, out: Path, card: DataCard) -> reading.Prompts:
@@ -70,42 +124,6 @@ def write_pairs(rows: Iterator[Row], params: Params, out: Path, card: DataCard) 
                 "larger share of them (data.test_fraction, data.validation_fraction)."
             )
     return prompts
-
-
-def sample(
-    prompts: list[Row], params: Params, sampling: Sampling, workspace: Workspace, card: DataCard
-) -> dict[str, list[tuple[str, bool]]]:
-    """Responses of the unguided base by prompt id, in the order drawn, and whether each ended by itself.
-
-    A prompt that leaves them no room in the base's context has none, and is counted.
-    """
-    from pipeline import generation  # seconds and memory that rows which are there already do without
-    from pipeline.decoder import Request
-    from pipeline.models import Source
-
-    source = Source.of(params, workspace, params.data.sampler)
-    texts = [prompt["prompt"] for prompt in prompts]
-    kept = set(generation.with_room([source], texts, sampling.max_new_tokens))
-    for prompt in prompts:
-        if prompt["prompt"] not in kept:
-            card.drop("a prompt that leaves no room for a response in the base's context", f"prompt {prompt['id']}")
-    wanted = {
-        (prompt["id"], number): Request(
-            prompt["prompt"],
-            temperature=sampling.temperature,
-            max_new_tokens=sampling.max_new_tokens,
-            seed=params.seed,
-            sample=number,
-        )
-        for prompt in prompts
-        if prompt["prompt"] in kept
-        for number in range(sampling.responses_per_prompt)
-    }
-    rows = generation.generate_stored(list(wanted.values()), params, workspace, params.data.sampler, "prepare")
-    samples: dict[str, list[tuple[str, bool]]] = {prompt["id"]: [] for prompt in prompts}
-    for (prompt_id, _), row in zip(wanted, rows, strict=True):
-        samples[prompt_id].append((row["response"], row["finish"] == "eos"))
-    return samples
 
 
 if __name__ == "__main__":
