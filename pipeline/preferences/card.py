@@ -72,7 +72,7 @@ class DataCard:
                 self._longer[name] += len(pair["chosen"]) > len(pair["rejected"])
                 self._unequal[name] += len(pair["chosen"]) != len(pair["rejected"])
         labels = {name: row[objective.label] for name, objective in self._objectives.items() if objective.label in row}
-        self._compared.update(labels)
+        self._compared.update(list(labels))
         for one, two in combinations(labels, 2):
             if labels[one] is not None and labels[two] is not None:
                 self._both[f"{one}, {two}"] += 1

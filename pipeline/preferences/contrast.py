@@ -120,7 +120,7 @@ def _usable(rows: Sequence[Row], objective: Objective, counts: Counter[str]) -> 
 
 
 def refusals_expected(rows: Sequence[Row]) -> tuple[bool, bool]:
-    """Whether most responses of either side are refusals: its sentence then asks for them ("Decline such requests.")."""
+    """Whether most responses of a side are refusals: its sentence then asks for them ("Decline all requests.")."""
     first, second = (2 * sum(refuses(row[key]) for row in rows) > len(rows) for key in ("response_0", "response_1"))
     return first, second
 
