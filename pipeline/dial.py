@@ -25,10 +25,8 @@ from pipeline.store import replacing_folder, write_json
 _PROMPTS = Path(__file__).parent / "prompts" / "everyday.jsonl"
 _LIMITS: Mapping[Any, int] = {"train": 64, "validation": 8, "test": 16}  # prompts
 _RESPONSES, _TOKENS = 2, 40  # under each sentence
-_OBJECTIVE, _MARGIN = (
-    {"beta": 2.0, "pretrained": None},
-    1.0,
-)  # of the length-normalised loss, which "in one short sentence" does not solve by length
+# Of the length-normalised loss, which a sentence such as "Answer in one short sentence." does not solve by length.
+_OBJECTIVE, _MARGIN = {"beta": 2.0, "pretrained": None}, 1.0
 
 
 @dataclass(frozen=True)
