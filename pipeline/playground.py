@@ -73,8 +73,8 @@ class Playground:
 
     @property
     def dials(self) -> dict[str, Dial]:
-        """The finished dials, by name; an ARM of the experiment comes before a dial of its name."""
-        return {dial.name: dial for dial in finished_dials(self._workspace) if dial.name not in self.arms}
+        """The finished dials, by name; an objective of the experiment comes before a dial of its name."""
+        return {dial.name: dial for dial in finished_dials(self._workspace) if dial.name not in self.params.objectives}
 
     def guides(self, base: str, weights: Iterable[str]) -> dict[str, Path]:
         """The folders of the dials among the names of what is to guide.
@@ -98,8 +98,8 @@ class Playground:
         Raises:
             UserError: the name is taken or none, the sentences are empty or equal, or the dial cannot be made.
         """
-        if name in self.arms:
-            raise UserError(f"{name} is an ARM of the experiment: name the dial otherwise.")
+        if name in self.params.objectives:
+            raise UserError(f"{name} is an objective of the experiment: name the dial otherwise.")
         if len(self.dials.keys() | {name}) > MOST_DIALS:
             raise UserError(f"there are {MOST_DIALS} dials: remove one below {self._workspace.scratch}/dials first.")
         dial_params(self.params, name, wanted, unwanted)
