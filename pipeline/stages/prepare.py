@@ -9,15 +9,18 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from pipeline.config import UserError, Workspace
-from pipeline.control_tokens import control_names
-from pipeline.params import Params, Sampling
-from pipeline.preferences import SPLITS, reading, sources
-from pipeline.preferences.card import DataCard
-from pipeline.preferences.contrast import conditions, contrast_pairs
-from pipeline.preferences.labelling import label_samples, pair_of
+from pipeline.config.errors import UserError
+from pipeline.config.schema import Params, Sampling
+from pipeline.config.workspace import Workspace
+from pipeline.data import sources
+from pipeline.data.card import DataCard
+from pipeline.data.contrast import conditions, contrast_pairs
+from pipeline.data.files import Row, replacing, write_json, write_jsonl
+from pipeline.data.labelling import label_samples, pair_of
+from pipeline.data.preferences import Prompts, read_prompts, read_rows
+from pipeline.data.splits import SPLITS
+from pipeline.models.control_tokens import control_names
 from pipeline.stages import main
-from pipeline.store import Row, replacing, write_json, write_jsonl
 
 
 def run(params: Params, workspace: Workspace) -> None:
@@ -27,7 +30,7 @@ def run(params: Params, workspace: Workspace) -> None:
     sources_used: dict[str, Row] = {name: {"source": params.preference_source(name)} for name in params.objectives}
     classifiers: dict[str, Row] = {}
     if data.sampling is None:
-        rows = reading.read_rows(data, params.objectives, params.seed, card)
+        rows = read_rows(data, params.objectives, params.seed, card)
     else:
         rows = iter(sampled_rows(params, data.sampling, workspace, card, sources_used, classifiers))
     prompts = write_pairs(rows, params, out, card)
@@ -67,9 +70,12 @@ def sampled_rows(
         used: receives per objective what there is to say of its source.
         classifiers: receives the classifier of every objective of two sentences.
     """
-    from pipeline.annotation import annotate, check_annotator  # seconds and memory that rows from files do without
-    from pipeline.contrast_card import contrast_card
-    from pipeline.samples import sample_responses
+    from pipeline.evaluation.annotation import (  # seconds and memory that rows from files do without
+        annotate,
+        check_annotator,
+    )
+    from pipeline.evaluation.contrast_card import contrast_card
+    from pipeline.generation.samples import sample_responses
 
     by_source = {name: params.preference_source(name) for name in params.objectives}
     contrasts = {name: params.objectives[name] for name, source in by_source.items() if source == "contrast"}
@@ -77,7 +83,7 @@ def sampled_rows(
     annotated = [name for name, source in by_source.items() if source in ("judge", "reward_model")]
     for name in annotated:
         check_annotator(name, params, workspace)
-    prompts = reading.read_prompts(params.data, params.seed)
+    prompts = read_prompts(params.data, params.seed)
     instructions = [instruction for objective in contrasts.values() for instruction in conditions(objective)]
     bare = [None] if scored or annotated else []
     samples = sample_responses(prompts, [*bare, *instructions], params, sampling, workspace, card)
@@ -94,13 +100,13 @@ def sampled_rows(
     return rows
 
 
-def write_pairs(rows: Iterator[Row], params: Params, out: Path, card: DataCard) -> reading.Prompts:
+def write_pairs(rows: Iterator[Row], params: Params, out: Path, card: DataCard) -> Prompts:
     """Write rows.jsonl and pairs/<objective>.jsonl as the rows come; their prompts are returned.
 
     Raises:
         UserError: an objective has no pair in some split; nothing is written then.
     """
-    prompts = reading.Prompts()
+    prompts = Prompts()
     missing = {(name, split) for name in params.objectives for split in SPLITS}
     with ExitStack() as stack:
         whole = stack.enter_context(replacing(out / "rows.jsonl"))
