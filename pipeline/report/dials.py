@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ _PROMPTS = Path(__file__).parents[1] / "data" / "prompts" / "everyday.jsonl"
 _LIMITS: Mapping[Any, int] = {"train": 64, "validation": 8, "test": 16}  # prompts
 _RESPONSES, _TOKENS = 2, 40  # under each sentence
 # Of the length-normalised loss, which a sentence such as "Answer in one short sentence." does not solve by length.
-_OBJECTIVE, _MARGIN = {"beta": 2.0, "pretrained": None}, 1.0
+_OBJECTIVE, _MARGIN, _LR = {"beta": 2.0, "pretrained": None}, 1.0, 5.0e-4
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,20 @@ def dial_params(params: Params, name: str, wanted: str, unwanted: str) -> Params
     """
     sampled = params.data.sampling is not None  # then the data are prompts
     path = params.data.path if sampled else str(_PROMPTS)
-    base = params.arm.base
+    base, limits = params.arm.base, params.data.limits
+    tokens = min(_TOKENS, params.data.sampling.max_new_tokens) if params.data.sampling else _TOKENS
     changes: dict[str, Any] = {
         "fetch": [base],
         "base": base,
         "objectives": {name: {"label": f"preferred_{name}", "wanted": wanted, "unwanted": unwanted} | _OBJECTIVE},
         "data": {
-            "path": path, "prompts": path, "sampler": base, "download": [], "limits": _LIMITS,
-            "sampling": {"responses_per_prompt": _RESPONSES, "max_new_tokens": _TOKENS},
+            "path": path, "prompts": path, "sampler": base, "download": [],
+            "limits": {split: min(most, limits.get(split, most)) for split, most in _LIMITS.items()},
+            "sampling": {"responses_per_prompt": _RESPONSES, "max_new_tokens": tokens},
             "columns": dict(params.data.columns) if sampled else {},
         },
         "loss": {"kind": "simpo", "margin": _MARGIN},
+        "trainer": asdict(params.trainer) | {"lr": _LR},
         "sweep": {"control": "base", "points": {"base": {}}},
         "tune": {"bases": [], "rivals": {}},
         "comparison": {"bases": [], "methods": {}},

@@ -20,6 +20,7 @@ import gradio as gr
 
 from pipeline.config.errors import UserError
 from pipeline.config.load import load_params
+from pipeline.config.points import BASE
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.decoding.decoder import Draft, GuidedDecoder, Request
@@ -91,6 +92,11 @@ class Playground:
                 raise UserError(f"the dial {name} was made of {dial.base}: choose that as the base, or leave it out.")
         return {name: dial.arm for name, dial in chosen.items()}
 
+    def law(self, base: str, weights: Mapping[str, float]) -> dict[str, float]:
+        """The exponents of what is sampled from: dials guide in the log-ratio form, so that α may be below zero."""
+        dials = self.guides(base, weights)
+        return {**weights, **({BASE: 1.0 - sum(weights[name] for name in dials)} if dials else {})}
+
     def _load(self, base: str, arms: tuple[str, ...], dials: tuple[tuple[str, Path, float], ...]) -> GuidedDecoder:
         folders = {name: folder for name, folder, _ in dials}
         return ModelSet(self.params, self._workspace, base, arms, folders).decoder(self.params.decoding.device, 2)
@@ -127,8 +133,8 @@ class Playground:
             raise UserError(f"write a prompt of 1 to {LONGEST_PROMPT} characters.")
         if not 1 <= how["max_new_tokens"] <= MOST_TOKENS:
             raise UserError(f"a response may have 1 to {MOST_TOKENS} tokens.")
-        asked = [Request(prompt, alphas, **how) for alphas in (dict.fromkeys(weights, 0.0), weights)]  # type: ignore[arg-type]
-        dials = self.guides(base, weights)
+        dials, law = self.guides(base, weights), self.law(base, weights)
+        asked = [Request(prompt, alphas, **how) for alphas in (dict.fromkeys(weights, 0.0), law)]  # type: ignore[arg-type]
         # A dial that was made anew lies in the same folder: its file's time tells the two apart.
         loaded = tuple((name, folder, (folder.parent / "dial.json").stat().st_mtime) for name, folder in dials.items())
         yield from self._loaded(base, tuple(weights), loaded).stream(asked)
@@ -136,7 +142,7 @@ class Playground:
     def code(self, base: str, prompt: str, weights: Mapping[str, float], **how: float) -> str:
         """The Python that writes the same two responses."""
         return _CODE.format(
-            base=base, arms=list(weights), dials=self.guides(base, weights), prompt=prompt, weights=dict(weights),
+            base=base, arms=list(weights), dials=self.guides(base, weights), prompt=prompt, weights=self.law(base, weights),
             off=dict.fromkeys(weights, 0.0),
             how=how, device=self.params.decoding.device,
         )  # fmt: skip

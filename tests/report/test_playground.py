@@ -116,6 +116,7 @@ def test_a_person_writes_two_sentences_and_gets_a_slider(project, monkeypatch):
     (project / "params.yaml").write_text(
         text.replace("path: pipeline/data/prompts", f"path: {ROOT}/pipeline/data/prompts")
         .replace("epochs: 6", "epochs: 1")
+        .replace("train: 6", "train: 16")
         .replace("sampler: smollm2-135m", "sampler: tiny")
     )
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -157,7 +158,10 @@ def test_a_dial_guides_only_the_base_that_it_was_made_of(playground, project, ar
     said["seconds"] = 1.0
     (folder / "dial.json").write_text(json.dumps(said))
     *_, (control, guided) = playground.write("tiny", "Why?", {"positivity": 0.0, "warmth": 2.0}, **HOW)
-    assert control.generation.text != guided.generation.text and "warmth" in guided.rewards
+    assert control.generation.text != guided.generation.text and set(guided.rewards) == {"positivity", "warmth"}
+    assert playground.law("tiny", {"positivity": 0.5, "warmth": -1.0}) == {
+        "positivity": 0.5, "warmth": -1.0, "base": 2.0,
+    }, "a dial in the log-ratio form takes from the base what it gives to the ARM"  # fmt: skip
     (folder / "dial.json").write_text(json.dumps(said | {"base": "other"}))
     with pytest.raises(UserError, match="the dial warmth was made of other"):
         next(playground.write("tiny", "Why?", {"warmth": 2.0}, **HOW))

@@ -8,7 +8,6 @@ import time
 import pytest
 
 from pipeline.config.errors import UserError
-from pipeline.report import dials
 from pipeline.report.dial_process import DialProcess
 from pipeline.report.dials import dial_params, dials_folder, finished_dials
 from pipeline.stages.dial import make_dial
@@ -19,12 +18,11 @@ FEW = {"train": 16, "validation": 2, "test": 2}
 
 
 @pytest.fixture
-def project(smoke_params, workspace, tiny, monkeypatch):
-    monkeypatch.setattr(dials, "_LIMITS", FEW)
-    monkeypatch.setattr(dials, "_TOKENS", 8)
+def project(smoke_params, workspace, tiny):
     workspace.models.mkdir()
     workspace.model("tiny").symlink_to(tiny)
-    return dataclasses.replace(smoke_params, trainer=dataclasses.replace(smoke_params.trainer, epochs=1))
+    data = dataclasses.replace(smoke_params.data, limits=FEW)
+    return dataclasses.replace(smoke_params, data=data, trainer=dataclasses.replace(smoke_params.trainer, epochs=1))
 
 
 def test_a_dial_is_an_adapter_that_no_stage_reads(project, workspace):
@@ -78,7 +76,10 @@ def folder(tmp_path, tiny, monkeypatch):
     (tmp_path / "models/tiny").symlink_to(tiny)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         path = f"data.path={ROOT / 'pipeline/data/prompts/everyday.jsonl'}"
-        config = compose("config", overrides=["experiment=smoke", path, "trainer.epochs=1"])
+        config = compose(
+            "config",
+            overrides=["experiment=smoke", path, "trainer.epochs=1", "data.limits={train: 16, validation: 2, test: 2}"],
+        )
     OmegaConf.save(config, tmp_path / "params.yaml", resolve=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

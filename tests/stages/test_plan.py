@@ -79,3 +79,22 @@ def test_the_command_line_explains_itself(options, monkeypatch, capsys):
         plan.main()
     shown = capsys.readouterr()
     assert "--tokens-per-second" in shown.out + shown.err
+
+
+def test_what_preparing_samples_and_asks_is_reckoned(compose_params):
+    def told(*overrides):
+        out = io.StringIO()
+        limits = "data.limits={train: 10, validation: 2, test: 3}"
+        params = compose_params(limits, "data.sampling.responses_per_prompt=4", *overrides)
+        plan.print_preparing(params, Console(file=out, width=300))
+        return out.getvalue()
+
+    assert "15 prompts x 2 instructions" in told("objectives=sentence") and "= 120 responses" in told(
+        "objectives=sentence"
+    )
+    assert "x 1 instructions" in told(), "scorers share one set of responses"
+    judged = told("+judge@objectives.positivity.annotator=llm", "objectives.positivity.annotator.max_calls=100")
+    assert (
+        "labelling positivity: at most 180 answers of gpt-4o-mini on 90 pairs" in judged and "max_calls: 100" in judged
+    )
+    assert told("data=own", "data.path=mine.jsonl") == "", "rows from files are sampled from nobody"
