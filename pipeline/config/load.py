@@ -211,7 +211,7 @@ def _check(params: Params, origin: str) -> None:
 def _check_source(name: str, params: Params, origin: str) -> None:
     """Refuse an objective whose preferences come from nowhere, or from two places."""
     objective, sampled = params.objectives[name], params.data.sampling is not None
-    key, source = f"{origin}: objectives.{name}", params.preference_source(name)
+    key, source = f"{origin}: objectives.{name}", objective.source(params.data)
     if source == "scorer" and objective.scorer is None:
         raise UserError(
             f"{key} has no scorer to label samples: set objectives.{name}.scorer, or two sentences, "

@@ -457,6 +457,14 @@ class Objective(_Strict):
     reference: Finite = 0.0  # the objective's coordinate of the hypervolume reference point
     pretrained: Model | None = None  # an ARM that is there already, whole or an adapter of arm.base; null: train one
 
+    def source(self, data: Data) -> Literal["labels", "scorer", "contrast", "judge", "reward_model"]:
+        """Where its pairs come from."""
+        if self.wanted is not None:
+            return "contrast"
+        if self.annotator is not None:
+            return "reward_model" if isinstance(self.annotator, RewardJudge) else "judge"
+        return "labels" if data.sampling is None else "scorer"
+
 
 @dataclass(frozen=True)
 class Explain(_Strict):
@@ -497,12 +505,3 @@ class Params(_Strict):
     judge: Judge
     explain: Explain
     tracking: Tracking
-
-    def preference_source(self, objective: str) -> Literal["labels", "scorer", "contrast", "judge", "reward_model"]:
-        """Where the pairs of an objective come from; see `Objective`."""
-        spec = self.objectives[objective]
-        if spec.wanted is not None:
-            return "contrast"
-        if spec.annotator is not None:
-            return "reward_model" if isinstance(spec.annotator, RewardJudge) else "judge"
-        return "labels" if self.data.sampling is None else "scorer"

@@ -142,9 +142,9 @@ class Playground:
     def code(self, base: str, prompt: str, weights: Mapping[str, float], **how: float) -> str:
         """The Python that writes the same two responses."""
         return _CODE.format(
-            base=base, arms=list(weights), dials=self.guides(base, weights), prompt=prompt, weights=self.law(base, weights),
-            off=dict.fromkeys(weights, 0.0),
-            how=how, device=self.params.decoding.device,
+            base=base, arms=list(weights), dials=self.guides(base, weights), prompt=prompt,
+            weights=self.law(base, weights), off=dict.fromkeys(weights, 0.0), how=how,
+            device=self.params.decoding.device,
         )  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def print_preparing(params: Params, console: Console) -> None:
     if sampling is None:
         return
     prompts, known = data_prompts(params)
-    sources = {name: params.preference_source(name) for name in params.objectives}
+    sources = {name: objective.source(params.data) for name, objective in params.objectives.items()}
     sentences = {
         sentence
         for name, objective in params.objectives.items()

@@ -27,7 +27,9 @@ def run(params: Params, workspace: Workspace) -> None:
     """Read rows, or sample responses and label or contrast them; write results/prepare/ and models/classifiers.json."""
     data, out = params.data, workspace.results / "prepare"
     card = DataCard(params.objectives, data.strict, control_names(workspace.model(data.sampler)))
-    sources_used: dict[str, Row] = {name: {"source": params.preference_source(name)} for name in params.objectives}
+    sources_used: dict[str, Row] = {
+        name: {"source": objective.source(data)} for name, objective in params.objectives.items()
+    }
     classifiers: dict[str, Row] = {}
     if data.sampling is None:
         rows = read_rows(data, params.objectives, params.seed, card)
@@ -77,7 +79,7 @@ def sampled_rows(
     from pipeline.evaluation.contrast_card import contrast_card
     from pipeline.generation.samples import sample_responses
 
-    by_source = {name: params.preference_source(name) for name in params.objectives}
+    by_source = {name: objective.source(params.data) for name, objective in params.objectives.items()}
     contrasts = {name: params.objectives[name] for name, source in by_source.items() if source == "contrast"}
     scored = {name: params.objectives[name] for name, source in by_source.items() if source == "scorer"}
     annotated = [name for name, source in by_source.items() if source in ("judge", "reward_model")]

@@ -244,5 +244,5 @@ def test_sentences_that_cannot_work_are_refused_before_anything_runs(compose_par
 
 def test_two_sentences_on_the_command_line_are_an_experiment(compose_params):
     params = compose_params("objectives=sentence", "objectives.politeness.wanted='Be kind, please.'")
-    assert params.preference_source("politeness") == "contrast" and params.loss.kind == "simpo"
+    assert params.objectives["politeness"].source(params.data) == "contrast" and params.loss.kind == "simpo"
     assert min(point.weights.get("politeness", 0) for point in params.sweep.points.values()) == -1.0

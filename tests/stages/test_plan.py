@@ -85,7 +85,7 @@ def test_what_preparing_samples_and_asks_is_reckoned(compose_params):
     def told(*overrides):
         out = io.StringIO()
         limits = "data.limits={train: 10, validation: 2, test: 3}"
-        params = compose_params(limits, "data.sampling.responses_per_prompt=4", *overrides)
+        params = compose_params(limits, *overrides)
         plan.print_preparing(params, Console(file=out, width=300))
         return out.getvalue()
 
