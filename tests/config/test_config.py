@@ -35,6 +35,7 @@ NEEDED = {
     ("tune", "human_preference"): ("objectives=human_preference", "sweep=human_preference", *UNSCORED),
     ("sweep", "pku"): ("objectives=pku", *UNSCORED),
     ("sweep", "dial"): ("objectives=sentence",),
+    ("sweep", "sentence_and_scorer"): ("objectives=sentence_and_scorer",),
     ("sweep", "dials"): ("objectives=sentences",),
     ("tune", "sentence"): ("objectives=sentences",),
     ("objectives", "positivity"): ONE_POINT,
