@@ -21,8 +21,9 @@ from pipeline.config.load import to_params
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import read_jsonl, replacing, write_json
-from pipeline.evaluation import standings
-from pipeline.evaluation.judging import scored_frame
+from pipeline.evaluation.front import bootstrap_mean, distinct_2, prompt_means
+from pipeline.evaluation.judging import judge_rows, scored_frame
+from pipeline.evaluation.standings import UNGUIDED
 from pipeline.generation import comparison
 from pipeline.generation.rows import generate_sweep
 from pipeline.stages import prepare, train, tune
@@ -31,7 +32,6 @@ from tests.tiny import ROOT
 OUT, SCRATCH = Path("results/sentence"), Path("scratch/sentence")
 READABLE = 3.0  # times the base's own perplexity, up to which a text counts as readable
 SHOWN = 5
-COLUMNS = ["score", "ci", "readable", "words", "ended", "perplexity", "kl", "prompt_tokens", "forwards_per_token"]
 
 
 def composed(prompts: int, samples: int, train_prompts: int | None, tokens: int, methods: list[str]) -> Params:
@@ -88,7 +88,7 @@ def rows_of(params: Params, workspace: Workspace) -> pd.DataFrame:
         {"method": "log_ratio", "line": f"log_ratio/{row['point']}", **row, "forwards": 2 * row["n_tokens"]}
         for row in away
     ]
-    return scored_frame([*rows, *comparison.judge_rows(extra, params, workspace, {})], params.objectives)
+    return scored_frame([*rows, *judge_rows(extra, params, workspace, {})], params.objectives)
 
 
 def strength_of(line: str, params: Params) -> tuple[str, float]:
@@ -100,12 +100,12 @@ def strength_of(line: str, params: Params) -> tuple[str, float]:
 
 def table_of(params: Params, rows: pd.DataFrame) -> pd.DataFrame:
     """One line per objective, method and α; the base stands once for each objective."""
-    base = rows[rows.method == comparison.BASE]
+    base = rows[rows.method == UNGUIDED]
     limit = READABLE * perplexity(base)
     lines = []
     for objective in params.objectives:
         lines.append(line_of(params, base, objective, "base", 0.0, limit))
-        for line, own in rows[rows.method != comparison.BASE].groupby("line", sort=False):
+        for line, own in rows[rows.method != UNGUIDED].groupby("line", sort=False):
             name, alpha = strength_of(str(line), params)
             if name == objective:
                 lines.append(line_of(params, own, objective, str(own.method.iloc[0]), alpha, limit))
@@ -125,14 +125,14 @@ def perplexity(rows: pd.DataFrame) -> float:
 def line_of(params: Params, rows: pd.DataFrame, objective: str, method: str, alpha: float, limit: float) -> dict:
     """The measures of a method at a strength."""
     judge = params.judge
-    values = standings.prompt_means(rows, objective)
-    mean, low, high = standings.bootstrap_mean(values, judge.confidence, judge.resamples, params.seed)
+    values = prompt_means(rows, objective)
+    mean, low, high = bootstrap_mean(values, judge.confidence, judge.resamples, params.seed)
     each = 2.718281828459045 ** (-rows.logp_base / rows.n_tokens)
     return {
         "objective": objective, "method": method, "alpha": alpha, "score": mean, "ci_low": low, "ci_high": high,
         "readable": (each <= limit).mean(), "words": rows.response.str.split().str.len().mean(),
         "ended": (rows.finish == "eos").mean(), "perplexity": perplexity(rows),
-        "distinct_2": standings.distinct_2(list(rows.response)), "kl": rows.kl.mean(),
+        "distinct_2": distinct_2(list(rows.response)), "kl": rows.kl.mean(),
         "forwards_per_token": rows.forwards.sum() / rows.n_tokens.sum(), "texts": len(rows),
     }  # fmt: skip
 
@@ -180,7 +180,10 @@ def readme(params: Params, table: pd.DataFrame, cards: dict, seconds: dict[str, 
         lines.append("")
     lines += ["## Time", ""]
     lines += [f"- {step}: {spent:.0f} s" for step, spent in seconds.items()]
-    lines.append(f"\nOn {os.cpu_count()} cores, which other programs may have used at the same time.")
+    lines.append(
+        f"\nOn {os.cpu_count()} cores, which other programs may have used at the same time; responses that the row store "
+        "had already took no time."
+    )
     return "\n".join(lines) + "\n"
 
 
