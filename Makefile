@@ -28,8 +28,8 @@ repro: install  ## the main job: data, two ARMs, the sweep, the front, the repor
 	git rev-parse --git-dir > /dev/null 2>&1 || dvc config --local core.no_scm true  # a ZIP download has no .git
 	dvc repro
 
-test: install  ## all tests, offline
-	python -m pytest -n auto --dist loadfile
+test: install  ## all tests, offline (FLAGS="--at-least 1400": fail if fewer pass)
+	python -m pytest -n auto --dist loadfile $(FLAGS)
 
 params: install  ## compose conf/ into params.yaml (ARGS="data=own data.path=mine.jsonl" to override)
 	python -m pipeline.stages.sweep --cfg job --resolve $(ARGS) > .params.partial && mv .params.partial params.yaml

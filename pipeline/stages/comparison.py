@@ -8,7 +8,7 @@ from pipeline.config.workspace import Workspace
 from pipeline.data.files import read_jsonl, replacing, write_json, write_jsonl
 from pipeline.evaluation import standings
 from pipeline.evaluation.judging import scored_frame
-from pipeline.generation.comparison import check, generate, tokens_per_second, training_cost
+from pipeline.generation.comparison import check, generate, training_cost
 from pipeline.generation.rows import prompts_with_room
 from pipeline.report import figures, pages, terminal
 from pipeline.stages import main
@@ -22,10 +22,9 @@ def run(params: Params, workspace: Workspace) -> None:
     prompts = prompts_with_room(params, workspace, [params.base], prompts[: params.comparison.prompts])
     training = training_cost(params, workspace)  # refuses what is not trained before anything is generated
     rows = generate(params, workspace, prompts)
-    speeds = tokens_per_second(params, workspace, prompts)
     scored = scored_frame(rows, params.objectives)
     tables = {
-        "table": standings.table(params, scored, speeds, training),
+        "table": standings.table(params, scored, training),
         "fronts": standings.fronts(params, scored),
         "matched": standings.matched(params, scored),
         "wins": standings.win_rates(params, scored),

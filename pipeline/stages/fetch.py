@@ -3,7 +3,6 @@
 python -m pipeline.stages.fetch --model smollm2-135m
 """
 
-import time
 from dataclasses import replace
 
 from pipeline.config.errors import UserError
@@ -45,13 +44,12 @@ def make_sibling(params: Params, workspace: Workspace, name: str) -> dict[str, f
     spec = params.models[name]
     config = spec.healing
     assert config is not None
-    started, parents = time.monotonic(), replace(workspace, models=workspace.scratch / "parents")
+    parents = replace(workspace, models=workspace.scratch / "parents")
     fetch(name, spec, parents.model(name))
     source = Source.of(params, parents, name)
     train, held_out = (sampled_text(params, parents, name, source, split) for split in ("train", "validation"))
     device = resolve_device(params.decoding.device)
-    measured = distill(source, device, train, held_out, config, name, spec, workspace)
-    return {**measured, "seconds": round(time.monotonic() - started, 1)}
+    return distill(source, device, train, held_out, config, name, spec, workspace)
 
 
 def sampled_text(params: Params, parents: Workspace, name: str, source: Source, split: str) -> list[PromptGroup]:

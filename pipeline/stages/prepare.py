@@ -103,7 +103,7 @@ def sampled_rows(
 
 
 def write_pairs(rows: Iterator[Row], params: Params, out: Path, card: DataCard) -> Prompts:
-    """Write rows.jsonl and pairs/<objective>.jsonl as the rows come; their prompts are returned.
+    """Write pairs/<objective>.jsonl as the rows come; their prompts are returned.
 
     Raises:
         UserError: an objective has no pair in some split; nothing is written then.
@@ -111,7 +111,6 @@ def write_pairs(rows: Iterator[Row], params: Params, out: Path, card: DataCard) 
     prompts = Prompts()
     missing = {(name, split) for name in params.objectives for split in SPLITS}
     with ExitStack() as stack:
-        whole = stack.enter_context(replacing(out / "rows.jsonl"))
         files = {name: stack.enter_context(replacing(out / "pairs" / f"{name}.jsonl")) for name in params.objectives}
         for row in rows:
             pairs = {
@@ -120,7 +119,6 @@ def write_pairs(rows: Iterator[Row], params: Params, out: Path, card: DataCard) 
             }
             card.keep(row, pairs)
             prompts.add(row)
-            whole.write(json.dumps(row, ensure_ascii=False) + "\n")
             for name, pair in pairs.items():
                 if pair is not None:
                     missing.discard((name, pair["split"]))

@@ -52,10 +52,10 @@ def produce(params: Params, workspace: Workspace, job: Job, stage: str, folder: 
         pd.DataFrame(trained.history).to_csv(stream, index=False)
     card = export.model_card(job, params.models[job.start].license, digests, trained)
     export.save(trained.model, job.source.prompter().tokenizer, folder, job.start, card, trained.held_out)
-    told = export.metrics(trained.held_out, trained, job.trainer.epochs, round(time.monotonic() - started, 1))
-    write_json(out / "metrics.json", told)
+    write_json(out / "metrics.json", export.metrics(trained.held_out, trained, job.trainer.epochs))
     shutil.rmtree(trained.checkpoints, ignore_errors=True)
-    print(f"{stage}: {out.name}: {trained.held_out.accuracy} after {trained.steps} steps")
+    took = time.monotonic() - started
+    print(f"{stage}: {out.name}: {trained.held_out.accuracy} after {trained.steps} steps, {took:.0f} s")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ python -m pipeline.stages.tune --base smollm2-135m --rival positivity
 """
 
 import shutil
-import time
 
 import pandas as pd
 
@@ -31,7 +30,7 @@ def run(params: Params, workspace: Workspace, base: str, rival: str) -> None:
 
 
 def _reinforce(params: Params, workspace: Workspace, base: str, rival: str) -> None:
-    started, source = time.monotonic(), Source.of(params, workspace, base)
+    source = Source.of(params, workspace, base)
     folder, out = workspace.rival(base, rival), workspace.results / "tune" / base / rival
     scratch = workspace.scratch / "train" / f"rloo-{base}-{rival}"
     pairs = workspace.results / "prepare" / "pairs"
@@ -42,8 +41,7 @@ def _reinforce(params: Params, workspace: Workspace, base: str, rival: str) -> N
     history, tokens = rloo.train(params, params.tune.rivals[rival], source, prompts, scratch, folder)
     with replacing(out / "curve.csv") as stream:
         pd.DataFrame(history).to_csv(stream, index=False)
-    seconds = round(time.monotonic() - started, 1)
-    write_json(out / "metrics.json", {"steps": history[-1]["step"], "tokens": tokens, "seconds": seconds})
+    write_json(out / "metrics.json", {"steps": history[-1]["step"], "tokens": tokens})
     shutil.rmtree(scratch, ignore_errors=True)
 
 

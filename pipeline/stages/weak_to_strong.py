@@ -10,7 +10,7 @@ from pipeline.config.workspace import Workspace
 from pipeline.data.files import Row, read_jsonl, replacing, write_jsonl
 from pipeline.evaluation.judging import check_judge, scored_frame
 from pipeline.evaluation.ladder import lines_of, table
-from pipeline.generation.ladder import generate, tokens_per_second
+from pipeline.generation.ladder import generate
 from pipeline.generation.rows import prompts_with_room
 from pipeline.report import figures, pages, terminal
 from pipeline.stages import main
@@ -25,14 +25,11 @@ def run(params: Params, workspace: Workspace) -> None:
     prompts = prompts_with_room(params, workspace, bases, prompts)
     lines_of(params)  # refuses what it cannot compare before anything is generated
     of_base: dict[str, list[Row]] = {}
-    speeds: dict[tuple[str, str], float] = {}
     for base in reversed(bases):  # from the largest, so that what does not fit shows at once
         of_base[base] = generate(params, workspace, base, prompts)
-        found = tokens_per_second(params, workspace, base, prompts)
-        speeds |= {(base, point): speed for point, speed in found.items()}
     rows = [row for base in bases for row in of_base[base]]
     scored = scored_frame(rows, params.objectives)
-    lines = table(params, scored, speeds)
+    lines = table(params, scored)
     write_jsonl(out / "rows.jsonl", rows)
     with replacing(out / "table.csv") as stream:
         lines.to_csv(stream, index=False)

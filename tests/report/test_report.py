@@ -58,7 +58,7 @@ def page(smoke_params, front, scored, tmp_path):
     arm = {
         "accuracy": 0.7, "ci_low": 0.6, "ci_high": 0.8, "pairs": 9, "prompts": 3,
         "length_matched": share, "chosen_longer": share,
-        "length_correlation": -0.2, "dropped_pairs": {}, "truncated_prompts": {}, "steps": 3, "tokens": 9, "seconds": 1,
+        "length_correlation": -0.2, "dropped_pairs": {}, "truncated_prompts": {}, "steps": 3, "tokens": 9,
     }  # fmt: skip
     names = list(smoke_params.objectives)
     told = {"accuracy": share, "ties": 0.0, "undetermined": 0.0, "position_bias": None}
