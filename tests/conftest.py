@@ -36,7 +36,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     passed, floor = len(terminalreporter.stats.get("passed", ())), config.getoption("--at-least")
     if passed < floor:
-        terminalreporter.write_line(f"{passed} tests passed, but at least {floor} should: see what was skipped", red=True)
+        terminalreporter.write_line(
+            f"{passed} tests passed, but at least {floor} should: see what was skipped", red=True
+        )
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -11,7 +11,9 @@ import json
 import os
 import time
 from argparse import ArgumentParser
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -59,25 +61,30 @@ def composed(prompts: int, samples: int, train_prompts: int | None, tokens: int,
 
 
 def prepared(params: Params, workspace: Workspace) -> dict[str, float]:
-    """Prepare and train what is not there yet; seconds by step."""
-    seconds = {}
-    started = time.monotonic()
-    prepare.run(params, workspace)
-    seconds["sampling and cards"] = time.monotonic() - started
+    """Prepare, and train what is not there yet; seconds by step, of the run that did it."""
+    file = SCRATCH / "seconds.json"
+    seconds: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
+
+    def timed(step: str, work: Callable[[], None], skip: bool = False) -> None:
+        if not skip:
+            started = time.monotonic()
+            work()
+            seconds.setdefault(step, round(time.monotonic() - started, 1))
+            write_json(file, seconds)
+
+    timed("sampling and cards", lambda: prepare.run(params, workspace))
     for name in params.objectives:
-        if not workspace.arm(name).exists():
-            train.run(params, workspace, name)
-        metrics = json.loads((workspace.results / "train" / name / "metrics.json").read_text())
-        seconds[f"training {name}"] = metrics["seconds"]
+        timed(f"training {name}", partial(train.run, params, workspace, name), workspace.arm(name).exists())
     for name in params.tune.rivals:
-        if not workspace.rival(params.base, name).exists():
-            tune.run(params, workspace, params.base, name)
+        there = workspace.rival(params.base, name).exists()
+        timed(f"training {name} for comparison", partial(tune.run, params, workspace, params.base, name), there)
     return seconds
 
 
 def rows_of(params: Params, workspace: Workspace) -> pd.DataFrame:
     """The lines of the comparison and the points below zero, scored by every objective's scorer."""
-    prompts = [row["prompt"] for _, row in read_jsonl(workspace.results / "prepare" / "prompts.jsonl")]
+    # Of the file itself, which prepare has compared with the training prompts: a limit of test pairs is not one of it.
+    prompts = [row["prompt"] for _, row in read_jsonl(Path(params.data.prompts))]
     prompts = prompts[: params.comparison.prompts]
     rows = comparison.generate(params, workspace, prompts)
     below = {
@@ -139,7 +146,8 @@ def line_of(params: Params, rows: pd.DataFrame, objective: str, method: str, alp
 
 def readme(params: Params, table: pd.DataFrame, cards: dict, seconds: dict[str, float], texts: pd.DataFrame) -> str:
     """The page of the folder."""
-    prompts, samples = params.comparison.prompts, params.decoding.samples_per_prompt
+    samples = params.decoding.samples_per_prompt
+    prompts = int(table.texts.max()) // samples
     limits = params.data.limits
     trained = limits.get("train", "all")
     lines = [
@@ -149,7 +157,8 @@ def readme(params: Params, table: pd.DataFrame, cards: dict, seconds: dict[str, 
         f"prompts that nothing was trained or chosen on, {samples} sample(s) each of {params.decoding.max_new_tokens} "
         "tokens. The scorers took no part in training. Intervals resample prompts. *Readable* is the share of texts "
         f"whose perplexity under the base is at most {READABLE:g} times that of the base's own texts; KL is to the "
-        "base at the bare prompt, in nats per response; *forwards* are per token, prompts not counted.", "",
+        "base at the bare prompt, in nats per response; *forwards* are per token, prompts not counted. A short text "
+        "has a high perplexity, since its end is one of few tokens.", "",
     ]  # fmt: skip
     for objective, spec in params.objectives.items():
         card = cards[objective]
@@ -181,8 +190,8 @@ def readme(params: Params, table: pd.DataFrame, cards: dict, seconds: dict[str, 
     lines += ["## Time", ""]
     lines += [f"- {step}: {spent:.0f} s" for step, spent in seconds.items()]
     lines.append(
-        f"\nOn {os.cpu_count()} cores, which other programs may have used at the same time; responses that the row store "
-        "had already took no time."
+        f"\nOn {os.cpu_count()} cores, which other programs may have used at the same time; responses that the row "
+        "store had already took no time."
     )
     return "\n".join(lines) + "\n"
 

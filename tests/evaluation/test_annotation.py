@@ -48,13 +48,13 @@ def annotated(smoke_params, workspace, tiny, endpoint):
 def test_a_judge_labels_samples_in_both_orders_and_is_never_asked_twice(annotated, workspace, endpoint):
     params = annotated()
     prepare.run(params, workspace)
-    rows = [row for _, row in read_jsonl(workspace.results / "prepare/rows.jsonl")]
-    for row in rows:
-        first, second = len(row["response_0"]), len(row["response_1"])
-        assert row["preferred_length"] == (None if first == second else int(second > first))
-    assert len(endpoint.requests) == 2 * len(rows)
+    pairs = [row for _, row in read_jsonl(workspace.results / "prepare/pairs/length.jsonl")]
+    assert pairs and all(len(pair["chosen"]) > len(pair["rejected"]) for pair in pairs)
+    card = json.loads((workspace.results / "prepare/data_card.json").read_text())["objectives"]["length"]
+    assert card["annotator"] == {"labelled": len(pairs), "ties": 24 - len(pairs), "undetermined": 0}
+    assert len(endpoint.requests) == 48, "24 pairs of responses in both orders"
     prepare.run(params, workspace)
-    assert len(endpoint.requests) == 2 * len(rows), "an answer was paid for twice"
+    assert len(endpoint.requests) == 48, "an answer was paid for twice"
 
 
 def test_a_judge_that_prefers_a_place_labels_nothing_and_one_without_a_verdict_is_counted(
