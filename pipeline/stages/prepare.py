@@ -4,21 +4,20 @@ python -m pipeline.stages.prepare
 """
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 from pipeline.config.errors import UserError
-from pipeline.config.schema import Params, Sampling
+from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.data import sources
 from pipeline.data.card import DataCard
-from pipeline.data.contrast import conditions, contrast_pairs
 from pipeline.data.files import Row, replacing, write_json, write_jsonl
-from pipeline.data.labelling import label_samples, pair_of
-from pipeline.data.preferences import Prompts, read_prompts, read_rows
+from pipeline.data.labelling import pair_of
+from pipeline.data.preferences import Prompts, read_rows
 from pipeline.data.splits import SPLITS
+from pipeline.generation.samples import sampled_rows
 from pipeline.models.control_tokens import control_names
 from pipeline.stages import main
 
@@ -52,54 +51,6 @@ def run(params: Params, workspace: Workspace) -> None:
             print(f"prepare: {name}: {count} of {counts['sampled']} pairs left out: {reason}")
         if "verdict" in counts:
             print(f"prepare: {counts['verdict']}")
-
-
-def sampled_rows(
-    params: Params,
-    sampling: Sampling,
-    workspace: Workspace,
-    card: DataCard,
-    used: dict[str, Row],
-    classifiers: dict[str, Row],
-) -> list[Row]:
-    """Rows of sampled responses: every two of a prompt where scorers or annotators label them, then those of sentences.
-
-    Args:
-        params: the experiment.
-        sampling: how responses are drawn.
-        workspace: where models and stores are.
-        card: counts prompts without room.
-        used: receives per objective what there is to say of its source.
-        classifiers: receives the classifier of every objective of two sentences.
-    """
-    from pipeline.evaluation.annotation import (  # seconds and memory that rows from files do without
-        annotate,
-        check_annotator,
-    )
-    from pipeline.evaluation.contrast_card import contrast_card
-    from pipeline.generation.samples import sample_responses
-
-    by_source = {name: objective.source(params.data) for name, objective in params.objectives.items()}
-    contrasts = {name: params.objectives[name] for name, source in by_source.items() if source == "contrast"}
-    scored = {name: params.objectives[name] for name, source in by_source.items() if source == "scorer"}
-    annotated = [name for name, source in by_source.items() if source in ("judge", "reward_model")]
-    for name in annotated:
-        check_annotator(name, params, workspace)
-    prompts = read_prompts(params.data, params.seed)
-    instructions = [instruction for objective in contrasts.values() for instruction in conditions(objective)]
-    bare = [None] if scored or annotated else []
-    samples = sample_responses(prompts, [*bare, *instructions], params, sampling, workspace, card)
-    rows = list(label_samples(prompts, samples[None], scored)) if bare else []
-    for name in annotated:
-        used[name]["annotator"] = dict(annotate(rows, name, params, workspace))
-    for name, objective in contrasts.items():
-        counts = Counter[str]()
-        pairs = contrast_pairs(prompts, name, objective, samples, counts)
-        found, classifier = contrast_card(name, pairs, counts, params)
-        used[name] |= found
-        classifiers[name] = classifier.to_json()
-        rows += pairs
-    return rows
 
 
 def write_pairs(rows: Iterator[Row], params: Params, out: Path, card: DataCard) -> Prompts:
