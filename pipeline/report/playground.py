@@ -11,7 +11,7 @@ import os
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,14 @@ import gradio as gr
 
 from pipeline.config.errors import UserError
 from pipeline.config.load import load_params
-from pipeline.config.points import BASE
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.decoding.decoder import Draft, GuidedDecoder, Request
 from pipeline.decoding.token_colours import coloured
 from pipeline.generation.model_set import ModelSet
-from pipeline.report.dial_process import DialProcess
-from pipeline.report.dials import Dial, dial_params, finished_dials
+from pipeline.report.dial_maker import MOST_DIALS, DialMaker, panel, slider_of
 
 LONGEST_PROMPT, MOST_TOKENS, QUEUE = 4000, 512, 8
-MOST_DIALS = 6  # sliders that the page keeps for dials, shown once there is one
 _CODE = """from pathlib import PosixPath
 
 from pipeline.config.load import load_params
@@ -70,52 +67,14 @@ class Playground:
             for name in params.objectives
             if any((workspace.arm(name) / file).is_file() for file in ("adapter_config.json", "config.json"))
         ]
-        if not self.bases or not (self.arms or self.dials):
+        self.maker = DialMaker(params, workspace)
+        if not self.bases or not (self.arms or self.maker.dials):
             raise UserError(f"there is no base or no ARM below {workspace.models} yet: run `make repro` first.")
-        self.making = DialProcess()
         self._loaded = lru_cache(maxsize=1)(self._load)  # one base at a time; weights are no part of it
-
-    @property
-    def dials(self) -> dict[str, Dial]:
-        """The finished dials, by name; an objective of the experiment comes before a dial of its name."""
-        return {dial.name: dial for dial in finished_dials(self._workspace) if dial.name not in self.params.objectives}
-
-    def guides(self, base: str, weights: Iterable[str]) -> dict[str, Path]:
-        """The folders of the dials among the names of what is to guide.
-
-        Raises:
-            UserError: a dial is of another model than the base.
-        """
-        chosen = {name: dial for name, dial in self.dials.items() if name in weights}
-        for name, dial in chosen.items():
-            if dial.base != base:
-                raise UserError(f"the dial {name} was made of {dial.base}: choose that as the base, or leave it out.")
-        return {name: dial.arm for name, dial in chosen.items()}
-
-    def law(self, base: str, weights: Mapping[str, float]) -> dict[str, float]:
-        """The exponents of what is sampled from: dials guide in the log-ratio form, so that α may be below zero."""
-        dials = self.guides(base, weights)
-        return {**weights, **({BASE: 1.0 - sum(weights[name] for name in dials)} if dials else {})}
 
     def _load(self, base: str, arms: tuple[str, ...], dials: tuple[tuple[str, Path, float], ...]) -> GuidedDecoder:
         folders = {name: folder for name, folder, _ in dials}
         return ModelSet(self.params, self._workspace, base, arms, folders).decoder(self.params.decoding.device, 2)
-
-    def make(self, name: str, wanted: str, unwanted: str) -> Iterator[str]:
-        """Make a dial of two sentences, and say how far it is.
-
-        Raises:
-            UserError: the name is taken or none, the sentences are empty or equal, or the dial cannot be made.
-        """
-        if name in self.params.objectives:
-            raise UserError(f"{name} is an objective of the experiment: name the dial otherwise.")
-        if len(self.dials.keys() | {name}) > MOST_DIALS:
-            raise UserError(f"there are {MOST_DIALS} dials: remove one below {self._workspace.scratch}/dials first.")
-        dial_params(self.params, name, wanted, unwanted)
-        yield from map(str, self.making.make(name, wanted, unwanted))
-        if name in self.dials and not self.making.was_cancelled:
-            dial = self.dials[name]
-            yield f"finished in {dial.seconds:.0f} s, held-out accuracy {dial.accuracy:.2f}. {dial.verdict}"
 
     def write(self, base: str, prompt: str, weights: Mapping[str, float], **how: float) -> Iterator[list[Draft]]:
         """The base's and the guided response as they grow.
@@ -133,7 +92,7 @@ class Playground:
             raise UserError(f"write a prompt of 1 to {LONGEST_PROMPT} characters.")
         if not 1 <= how["max_new_tokens"] <= MOST_TOKENS:
             raise UserError(f"a response may have 1 to {MOST_TOKENS} tokens.")
-        dials, law = self.guides(base, weights), self.law(base, weights)
+        dials, law = self.maker.guides(base, weights), self.maker.law(base, weights)
         asked = [Request(prompt, alphas, **how) for alphas in (dict.fromkeys(weights, 0.0), law)]  # type: ignore[arg-type]
         # A dial that was made anew lies in the same folder: its file's time tells the two apart.
         loaded = tuple((name, folder, (folder.parent / "dial.json").stat().st_mtime) for name, folder in dials.items())
@@ -142,8 +101,8 @@ class Playground:
     def code(self, base: str, prompt: str, weights: Mapping[str, float], **how: float) -> str:
         """The Python that writes the same two responses."""
         return _CODE.format(
-            base=base, arms=list(weights), dials=self.guides(base, weights), prompt=prompt,
-            weights=self.law(base, weights), off=dict.fromkeys(weights, 0.0), how=how,
+            base=base, arms=list(weights), dials=self.maker.guides(base, weights), prompt=prompt,
+            weights=self.maker.law(base, weights), off=dict.fromkeys(weights, 0.0), how=how,
             device=self.params.decoding.device,
         )  # fmt: skip
 
@@ -159,7 +118,7 @@ def shown(draft: Draft, arm: str) -> str:
 def page(playground: Playground) -> gr.Blocks:
     """The page, not yet served."""
     arms, decoding = playground.arms, playground.params.decoding
-    names = [*arms, *playground.dials]
+    names = [*arms, *playground.maker.dials]
     with gr.Blocks(title="Guided decoding", analytics_enabled=False) as blocks:
         gr.Markdown("## A frozen model, steered by reward models as you move the sliders")
         with gr.Row():
@@ -175,7 +134,7 @@ def page(playground: Playground) -> gr.Blocks:
             ]
             for place in range(MOST_DIALS):
                 sliders.append(
-                    gr.Slider(-1.0, 2.0, step=0.05, elem_id=f"alpha-dial-{place}", **_dial_slider(playground, place))
+                    gr.Slider(-1.0, 2.0, step=0.05, elem_id=f"alpha-dial-{place}", **slider_of(playground.maker, place))
                 )
         prompt = gr.Textbox(
             "Describe a rainy Monday morning.", label="Prompt", lines=2, max_length=LONGEST_PROMPT, elem_id="prompt"
@@ -205,7 +164,7 @@ def page(playground: Playground) -> gr.Blocks:
             base: str, used: Sequence[str], tint: str, prompt: str, temperature: float, length: float, seed: float,
             *alphas: float,
         ) -> Iterator[tuple[str, str, str]]:  # fmt: skip
-            shown_names = [*arms, *playground.dials]
+            shown_names = [*arms, *playground.maker.dials]
             weights = {name: alpha for name, alpha in zip(shown_names, alphas, strict=False) if name in used}
             how = {"temperature": float(temperature), "max_new_tokens": int(length), "seed": int(seed)}
             if not weights:
@@ -225,57 +184,13 @@ def page(playground: Playground) -> gr.Blocks:
         used.change(
             lambda used: [
                 gr.update(visible=name in used)
-                for name in [*arms, *playground.dials, *[""] * MOST_DIALS][: len(sliders)]
+                for name in [*arms, *playground.maker.dials, *[""] * MOST_DIALS][: len(sliders)]
             ],
             used, sliders,
         )  # fmt: skip
-        _dial_maker(playground, [used, tint, *sliders])
+        panel(playground.maker, arms, [used, tint, *sliders])
         copied.click(None, code, js="(text) => { navigator.clipboard.writeText(text); }")
     return blocks
-
-
-def _dial_slider(playground: Playground, place: int) -> dict[str, Any]:
-    """What the slider of the dial at that place shows; it is hidden while there is none."""
-    dials = list(playground.dials.values())
-    if place >= len(dials):
-        return {"label": "α", "value": 0.0, "visible": False}
-    return {"label": f"α {dials[place].name}", "value": 0.5, "visible": True, "info": dials[place].wanted}
-
-
-def _dial_maker(playground: Playground, controls: Sequence[Any]) -> None:
-    """Two sentences and a button; `controls` are what a new dial changes: the check boxes, the tint, the sliders."""
-    with gr.Accordion("Make a dial from two sentences", open=False, elem_id="make-a-dial"):
-        gr.Markdown(
-            "Responses to a few dozen prompts are sampled under either sentence, and an ARM learns to tell them apart: "
-            "minutes on two cores. The estimate of what is left stands beside the progress. A sentence tells the model "
-            "how to answer; the second one is its opposite."
-        )
-        with gr.Row():
-            name = gr.Textbox("politeness", label="Name", max_length=64, elem_id="dial-name")
-            wanted = gr.Textbox("Answer politely and warmly.", label="Wanted", max_length=400, elem_id="dial-wanted")
-            unwanted = gr.Textbox(
-                "Answer rudely and curtly.", label="Unwanted", max_length=400, elem_id="dial-unwanted"
-            )
-        with gr.Row():
-            make = gr.Button("Make a dial", variant="primary", elem_id="dial-make")
-            cancel = gr.Button("Cancel", elem_id="dial-cancel")
-        progress = gr.Markdown("", elem_id="dial-progress")
-
-        def run(name: str, wanted: str, unwanted: str, used: Sequence[str]) -> Iterator[list[Any]]:
-            unchanged = [gr.update() for _ in controls]
-            try:
-                for said in playground.make(name.strip(), wanted, unwanted):
-                    yield [said, *unchanged]
-            except UserError as error:
-                raise gr.Error(str(error)) from error
-            names = [*playground.arms, *playground.dials]
-            chosen = [one for one in names if one in used or one == name.strip()]
-            sliders = [gr.update(**_dial_slider(playground, place)) for place in range(MOST_DIALS)]
-            arms = [gr.update() for _ in playground.arms]
-            yield [gr.update(), gr.update(choices=names, value=chosen), gr.update(choices=names), *arms, *sliders]
-
-        make.click(run, [name, wanted, unwanted, controls[0]], [progress, *controls], concurrency_id="dial")
-        cancel.click(playground.making.cancel, None, None, queue=False)
 
 
 def serve(playground: Playground, port: int | None, wait: bool = True) -> gr.Blocks:

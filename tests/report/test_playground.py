@@ -159,7 +159,7 @@ def test_a_dial_guides_only_the_base_that_it_was_made_of(playground, project, ar
     (folder / "dial.json").write_text(json.dumps(said))
     *_, (control, guided) = playground.write("tiny", "Why?", {"positivity": 0.0, "warmth": 2.0}, **HOW)
     assert control.generation.text != guided.generation.text and set(guided.rewards) == {"positivity", "warmth"}
-    assert playground.law("tiny", {"positivity": 0.5, "warmth": -1.0}) == {
+    assert playground.maker.law("tiny", {"positivity": 0.5, "warmth": -1.0}) == {
         "positivity": 0.5, "warmth": -1.0, "base": 2.0,
     }, "a dial in the log-ratio form takes from the base what it gives to the ARM"  # fmt: skip
     (folder / "dial.json").write_text(json.dumps(said | {"base": "other"}))
