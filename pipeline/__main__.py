@@ -28,6 +28,7 @@ TOOLS = {
     "sweep": ("pipeline.stages.sweep", "compose conf/, or run a configuration or many (Hydra)"),
     "plan": ("pipeline.stages.plan", "memory, time and judge calls of a run, before anything is loaded"),
     "trace": ("pipeline.generation.explain", "the token rewards of a response, in the terminal"),
+    "dial": ("pipeline.stages.dial", "a dial from two sentences: sample, train an ARM, keep it"),
     "playground": ("pipeline.report.playground", "a local page: a slider for each objective, base and guided text"),
     "serve": ("pipeline.decoding.vllm.serve", "guided decoding behind vLLM's OpenAI-compatible server"),
     "report": ("pipeline.report.overview", "where the results are; the report in W&B"),
