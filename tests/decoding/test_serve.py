@@ -516,8 +516,14 @@ def test_logprobs_are_those_of_the_guided_law_and_of_its_models(client, source, 
         for one in chunk.choices[0].logprobs.content
     ]
     assert [one.logprob for one in streamed] == pytest.approx([one.logprob for one in found], abs=1e-3)
-    said = client.completions.create(model="tiny", prompt="Hello", max_tokens=4, logprobs=2, extra_body=guidance({}))
-    assert [len(top) for top in said.choices[0].logprobs.top_logprobs] == [2] * 4
+    how = {"model": "tiny", "prompt": "Hello", "max_tokens": 12, "temperature": 0, "logprobs": 5}
+    logprobs = client.completions.create(**how, extra_body=guidance({})).choices[0].logprobs
+    # Greedy: the drawn token is the likeliest, and stays it where another token is spelled alike.
+    assert [max(top.values()) for top in logprobs.top_logprobs] == logprobs.token_logprobs
+    assert [top[token] for top, token in zip(logprobs.top_logprobs, logprobs.tokens, strict=True)] == (
+        logprobs.token_logprobs
+    )
+    assert all(1 < len(top) <= 5 for top in logprobs.top_logprobs)
 
 
 def test_penalties_are_taken_off_the_guided_law(client):

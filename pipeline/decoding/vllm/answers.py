@@ -112,10 +112,12 @@ class Answer:
                 ]
             )  # fmt: skip
         texts = [self._spell(one["token"]) for one in records]
+        # Tokens that are parts of a character are all spelled "\ufffd": of those, the likeliest is listed.
+        tops = [{self._spell(token): logp for token, logp in reversed(one["top"])} for one in records]
         return completion.CompletionLogProbs(
             tokens=texts, token_logprobs=[max(one["logprob"], _LOWEST) for one in records],
             text_offset=[offset + sum(map(len, texts[:place])) for place in range(len(texts))],
-            top_logprobs=[_bounded({self._spell(token): logp for token, logp in one["top"]}) for one in records],
+            top_logprobs=[_bounded(dict(reversed(top.items()))) for top in tops],
             models=[_bounded(one["models"]) for one in records],
         )  # fmt: skip
 
