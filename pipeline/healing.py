@@ -26,9 +26,9 @@ from pipeline.attention import RECOMPUTED
 from pipeline.checkpoints import RollingCheckpoint, newest_checkpoint
 from pipeline.config import UserError, Workspace
 from pipeline.decoder import Request
-from pipeline.generation import generate_stored
+from pipeline.generation import generate_stored, with_room
 from pipeline.losses import all_finite, distillation
-from pipeline.models import Prompter, Source
+from pipeline.models import Source
 from pipeline.pairs import PromptGroup, ResumableLoader, StepBatches, collate
 from pipeline.params import Data, Healing, Params
 from pipeline.preferences.reading import read_prompts
@@ -154,7 +154,9 @@ def make_sibling(params: Params, workspace: Workspace, name: str) -> dict[str, f
     models.fetch(name, spec, parents.model(name))
     source = Source.of(params, parents, name)
     prompter = source.prompter()
-    train, held_out = (_written(params, parents, name, prompter, split) for split in ("train", "validation"))
+    (train, left_out), (held_out, also_left_out) = (
+        _written(params, parents, name, source, split) for split in ("train", "validation")
+    )
     device = models.resolve_device(params.decoding.device)
     dtype = models.resolve_dtype(source.dtype, device)
     parent = models.load_model(source.folder, dtype, device)
@@ -169,22 +171,46 @@ def make_sibling(params: Params, workspace: Workspace, name: str) -> dict[str, f
         pd.DataFrame(history).to_csv(partial / "curve.csv", index=False)
         models.write_origin(name, spec, partial, layers=list(config.layers))
     shutil.rmtree(checkpoints, ignore_errors=True)
-    facts = {"steps": history[-1]["step"], "tokens": sum(len(ids) for group in train for ids in group.responses)}
+    facts = {
+        "steps": history[-1]["step"],
+        "tokens": sum(len(ids) for group in train for ids in group.responses),
+        "prompts_left_out": left_out + also_left_out,
+    }
     return {**measured, **facts, "seconds": round(time.monotonic() - started, 1)}
 
 
-def _written(params: Params, parents: Workspace, name: str, prompter: Prompter, split: str) -> list[PromptGroup]:
-    """What the parent of `name` writes to the prompts of a split, as groups of at most `_GROUP` responses."""
-    config = params.models[name].healing
+def _written(
+    params: Params, parents: Workspace, name: str, source: Source, split: str
+) -> tuple[list[PromptGroup], int]:
+    """What the parent of `name` writes to the prompts of a split, as groups of at most `_GROUP` responses.
+
+    The second value counts the prompts that leave no room for a response in the parent's context; they are left out.
+
+    Raises:
+        UserError: the split has no prompt, or none that leaves room.
+    """
+    config, prompter = params.models[name].healing, source.prompter()
     assert config is not None
     read = read_prompts(Data(config.prompts, name, config.prompts), config.seed)
     prompts = [row["prompt"] for row in read if row["split"] == split]
     if not prompts:
         raise UserError(f"{config.prompts}: no prompt of split {split} to heal {name} with: add some.")
+    kept = with_room([source], prompts, config.max_new_tokens)
+    left_out = len(prompts) - len(kept)
+    if left_out:
+        print(
+            f"fetch: {name}: {left_out} of {len(prompts)} prompts of split {split} left out: with "
+            f"{config.max_new_tokens} new tokens they exceed the context of {source.context} tokens"
+        )
+    if not kept:
+        raise UserError(
+            f"{config.prompts}: no prompt of split {split} leaves room for {config.max_new_tokens} tokens in the "
+            f"context of {source.context}: lower models.{name}.healing.max_new_tokens."
+        )
     samples = config.samples_per_prompt if split == "train" else _HELD_OUT
     requests = [
         Request(prompt, max_new_tokens=config.max_new_tokens, seed=config.seed, sample=sample)
-        for prompt in prompts
+        for prompt in kept
         for sample in range(samples)
     ]
     rows = generate_stored(requests, params, parents, name, "fetch")
@@ -197,7 +223,7 @@ def _written(params: Params, parents: Workspace, name: str, prompter: Prompter, 
         ]
         prompt = prompter.prompt_ids(rows[start]["prompt"])
         groups += [PromptGroup(prompt, texts[at : at + _GROUP], []) for at in range(0, len(texts), _GROUP)]
-    return groups
+    return groups, left_out
 
 
 @torch.no_grad()
