@@ -198,7 +198,7 @@ def test_rloo_killed_while_saving_goes_on_and_never_under_other_settings(tune_by
 
 
 def test_rloo_asks_and_ends_as_the_decoder_does(tiny, smoke_params, workspace, tmp_path, monkeypatch):
-    """A control token in a prompt's text is text, and a turn ends where the template ends it, not at the tokenizer's."""
+    """A control token in a prompt's text is text, and a turn ends where the template says it ends."""
     pytest.importorskip("trl")
     folder = tmp_path / "tiny"
     shutil.copytree(tiny, folder)
