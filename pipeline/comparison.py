@@ -105,24 +105,30 @@ def generate(params: Params, workspace: Workspace, prompts: Sequence[str]) -> li
 
 
 def tokens_per_second(params: Params, workspace: Workspace, prompts: Sequence[str]) -> dict[str, float]:
-    """Speed of every method at its most mixed point, batch 8, prompts included: medians of interleaved repetitions."""
+    """Speed of every method at its most mixed point, batch 8, prompts included: medians of repetitions.
+
+    No more is in memory than a method and the unguided base, whose repetitions alternate: what slows the machine for
+    a while slows both.
+    """
     short = replace(params, decoding=replace(params.decoding, max_new_tokens=_TIMED_TOKENS, stop=()))
     asked = prompts[:_TIMED_ROWS]
     unguided: Decoder = Served(short, workspace, params.base, ()).decoder(params.decoding.device, _TIMED_ROWS)
     plain = [Request(prompt, max_new_tokens=_TIMED_TOKENS, seed=params.seed) for prompt in asked]
-    timed = {BASE: (unguided, plain)}
+    speeds: dict[str, list[float]] = {BASE: []}
     for name, method in params.comparison.methods.items():
         mixes = [line.mix for line in entries(params) if line.method == name and line.front and line.mix]
         mix = max(mixes, key=lambda mix: min(mix.shares.values()) if len(mix.shares) > 1 else 0.0)
         contender = Contender(method, short, workspace, [mix])
-        timed[name] = contender.decoder(_TIMED_ROWS), [contender.request(mix, prompt, 0) for prompt in asked]
-    speeds: dict[str, list[float]] = {name: [] for name in timed}
-    for repetition in range(_REPETITIONS + 1):
-        for name, (decoder, requests) in timed.items():
-            started = time.perf_counter()
-            tokens = sum(len(generation.tokens) for _, generation in decoder.generate(requests))
-            if repetition:  # the first warms up
-                speeds[name].append(tokens / (time.perf_counter() - started))
+        requests = [contender.request(mix, prompt, 0) for prompt in asked]
+        timed = {BASE: (unguided, plain), name: (contender.decoder(_TIMED_ROWS), requests)}
+        speeds[name] = []
+        for repetition in range(_REPETITIONS + 1):
+            for one, (decoder, of) in timed.items():
+                started = time.perf_counter()
+                tokens = sum(len(generation.tokens) for _, generation in decoder.generate(of))
+                if repetition:  # the first warms up
+                    speeds[one].append(tokens / (time.perf_counter() - started))
+        del timed  # before the next method's models are loaded
     return {name: median(measured) for name, measured in speeds.items()}
 
 

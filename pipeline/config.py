@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
+from pipeline.inputs import inputs_of
 from pipeline.params import Column, Comparison, Judge, LocalJudge, Method, Objective, Params
 
 # What DVC reads of params.yaml by itself: it fails where a key is missing, though a default stands in `params`.
@@ -86,9 +87,10 @@ def to_params(config: Any, origin: str = "the configuration") -> Params:
     if missing := _missing(OmegaConf.to_container(config, resolve=False)):
         raise UserError(f"{origin}: {missing[0]} has no value: give it one, as in {missing[0]}=value.")
     try:
-        plain = OmegaConf.to_container(config, resolve=True)
+        plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     except OmegaConfBaseException as error:
         raise UserError(f"{origin}: {str(error).splitlines()[0]}: correct the reference.") from error
+    inputs = plain.pop("inputs", None)
     try:
         params = TypeAdapter(Params).validate_json(json.dumps(plain), strict=True)
     except ValidationError as error:
@@ -99,6 +101,8 @@ def to_params(config: Any, origin: str = "the configuration") -> Params:
         for absent in _absent(plain, path.split(".")):
             raise UserError(f"{origin}: {absent} is missing, and DVC reads it: give it a value.")
     _check(params, origin)
+    if inputs != inputs_of(plain):  # else DVC would watch the files of another model
+        raise UserError(f"{origin}: inputs does not follow from the other sections: write it anew with `make params`.")
     return params
 
 

@@ -19,6 +19,8 @@ from pipeline.params import Params, Point
 from pipeline.stale_rows import note_asked
 from pipeline.store import Row, RowStore, digest
 
+_POLICY = "policy/"  # what the names of lanes begin with that are adapters of the base, tuned for comparison
+
 
 def point_requests(params: Params, base: str, prompts: Sequence[str]) -> Iterator[tuple[str, Request]]:
     """(point, request) for every prompt and sample at every point of the sweep, on a base."""
@@ -62,7 +64,7 @@ def point_weights(point: Point, params: Params, base: str) -> dict[str, float]:
 
 def policy_lane(rival: str) -> str:
     """The lane of an adapter of the base that was tuned for comparison; for one objective it has that one's name."""
-    return f"policy/{rival}"
+    return f"{_POLICY}{rival}"
 
 
 def point_temperature(point: Point, params: Params) -> float:
@@ -79,7 +81,7 @@ def prompts_with_room(params: Params, workspace: Workspace, bases: Sequence[str]
     sources: list[Source] = []
     for base in bases:
         used = {name for _, request in point_requests(params, base, prompts[:1]) for name in request.arms}
-        sources += Served(params, workspace, base, used).sources
+        sources += [source for source, _ in Served(params, workspace, base, used).loaded]
     room = params.decoding.max_new_tokens
     kept = with_room(sources, prompts, room)
     if len(kept) < len(prompts):
@@ -181,7 +183,8 @@ def generate_stored(
     def decoder() -> Decoder:
         if params.decoding.engine == "vllm":
             return models.vllm_decoder(params.decoding.batch_size)
-        return models.decoder(params.decoding.device, params.decoding.batch_size)
+        longest = max(request.max_new_tokens for request in requests)
+        return models.decoder(params.decoding.device, params.decoding.batch_size, longest)
 
     return stored(requests, [key(request) for request in requests], decoder, workspace, title, store)
 
@@ -263,20 +266,22 @@ class Served:
         self, params: Params, workspace: Workspace, base: str, used: Collection[str],
         adapters: Mapping[str, Path] | None = None,
     ) -> None:  # fmt: skip
-        self._params, self._workspace, self._base, self._used = params, workspace, base, used
+        self._params, self._used = params, used
         self.strong = Source.of(params, workspace, base)
-        self.arms = {name: workspace.arm(name) for name in params.objectives if name in used}
-        known = {policy_lane(name): workspace.rival(base, name) for name in params.tune.rivals} | dict(adapters or {})
-        self.policies = {lane: folder for lane, folder in known.items() if lane in used}
-        another = params.arm.base != base and (self.arms or REFERENCE in used)
+        # By the names that are used: an experiment's other objectives and policies make no difference to these rows.
+        names, tuned = sorted(used), sorted(lane for lane in used if lane.startswith(_POLICY))
+        self.arms = {name: workspace.arm(name) for name in names if name in params.objectives}
+        policies = {lane: lane.removeprefix(_POLICY) for lane in tuned}
+        known = {lane: workspace.rival(base, name) for lane, name in policies.items() if name in params.tune.rivals}
+        self.policies = known | {lane: folder for lane, folder in (adapters or {}).items() if lane in used}
+        another = (self.arms or REFERENCE in used) and params.arm.base != base
         self.weak = Source.of(params, workspace, params.arm.base) if another else None
 
     @property
-    def sources(self) -> list[Source]:
-        """The models that are loaded, each with the adapters that run on it."""
-        needs_reference = REFERENCE in self._used
-        _, beside = arranged(self.strong, self.arms, self.weak, self.policies, needs_reference)
-        return [self.strong, *(other.source for other in beside)]
+    def loaded(self) -> list[tuple[Source, int]]:
+        """The models that are loaded, each with its lanes: its own, where it has a say, and one for each adapter."""
+        adapters, beside = arranged(self.strong, self.arms, self.weak, self.policies, REFERENCE in self._used)
+        return [(self.strong, 1 + len(adapters)), *((other.source, len(other.names)) for other in beside)]
 
     def identities(self, device: torch.device) -> dict[str, Any]:
         """Per lane, all that its log-probabilities depend on beside the base."""
@@ -288,15 +293,21 @@ class Served:
             found |= {REFERENCE: weak} | {name: [found[name], *weak] for name in self.arms}
         return found
 
-    def decoder(self, device: str, batch_size: int) -> GuidedDecoder:
+    def decoder(self, device: str, batch_size: int, new_tokens: int | None = None) -> GuidedDecoder:
         """A decoder of all of them.
+
+        Args:
+            device: where it computes.
+            batch_size: rows at once.
+            new_tokens: how long responses will be, for the check of the memory; None: as `params.decoding` says.
 
         Raises:
             UserError: the models cannot fit into memory (nothing is loaded then), or do not fit each other.
         """
-        counted = len(self.arms), len(self.policies), REFERENCE in self._used
-        needs = memory.needs_of(self._params, self._workspace, memory.served(self._params, self._base, *counted))
-        memory.refuse_too_large(needs, resolve_device(device), self.strong.device_map is not None)
+        place = resolve_device(device)
+        models = [memory.Loaded.at(source, lanes) for source, lanes in self.loaded]
+        needs = memory.needs_of(models, batch_size, new_tokens or self._params.decoding.max_new_tokens, place)
+        memory.refuse_too_large(needs, place, self.strong.device_map is not None)
         return GuidedDecoder.load(
             self.strong, self.arms, arm_base=self.weak, policies=self.policies, reference=REFERENCE in self._used,
             device=device, batch_size=batch_size,

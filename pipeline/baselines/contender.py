@@ -99,7 +99,8 @@ class Contender:
             used = {lane for law in self._laws.values() for lane, weight in law.weights.items() if weight}
             return Served(params, workspace, params.base, used, self._adapters).decoder(place, size)
         device = resolve_device(place)
-        needs = memory.needs_of(params, workspace, [(params.base, 1)] * (1 + len(self._rewards)))
+        models = [memory.Loaded.at(self._source, 1)] * (1 + len(self._rewards))  # a reward model is the base, adapted
+        needs = memory.needs_of(models, size, params.decoding.max_new_tokens, device)
         memory.refuse_too_large(needs, device, False)
         rewards = {name: TextReward.load(self._source, folder, device) for name, folder in self._rewards.items()}
         prompter, method = self._source.prompter(), self._method

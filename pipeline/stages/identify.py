@@ -1,0 +1,32 @@
+"""identify: the digest of a reward model's folder outside the project, results/identify/<objective>.json.
+
+python -m pipeline.stages.identify --objective helpfulness      # where judge=reward_model names such a folder
+"""
+
+from pathlib import Path
+
+from pipeline.config import UserError, Workspace
+from pipeline.identity import folder_identity
+from pipeline.params import Params, RewardJudge
+from pipeline.stages import main
+from pipeline.store import write_json
+
+
+def run(params: Params, workspace: Workspace, objective: str) -> None:
+    """Write the digest of the folder that `judge.models` names for an objective; who judges depends on it.
+
+    Raises:
+        UserError: the judge has no reward model for the objective, or it is not a folder.
+    """
+    judge = params.judge
+    if not isinstance(judge, RewardJudge) or objective not in judge.models:
+        raise UserError(f"the judge has no reward model for {objective}: set judge.models.{objective}.")
+    folder = Path(judge.models[objective].location)
+    if not folder.is_dir():
+        raise UserError(f"judge.models.{objective}: there is no folder {folder}: correct its location.")
+    write_json(workspace.results / "identify" / f"{objective}.json", {"digest": folder_identity(folder)})
+    print(f"identify: {objective}: {folder}")
+
+
+if __name__ == "__main__":
+    main(run)
