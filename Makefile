@@ -32,29 +32,29 @@ test: install  ## all tests, offline
 	python -m pytest -n auto --dist loadfile
 
 params: install  ## compose conf/ into params.yaml (ARGS="data=own data.path=mine.jsonl" to override)
-	python -m pipeline.sweep --cfg job --resolve $(ARGS) > .params.partial && mv .params.partial params.yaml
+	python -m pipeline.stages.sweep --cfg job --resolve $(ARGS) > .params.partial && mv .params.partial params.yaml
 
 plan: install  ## memory, forwards, time and judge calls of a run, before anything is loaded (EXPERIMENT=hh_rlhf, ARGS as for params)
-	python -m pipeline.sweep --cfg job --resolve $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(ARGS) | python -m pipeline.plan - $(PLAN)
+	python -m pipeline.stages.sweep --cfg job --resolve $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(ARGS) | python -m pipeline.stages.plan - $(PLAN)
 
 lint: install  ## ruff and mypy
 	ruff check . && ruff format --check . && mypy
 
 smoke: install  ## the whole DAG on a tiny random model, in a throw-away copy
-	python -m pytest tests/test_dag.py::test_every_stage_wrote_what_it_promises
+	python -m pytest tests/stages/test_dag.py::test_every_stage_wrote_what_it_promises
 
 bench: install  ## speed of guided decoding against the unguided base, and of training against TRL
-	python -m tests.bench_decoding
-	python -m tests.bench_training
-	python -m tests.bench_prepare
-	python -m tests.bench_growth
-	test ! -d models/gemma3-270m || python -m tests.bench_crosstoken
+	python -m tests.bench.decoding
+	python -m tests.bench.training
+	python -m tests.bench.prepare
+	python -m tests.bench.growth
+	test ! -d models/gemma3-270m || python -m tests.bench.crosstoken
 
 test-gpu: install  ## the tests that need a GPU (tests/gpu); elsewhere they are skipped
 	python -m pytest tests/gpu -n 4 --dist load -rs
 
 bench-gpu: install  ## the tests on a GPU and its speed with random models of 1B, 7B and 13B; eight minutes (FLAGS="--seconds 600")
-	python -m tests.bench_gpu $(FLAGS)
+	python -m tests.bench.gpu $(FLAGS)
 
 report: install  ## where to look at the results; TRACKING=online builds the report in W&B (BASELINE=group to compare with)
 	@python -m pipeline.report $(if $(TRACKING),--tracking $(TRACKING)) $(if $(BASELINE),--baseline $(BASELINE))
@@ -69,23 +69,23 @@ $(VLLM)/.installed: requirements-vllm.lock
 	touch $@
 
 test-vllm: vllm  ## the tests of the engine and of the server, in their own environment
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/test_vllm.py tests/test_serve.py
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/decoding/test_vllm.py tests/decoding/test_serve.py
 
 bench-vllm: vllm  ## speed of guided decoding inside vLLM, and the server under load (after `make repro`)
-	$(VLLM)/bin/python -m tests.bench_vllm
-	$(VLLM)/bin/python -m tests.bench_serve
+	$(VLLM)/bin/python -m tests.bench.vllm
+	$(VLLM)/bin/python -m tests.bench.serve
 
 serve: vllm  ## an OpenAI-compatible server on loopback: weights per request (FLAGS="--port 8000 -- --max-model-len 2048")
-	$(VLLM)/bin/python -m pipeline.engines.vllm.serve $(FLAGS)
+	$(VLLM)/bin/python -m pipeline.decoding.vllm.serve $(FLAGS)
 
 pictures: install  ## photograph report and playground for the README (needs Chromium)
 	python -m tests.pictures
 
 playground: install  ## a local page: sliders for the objectives, the base beside the guided text
-	python -m pipeline.playground
+	python -m pipeline.report.playground
 
 gc: install  ## generated rows that no run of the last 90 days asked for (FLAGS="--days 30 --delete" removes)
-	@python -m pipeline.stale_rows $(FLAGS)
+	@python -m pipeline.data.stale_rows $(FLAGS)
 
 clean:  ## remove what stages and tools wrote, but not DVC's cache
 	rm -rf models scratch .pytest_cache .mypy_cache .ruff_cache .hypothesis

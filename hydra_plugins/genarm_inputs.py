@@ -1,3 +1,3 @@
 """Gives the composition of conf/ its resolver `inputs`: Hydra and `dvc exp run` import this folder."""
 
-import pipeline.inputs  # noqa: F401  registers it
+import pipeline.config.inputs  # noqa: F401  registers it

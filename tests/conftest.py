@@ -14,12 +14,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from peft import LoraConfig, get_peft_model
 
-from pipeline import models
-from pipeline.config import Workspace, to_params
-from pipeline.decoder import GuidedDecoder
-from pipeline.lanes import Backbone
-from pipeline.models import Prompter
-from pipeline.params import Model, Params
+from pipeline.config.load import to_params
+from pipeline.config.schema import Model, Params
+from pipeline.config.workspace import Workspace
+from pipeline.decoding.backbone import Backbone
+from pipeline.decoding.decoder import GuidedDecoder
+from pipeline.models.fetch import fetch
+from pipeline.models.loading import load_model
+from pipeline.models.prompting import Prompter
 from tests.reference import Reference
 from tests.tiny import ROOT, write_tiny
 
@@ -42,7 +44,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fetched tiny base, with its origin.json."""
     folder = tmp_path_factory.mktemp("models")
     spec = Model(source="path", location=str(write_tiny(folder / "source")))
-    models.fetch("tiny", spec, folder / "tiny")
+    fetch("tiny", spec, folder / "tiny")
     return folder / "tiny"
 
 
@@ -53,7 +55,7 @@ def prompter(tiny: Path) -> Prompter:
 
 @pytest.fixture
 def base(tiny: Path) -> torch.nn.Module:
-    return models.load_model(tiny, torch.float32, torch.device("cpu"))
+    return load_model(tiny, torch.float32, torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +64,7 @@ def arms(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     folder, made = tmp_path_factory.mktemp("arms"), {}
     for seed, (name, targets) in enumerate({"one": "all-linear", "two": "all-linear", "three": ["q_proj"]}.items()):
         torch.manual_seed(seed + 1)
-        model = models.load_model(tiny, torch.float32, torch.device("cpu"))
+        model = load_model(tiny, torch.float32, torch.device("cpu"))
         adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM"))
         for key, weight in adapted.named_parameters():
             if "lora_B" in key:
@@ -90,6 +92,6 @@ def workspace(tmp_path: Path) -> Workspace:
 @pytest.fixture
 def smoke_params(compose_params: Composer, tiny: Path) -> Params:
     """The smoke experiment on the tiny base of this test session."""
-    params = compose_params("experiment=smoke", f"data.path={ROOT / 'pipeline/prompts/everyday.jsonl'}")
+    params = compose_params("experiment=smoke", f"data.path={ROOT / 'pipeline/data/prompts/everyday.jsonl'}")
     spec = dataclasses.replace(params.models["tiny"], location=str(tiny))
     return dataclasses.replace(params, models={**params.models, "tiny": spec})

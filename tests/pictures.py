@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from pipeline.config import Workspace, load_params
-from pipeline.playground import Playground, serve
+from pipeline.config.load import load_params
+from pipeline.config.workspace import Workspace
+from pipeline.report.playground import Playground, serve
 from tests.browser import opened
 
 OUT = Path("results/report")

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from pipeline import models
-from pipeline.decoder import Request
-from pipeline.guidance import random_stream
+from pipeline.decoding.decoder import Request
+from pipeline.decoding.guidance import random_stream
+from pipeline.models.loading import load_model
 
 PROMPTS = [
     "Describe a rainy Monday.", "Describe a rainy Monday. Why?", "Tips?",
@@ -36,8 +36,8 @@ class Reference:
     """The decoding rule once more: float64, one row, PEFT's own forward, no cache, numpy arithmetic."""
 
     def __init__(self, tiny, arms, prompter):
-        self.base = models.load_model(tiny, torch.float64, CPU)
-        fresh = {name: models.load_model(tiny, torch.float64, CPU) for name in arms}
+        self.base = load_model(tiny, torch.float64, CPU)
+        fresh = {name: load_model(tiny, torch.float64, CPU) for name in arms}
         self.arms = {
             name: PeftModel.from_pretrained(fresh[name], str(folder)).double().eval() for name, folder in arms.items()
         }

@@ -22,7 +22,7 @@ CHAT = (
 
 
 def tiny_tokenizer(extra: list[str] | None = None) -> PreTrainedTokenizerFast:
-    lines = (ROOT / "pipeline/prompts/everyday.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "pipeline/data/prompts/everyday.jsonl").read_text(encoding="utf-8").splitlines()
     corpus = [json.loads(line)["prompt"] for line in lines] + [" " + " ".join(FEELINGS)] * 200
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline import params as schema
-from pipeline.params import Params
+from pipeline.config import schema
+from pipeline.config.schema import Params
 from tests.tiny import ROOT
 
 NAMES = "[names]"  # stands for the keys of a section whose entries are called as the user likes

@@ -7,10 +7,11 @@ python -m pipeline.report --tracking online --baseline smollm2-135m-1f0e9a2b    
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
-from pipeline import tracking
-from pipeline.config import UserError, Workspace, load_params
-from pipeline.stages import guard
-from pipeline.store import read_jsonl
+from pipeline.config.errors import UserError, guard
+from pipeline.config.load import load_params
+from pipeline.config.workspace import Workspace
+from pipeline.data.files import read_jsonl
+from pipeline.report import tracking
 
 
 def main() -> None:

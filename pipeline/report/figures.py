@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
-from pipeline.comparison import BASE
+from pipeline.evaluation.standings import UNGUIDED
 from pipeline.report import drawing
 from pipeline.report.drawing import INK, Drawing, label_axes
 
@@ -217,12 +217,12 @@ def _steps(drawn: Drawing, axes: Axes, part: pd.DataFrame, objective: str, look:
 
 
 def _styles(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    methods = [method for method in table.method.unique() if method != BASE]
+    methods = [method for method in table.method.unique() if method != UNGUIDED]
     styles: dict[str, dict[str, Any]] = {
         method: {"color": _COLOURS[place % len(_COLOURS)], "marker": _MARKERS[place % len(_MARKERS)]}
         for place, method in enumerate(methods)
     }
-    return {BASE: {"color": "#9ca3af", "marker": "s"}, **styles}
+    return {UNGUIDED: {"color": "#9ca3af", "marker": "s"}, **styles}
 
 
 def fronts(table: pd.DataFrame, objectives: Sequence[str]) -> Drawing:
@@ -237,7 +237,7 @@ def fronts(table: pd.DataFrame, objectives: Sequence[str]) -> Drawing:
     for axes, (x, y) in zip(panels, pairs, strict=True):
         for method, style in _styles(table).items():
             mine = full[full.method == method].sort_values(f"alpha_{x}")
-            joined = "none" if method == BASE or len(objectives) > 2 else "-"
+            joined = "none" if method == UNGUIDED or len(objectives) > 2 else "-"
             shown = axes.errorbar(
                 mine[f"reward_{x}"], mine[f"reward_{y}"], xerr=_errors(mine, x, "reward"),
                 yerr=_errors(mine, y, "reward"), ls=joined, lw=1.1, ms=7, elinewidth=0.5, alpha=0.9, label=method,
@@ -259,10 +259,10 @@ def rewards_kl(table: pd.DataFrame, objectives: Sequence[str]) -> Drawing:
     for axes, name in zip(panels, objectives, strict=True):
         others = [f"alpha_{other}" for other in objectives if other != name]
         alone = table[(table[others] == 0).all(axis=1) & table.kl.notna()]
-        start = table[table.method == BASE].iloc[0]
+        start = table[table.method == UNGUIDED].iloc[0]
         for method, style in _styles(table).items():
             mine = alone[alone.method == method]
-            mine = mine[mine[f"alpha_{name}"] > 0] if method != BASE else mine
+            mine = mine[mine[f"alpha_{name}"] > 0] if method != UNGUIDED else mine
             mine = mine.sort_values("kl")
             reward = mine[f"reward_{name}"]
             shown = axes.errorbar(
@@ -270,7 +270,7 @@ def rewards_kl(table: pd.DataFrame, objectives: Sequence[str]) -> Drawing:
                 label=method, **style,
             )  # fmt: skip
             drawn.tell(shown, [told(method, line, objectives, "reward") for line in mine.to_dict("records")])
-            if method != BASE:
+            if method != UNGUIDED:
                 axes.plot([start.kl, *mine.kl], [start[f"reward_{name}"], *reward], lw=1, color=style["color"])
         axes.set_xscale("symlog", linthresh=1)
         axes.set_xlim(left=-0.1)

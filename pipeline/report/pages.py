@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from pipeline.params import Params
+from pipeline.config.schema import Params
+from pipeline.data.files import Row, replacing
+from pipeline.decoding.token_colours import STRONGEST
 from pipeline.report.drawing import Drawing
-from pipeline.report.tokens import STRONGEST
-from pipeline.store import Row, replacing
 
 _CHARACTERS = (
     600_000  # of prompts and responses that a page holds: some hundreds of kilobytes, so that it opens at once

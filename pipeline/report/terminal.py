@@ -6,7 +6,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.store import Row
+from pipeline.data.files import Row
 
 
 def comparison(fronts: pd.DataFrame) -> None:

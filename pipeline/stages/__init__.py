@@ -3,55 +3,19 @@
 python -m pipeline.stages.train --objective positivity      # what `dvc repro` runs, from the project's folder
 """
 
-import errno
 import logging
 import os
-import re
 import sys
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from pipeline.config import UserError, Workspace, load_params
-from pipeline.params import Params
-
-_DISK = {
-    errno.ENOSPC: "the disk is full: free some space",
-    errno.EROFS: "the file system is read-only: choose a folder that can be written",
-    errno.EACCES: "permission denied: make the folder writable",
-    errno.EPERM: "permission denied: make the folder writable",
-    errno.EDQUOT: "the disk quota is used up: free some space",
-}
-
-
-@contextmanager
-def guard() -> Iterator[None]:
-    """Turn errors that the user can mend into one sentence and exit code 1; let all others through."""
-    try:
-        yield
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except Exception as error:
-        reason = _DISK.get(_errno_of(error) or 0)
-        if reason is None:
-            raise
-        file = getattr(error, "filename2", None) or getattr(error, "filename", None) or "writing"
-        sys.exit(f"error: {file}: {reason} and run the same command again.")
-
-
-def _errno_of(error: Exception) -> int | None:
-    """The system's error number; safetensors and torch tell in words why they could not write."""
-    if isinstance(error, SafetensorError):
-        told = re.search(r"\(os error (\d+)\)", str(error))
-        return int(told[1]) if told else None
-    if isinstance(error, RuntimeError) and "inline_container.cc" in str(error) and "unexpected pos" in str(error):
-        return errno.ENOSPC  # all that torch.save says where a file cannot grow
-    return getattr(error, "errno", None)
+from pipeline.config.errors import guard
+from pipeline.config.load import load_params
+from pipeline.config.schema import Params
+from pipeline.config.workspace import Workspace
 
 
 def share_store(here: Path) -> None:

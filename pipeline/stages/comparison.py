@@ -3,25 +3,26 @@
 python -m pipeline.stages.comparison
 """
 
-from pipeline import comparison, standings
-from pipeline.config import Workspace
-from pipeline.generation import prompts_with_room
-from pipeline.judging import scored_frame
-from pipeline.params import Params
+from pipeline.config.schema import Params
+from pipeline.config.workspace import Workspace
+from pipeline.data.files import read_jsonl, replacing, write_json, write_jsonl
+from pipeline.evaluation import standings
+from pipeline.evaluation.judging import scored_frame
+from pipeline.generation.comparison import check, generate, tokens_per_second, training_cost
+from pipeline.generation.rows import prompts_with_room
 from pipeline.report import figures, pages, terminal
 from pipeline.stages import main
-from pipeline.store import read_jsonl, replacing, write_json, write_jsonl
 
 
 def run(params: Params, workspace: Workspace) -> None:
     """Ask every method of `params.comparison`, and compare."""
     out = workspace.results / "comparison"
     prompts = [row["prompt"] for _, row in read_jsonl(workspace.results / "prepare" / "prompts.jsonl")]
-    comparison.check(params, workspace)
+    check(params, workspace)
     prompts = prompts_with_room(params, workspace, [params.base], prompts[: params.comparison.prompts])
-    training = comparison.training_cost(params, workspace)  # refuses what is not trained before anything is generated
-    rows = comparison.generate(params, workspace, prompts)
-    speeds = comparison.tokens_per_second(params, workspace, prompts)
+    training = training_cost(params, workspace)  # refuses what is not trained before anything is generated
+    rows = generate(params, workspace, prompts)
+    speeds = tokens_per_second(params, workspace, prompts)
     scored = scored_frame(rows, params.objectives)
     tables = {
         "table": standings.table(params, scored, speeds, training),

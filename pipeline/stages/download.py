@@ -3,9 +3,9 @@
 python -m pipeline.stages.download --dataset dataset0      # the first of data.download, as DVC counts them
 """
 
-from pipeline.config import Workspace
-from pipeline.params import Params
-from pipeline.preferences import sources
+from pipeline.config.schema import Params
+from pipeline.config.workspace import Workspace
+from pipeline.data import sources
 from pipeline.stages import main
 
 

@@ -3,11 +3,11 @@
 python -m pipeline.stages.explain
 """
 
-from pipeline import explain
-from pipeline.config import Workspace
-from pipeline.params import Params
+from pipeline.config.schema import Params
+from pipeline.config.workspace import Workspace
+from pipeline.data.files import Row, read_jsonl, write_json
+from pipeline.generation import explain
 from pipeline.stages import main
-from pipeline.store import Row, read_jsonl, write_json
 
 
 def run(params: Params, workspace: Workspace) -> None:

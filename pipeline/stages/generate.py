@@ -5,24 +5,23 @@ python -m pipeline.stages.generate shard=3/8   # one of eight processes; `dvc re
 
 from pathlib import Path
 
-from pipeline import generation
-from pipeline.config import Workspace
-from pipeline.generation import Shard
-from pipeline.params import Params
+from pipeline.config.schema import Params
+from pipeline.config.workspace import Workspace
+from pipeline.data.files import read_jsonl, write_jsonl
+from pipeline.generation.rows import Shard, generate_shard, generate_sweep, prompts_with_room
 from pipeline.stages import main
-from pipeline.store import read_jsonl, write_jsonl
 
 
 def run(params: Params, workspace: Workspace, shard: str | None = None, *, prompts: Path | None = None) -> None:
     """Generate the sweep, or a shard of it into the row store; `prompts` defaults to those that prepare wrote."""
     file = prompts or workspace.results / "prepare" / "prompts.jsonl"
     asked = [row["prompt"] for _, row in read_jsonl(file)]
-    asked = generation.prompts_with_room(params, workspace, [params.base], asked)
+    asked = prompts_with_room(params, workspace, [params.base], asked)
     if shard is None:
-        rows = generation.generate_sweep(params, workspace, params.base, asked)
+        rows = generate_sweep(params, workspace, params.base, asked)
         write_jsonl(workspace.results / "generate" / "rows.jsonl", rows)
     else:
-        count, store = generation.generate_shard(params, workspace, params.base, asked, Shard.parse(shard))
+        count, store = generate_shard(params, workspace, params.base, asked, Shard.parse(shard))
         print(f"generate: the {count} rows of {shard} are in {store}; when all shards are there, run `dvc repro`")
 
 

@@ -5,11 +5,12 @@ python -m pipeline.stages.identify --objective helpfulness      # where judge=re
 
 from pathlib import Path
 
-from pipeline.config import UserError, Workspace
-from pipeline.identity import folder_identity
-from pipeline.params import Params, RewardJudge
+from pipeline.config.errors import UserError
+from pipeline.config.schema import Params, RewardJudge
+from pipeline.config.workspace import Workspace
+from pipeline.data.files import write_json
+from pipeline.models.identity import folder_identity
 from pipeline.stages import main
-from pipeline.store import write_json
 
 
 def run(params: Params, workspace: Workspace, objective: str) -> None:

@@ -5,11 +5,11 @@ python -m pipeline.stages.judge
 
 from pathlib import Path
 
-from pipeline import judging
-from pipeline.config import Workspace
-from pipeline.params import Params
+from pipeline.config.schema import Params
+from pipeline.config.workspace import Workspace
+from pipeline.data.files import Row, read_jsonl, replacing, write_json, write_jsonl
+from pipeline.evaluation import judging
 from pipeline.stages import main
-from pipeline.store import Row, read_jsonl, replacing, write_json, write_jsonl
 
 
 def run(params: Params, workspace: Workspace, prepared: Path | None = None) -> None:

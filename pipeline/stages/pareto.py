@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline import pareto, tracking
-from pipeline.config import Workspace
-from pipeline.judging import scored_frame
-from pipeline.params import Params
-from pipeline.report import figures, pages, terminal
+from pipeline.config.schema import Params
+from pipeline.config.workspace import Workspace
+from pipeline.data.files import read_jsonl, replacing, write_json
+from pipeline.evaluation.front import front_metrics, front_table, long_scores
+from pipeline.evaluation.judging import scored_frame
+from pipeline.report import figures, pages, terminal, tracking
 from pipeline.stages import main
-from pipeline.store import read_jsonl, replacing, write_json
 
 
 def run(params: Params, workspace: Workspace, trained: Path | None = None) -> None:
@@ -28,14 +28,14 @@ def run(params: Params, workspace: Workspace, trained: Path | None = None) -> No
     judged = (row for _, row in read_jsonl(results / "judge" / "scores.jsonl"))
     scored = scored_frame(judged, objectives, columns)
     wins = pd.read_csv(results / "judge" / "wins.csv")
-    front = pareto.front_table(params, scored, wins)
+    front = front_table(params, scored, wins)
     card = json.loads((results / "judge" / "card.json").read_text())
     arms = {name: json.loads((trained / name / "metrics.json").read_text()) for name in params.objectives}
     curves = pd.concat([pd.read_csv(trained / name / "curve.csv").assign(objective=name) for name in arms])
-    metrics = {**pareto.front_metrics(params, front), "arms": arms, "judge": card}
+    metrics = {**front_metrics(params, front), "arms": arms, "judge": card}
     tables = {
         "front.csv": front,
-        "scores.csv": pareto.long_scores(front, objectives),
+        "scores.csv": long_scores(front, objectives),
         "curves.csv": figures.curve_table(curves),
     }
     for name, table in tables.items():

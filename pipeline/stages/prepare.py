@@ -8,14 +8,18 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from pipeline.config import UserError, Workspace
-from pipeline.control_tokens import control_names
-from pipeline.params import Params, Sampling
-from pipeline.preferences import SPLITS, reading, sources
-from pipeline.preferences.card import DataCard
-from pipeline.preferences.labelling import label_samples, pair_of
+from pipeline.config.errors import UserError
+from pipeline.config.schema import Params, Sampling
+from pipeline.config.workspace import Workspace
+from pipeline.data import sources
+from pipeline.data.card import DataCard
+from pipeline.data.files import Row, replacing, write_json, write_jsonl
+from pipeline.data.labelling import label_samples, pair_of
+from pipeline.data.preferences import Prompts, read_prompts, read_rows
+from pipeline.data.splits import SPLITS
+from pipeline.generation.rows import generate_stored, with_room
+from pipeline.models.control_tokens import control_names
 from pipeline.stages import main
-from pipeline.store import Row, replacing, write_json, write_jsonl
 
 
 def run(params: Params, workspace: Workspace) -> None:
@@ -23,9 +27,9 @@ def run(params: Params, workspace: Workspace) -> None:
     data, out = params.data, workspace.results / "prepare"
     card = DataCard(params.objectives, data.strict, control_names(workspace.model(data.sampler)))
     if data.sampling is None:
-        rows = reading.read_rows(data, params.objectives, params.seed, card)
+        rows = read_rows(data, params.objectives, params.seed, card)
     else:
-        asked = reading.read_prompts(data, params.seed)
+        asked = read_prompts(data, params.seed)
         samples = sample(asked, params, data.sampling, workspace, card)
         rows = label_samples(asked, samples, params.objectives)
     prompts = write_pairs(rows, params, out, card)
@@ -40,13 +44,13 @@ def run(params: Params, workspace: Workspace) -> None:
         print(f"prepare: {name}: pairs {counts['pairs']}, ties {counts['ties']}")
 
 
-def write_pairs(rows: Iterator[Row], params: Params, out: Path, card: DataCard) -> reading.Prompts:
+def write_pairs(rows: Iterator[Row], params: Params, out: Path, card: DataCard) -> Prompts:
     """Write rows.jsonl and pairs/<objective>.jsonl as the rows come; their prompts are returned.
 
     Raises:
         UserError: an objective has no pair in some split; nothing is written then.
     """
-    prompts = reading.Prompts()
+    prompts = Prompts()
     missing = {(name, split) for name in params.objectives for split in SPLITS}
     with ExitStack() as stack:
         whole = stack.enter_context(replacing(out / "rows.jsonl"))
@@ -79,13 +83,12 @@ def sample(
 
     A prompt that leaves them no room in the base's context has none, and is counted.
     """
-    from pipeline import generation  # seconds and memory that rows which are there already do without
-    from pipeline.decoder import Request
-    from pipeline.models import Source
+    from pipeline.decoding.decoder import Request
+    from pipeline.models.loading import Source
 
     source = Source.of(params, workspace, params.data.sampler)
     texts = [prompt["prompt"] for prompt in prompts]
-    kept = set(generation.with_room([source], texts, sampling.max_new_tokens))
+    kept = set(with_room([source], texts, sampling.max_new_tokens))
     for prompt in prompts:
         if prompt["prompt"] not in kept:
             card.drop("a prompt that leaves no room for a response in the base's context", f"prompt {prompt['id']}")
@@ -101,7 +104,7 @@ def sample(
         if prompt["prompt"] in kept
         for number in range(sampling.responses_per_prompt)
     }
-    rows = generation.generate_stored(list(wanted.values()), params, workspace, params.data.sampler, "prepare")
+    rows = generate_stored(list(wanted.values()), params, workspace, params.data.sampler, "prepare")
     samples: dict[str, list[tuple[str, bool]]] = {prompt["id"]: [] for prompt in prompts}
     for (prompt_id, _), row in zip(wanted, rows, strict=True):
         samples[prompt_id].append((row["response"], row["finish"] == "eos"))

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline import export, hub, models, tracking, training
-from pipeline.arm import CURVE
-from pipeline.config import UserError, Workspace
-from pipeline.params import Params
+from pipeline.config.errors import UserError
+from pipeline.config.schema import Params
+from pipeline.config.workspace import Workspace
+from pipeline.data.files import digest, file_digest, read_jsonl, replacing, write_json
+from pipeline.models.loading import model_digest
+from pipeline.report import tracking
 from pipeline.stages import main
-from pipeline.store import digest, file_digest, read_jsonl, replacing, write_json
-from pipeline.training import Job
+from pipeline.training import export, hub
+from pipeline.training.arm import CURVE
+from pipeline.training.fit import Job, train
 
 
 def run(params: Params, workspace: Workspace, objective: str) -> None:
@@ -38,11 +41,11 @@ def run(params: Params, workspace: Workspace, objective: str) -> None:
 def produce(params: Params, workspace: Workspace, job: Job, stage: str, folder: Path, out: Path) -> None:
     """Train a job on its objective's pairs; write the model to `folder`, metrics and curve to `out`."""
     started = time.monotonic()
-    files = [workspace.results / "prepare" / "pairs" / f"{objective}.jsonl" for objective in job.pulls]
+    files = [workspace.results / "prepare" / "pairs" / f"{objective}.jsonl" for objective in job.terms]
     rows = [{**row, "objective": place} for place, file in enumerate(files) for _, row in read_jsonl(file)]
-    digests = {"base digest": models.model_digest(job.source.folder), "pairs digest": file_digest(*files)}
+    digests = {"base digest": model_digest(job.source.folder), "pairs digest": file_digest(*files)}
     with tracking.training_logger(params, job, stage, workspace) as logger:
-        trained = training.train(job, rows, digest(digests), workspace.scratch, logger)
+        trained = train(job, rows, digest(digests), workspace.scratch, logger)
     if trained is None:  # another process writes
         return
     with replacing(out / "curve.csv") as stream:

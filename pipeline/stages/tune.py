@@ -8,14 +8,15 @@ import time
 
 import pandas as pd
 
-from pipeline.baselines import rloo
-from pipeline.config import UserError, Workspace
-from pipeline.models import Source
-from pipeline.params import Params
+from pipeline.config.errors import UserError
+from pipeline.config.schema import Params
+from pipeline.config.workspace import Workspace
+from pipeline.data.files import read_jsonl, replacing, write_json
+from pipeline.models.loading import Source
 from pipeline.stages import main
 from pipeline.stages.train import produce
-from pipeline.store import read_jsonl, replacing, write_json
-from pipeline.training import Job
+from pipeline.training import rloo
+from pipeline.training.fit import Job
 
 
 def run(params: Params, workspace: Workspace, base: str, rival: str) -> None:

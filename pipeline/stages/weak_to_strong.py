@@ -5,14 +5,15 @@ python -m pipeline.stages.weak_to_strong
 
 import json
 
-from pipeline import weak_to_strong
-from pipeline.config import Workspace
-from pipeline.generation import prompts_with_room
-from pipeline.judging import check_judge, scored_frame
-from pipeline.params import Params
+from pipeline.config.schema import Params
+from pipeline.config.workspace import Workspace
+from pipeline.data.files import Row, read_jsonl, replacing, write_jsonl
+from pipeline.evaluation.judging import check_judge, scored_frame
+from pipeline.evaluation.ladder import lines_of, table
+from pipeline.generation.ladder import generate, tokens_per_second
+from pipeline.generation.rows import prompts_with_room
 from pipeline.report import figures, pages, terminal
 from pipeline.stages import main
-from pipeline.store import Row, read_jsonl, replacing, write_jsonl
 
 
 def run(params: Params, workspace: Workspace) -> None:
@@ -22,26 +23,26 @@ def run(params: Params, workspace: Workspace) -> None:
     bases = params.weak_to_strong.bases
     check_judge(params, workspace)  # before anything is generated
     prompts = prompts_with_room(params, workspace, bases, prompts)
-    weak_to_strong.lines_of(params)  # refuses what it cannot compare before anything is generated
+    lines_of(params)  # refuses what it cannot compare before anything is generated
     of_base: dict[str, list[Row]] = {}
     speeds: dict[tuple[str, str], float] = {}
     for base in reversed(bases):  # from the largest, so that what does not fit shows at once
-        of_base[base] = weak_to_strong.generate(params, workspace, base, prompts)
-        found = weak_to_strong.tokens_per_second(params, workspace, base, prompts)
+        of_base[base] = generate(params, workspace, base, prompts)
+        found = tokens_per_second(params, workspace, base, prompts)
         speeds |= {(base, point): speed for point, speed in found.items()}
     rows = [row for base in bases for row in of_base[base]]
     scored = scored_frame(rows, params.objectives)
-    table = weak_to_strong.table(params, scored, speeds)
+    lines = table(params, scored, speeds)
     write_jsonl(out / "rows.jsonl", rows)
     with replacing(out / "table.csv") as stream:
-        table.to_csv(stream, index=False)
-    drawn = figures.ladder(table, list(params.objectives))
+        lines.to_csv(stream, index=False)
+    drawn = figures.ladder(lines, list(params.objectives))
     drawn.save(out / "figure.png")
     names = dict.fromkeys([params.arm.base, *bases])
     ladder = {name: json.loads((results / "fetch" / f"{name}.json").read_text(encoding="utf-8")) for name in names}
     page = out / "index.html"
-    pages.ladder(params, table, scored, ladder, drawn, page)
-    terminal.ladder(table, list(params.objectives))
+    pages.ladder(params, lines, scored, ladder, drawn, page)
+    terminal.ladder(lines, list(params.objectives))
     print(f"weak_to_strong: open {page}")
 
 

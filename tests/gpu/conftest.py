@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import models
-from pipeline.lanes import Backbone
-from pipeline.models import Prompter
+from pipeline.decoding.backbone import Backbone
+from pipeline.models.loading import load_model, resolve_device
+from pipeline.models.prompting import Prompter
 
 DRY = os.environ.get("GENARM_GPU_TESTS_ON_CPU") == "1"
 
@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    return models.resolve_device("cpu" if DRY else "auto")
+    return resolve_device("cpu" if DRY else "auto")
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def backbone_of(tiny: Path, prompter: Prompter, arms: dict[str, Path], device: t
     def make(
         place: torch.device = device, dtype: torch.dtype = torch.float32, static: bool = False, **how: str
     ) -> Backbone:
-        made = Backbone(models.load_model(tiny, dtype, place), prompter, arms, **how)
+        made = Backbone(load_model(tiny, dtype, place), prompter, arms, **how)
         made.static = static
         return made
 

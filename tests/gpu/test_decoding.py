@@ -4,16 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import models
-from pipeline.decoder import GuidedDecoder, Request
-from pipeline.lanes import REFERENCE, Backbone
-from pipeline.models import Prompter
-from pipeline.processor import GuidanceProcessor
-from tests import test_processor
+from pipeline.config.points import REFERENCE
+from pipeline.decoding.backbone import Backbone
+from pipeline.decoding.decoder import GuidedDecoder, Request
+from pipeline.decoding.logits_processor import GuidanceProcessor
+from pipeline.models.loading import load_model
+from pipeline.models.prompting import Prompter
+from tests.decoding import test_logits_processor
+from tests.decoding.test_cross_tokenizer import log_ratio
 from tests.foreign import foreign_model, sentencepiece
 from tests.gpu.rows import changed
 from tests.reference import CPU, POINTS, PROMPTS, requests, run
-from tests.test_crosstoken import log_ratio
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 0.0])
@@ -69,15 +70,16 @@ def test_arms_of_another_tokenizer_guide_as_on_the_cpu(backbone_of, device, stat
 
 
 def test_generate_and_the_decoder_choose_the_same_tokens(tiny, prompter, arms, device, static):
-    model = models.load_model(tiny, torch.float32, device)
+    model = load_model(tiny, torch.float32, device)
     arm, base = Backbone(model, prompter, arms, name=None), Backbone(model, prompter, arms)
     arm.static = base.static = static
-    given = test_processor.inputs(prompter)
+    given = test_logits_processor.inputs(prompter)
     given |= {name: given[name].to(device) for name in ("input_ids", "attention_mask")}
-    guidance = GuidanceProcessor(prompter, test_processor.WEIGHTS, arm)
+    guidance = GuidanceProcessor(prompter, test_logits_processor.WEIGHTS, arm)
     found = model.generate(**given, do_sample=False, max_new_tokens=12, logits_processor=[guidance])
     wanted = [
-        Request(prompt, test_processor.WEIGHTS, temperature=0.0, max_new_tokens=12) for prompt in test_processor.PROMPTS
+        Request(prompt, test_logits_processor.WEIGHTS, temperature=0.0, max_new_tokens=12)
+        for prompt in test_logits_processor.PROMPTS
     ]
     for tokens, row in zip(found, run(GuidedDecoder(base), wanted), strict=True):
         assert tokens[given["input_ids"].shape[1] :].tolist()[: len(row.tokens)] == row.tokens

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pipeline.config import UserError
-from pipeline.decoder import GuidedDecoder, Request
+from pipeline.config.errors import UserError
+from pipeline.decoding.decoder import GuidedDecoder, Request
 from tests.gpu.rows import changed
 from tests.reference import POINTS, requests, run
 

@@ -7,9 +7,9 @@ import torch
 from peft import PeftModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pipeline import models
-from pipeline.decoder import GuidedDecoder, Request
-from pipeline.lanes import Backbone
+from pipeline.decoding.backbone import Backbone
+from pipeline.decoding.decoder import GuidedDecoder, Request
+from pipeline.models.loading import load_model
 from tests.reference import PROMPTS, requests, run
 from tests.tiny import tiny_model
 
@@ -31,7 +31,7 @@ def merged_laws(tiny, arms, prompter, device):
     def laws(tokens):
         found = {}
         for name in ("base", *arms):
-            model = models.load_model(tiny, torch.float32, device)
+            model = load_model(tiny, torch.float32, device)
             if name != "base":
                 model = PeftModel.from_pretrained(model, str(arms[name])).merge_and_unload()
             for prompt in PROMPTS:

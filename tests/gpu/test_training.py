@@ -5,26 +5,27 @@ import dataclasses
 import pytest
 import torch
 
-from pipeline import models, training
-from pipeline.arm import ARM, ResponseModel, trainable
-from pipeline.checkpoints import load_trained, newest_checkpoint
-from pipeline.evaluation import evaluate
+from pipeline.models.loading import load_model
+from pipeline.training.arm import ARM, ResponseModel, trainable
+from pipeline.training.checkpoints import load_trained, newest_checkpoint
+from pipeline.training.fit import eval_loader, fit
+from pipeline.training.held_out import evaluate
 from tests.reference import CPU
-from tests.test_distributed import OWN, run
-from tests.test_training import ARM_LOSS, CONFIG, adapter, groups  # noqa: F401
+from tests.training.test_distributed import OWN, run
+from tests.training.test_fit import ARM_LOSS, CONFIG, adapter, groups  # noqa: F401
 
 STEPS = 4 * CONFIG.epochs
 
 
 def new_module(tiny, smoke_params, device, dropout=0.0, config=CONFIG, dtype=torch.float32):
     arm = dataclasses.replace(smoke_params.arm, dropout=dropout)
-    model = trainable(models.load_model(tiny, dtype, device), arm, 0, device, config.gradient_checkpointing)
+    model = trainable(load_model(tiny, dtype, device), arm, 0, device, config.gradient_checkpointing)
     return ARM(ResponseModel(model, dtype), [(0.1, 1.0)], ARM_LOSS, config, STEPS, 0)
 
 
 def fit(module, groups, folder, device, config=CONFIG):  # noqa: F811
-    held_out = training.eval_loader(groups[:2], 2, 0)
-    _, best = training.fit(module, groups, held_out, config, folder, False, 0, 0, device)
+    held_out = eval_loader(groups[:2], 2, 0)
+    _, best = fit(module, groups, held_out, config, folder, False, 0, 0, device)
     load_trained(module, best)
 
 
@@ -43,7 +44,7 @@ def test_training_draws_the_curve_of_the_cpu(tiny, smoke_params, groups, tmp_pat
     print(f"device: {losses(here.history)}\nCPU:    {losses(there.history)}")
     assert losses(here.history) == pytest.approx(losses(there.history), abs=1e-3)
     assert len({round(loss, 3) for loss in losses(there.history)}) > 5
-    loader = training.eval_loader(groups, 2, 0)
+    loader = eval_loader(groups, 2, 0)
     found, wanted = (evaluate(each.model, ARM_LOSS, loader, device, 0.95, 50, 0) for each in (here, there))
     assert found.reward_mean == pytest.approx(wanted.reward_mean, abs=0.05)
 

@@ -1,0 +1,1 @@
+"""What an experiment can say, how it is read and checked, and where its files are."""

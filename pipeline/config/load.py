@@ -1,0 +1,213 @@
+"""From params.yaml to one frozen, typed `Params`; unknown keys, wrong types and contradictions stop here.
+
+Hydra composes conf/ into params.yaml (`make params`); everything below the command line sees only the dataclasses of
+`params` and the folders of a `Workspace`.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, cast, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.config.errors import UserError
+from pipeline.config.inputs import inputs_of
+from pipeline.config.schema import Column, Comparison, Judge, LocalJudge, Method, Objective, Params
+
+# What DVC reads of params.yaml by itself: it fails where a key is missing, though a default stands in `params`.
+READ_BY_DVC = (
+    "arm.base", "arm.tuning", "comparison.bases", "data.download", "data.path", "data.prompts", "data.sampler",
+    "decoding.device", "decoding.engine", "decoding.temperature",
+    "judge.confidence", "judge.resamples", "objectives.*.beta", "objectives.*.pretrained", "sweep.control",
+    "tune.bases", "tune.rivals", "weak_to_strong.name", "weak_to_strong.weak",
+)  # fmt: skip
+# Columns of the tables that scores stand in under their objectives' names, and `base`, the lane of the base.
+COLUMNS = (
+    "base", "forwards", "finish", "kl", "left_out", "line", "logp", "logp_base", "method", "n_tokens", "point",
+    "prompt", "prompt_tokens", "response", "sample", "seed", "stream", "tokens",
+)  # fmt: skip
+_STAGES = (
+    "bench", "comparison", "download", "explain", "fetch", "generate", "judge", "pareto", "prepare", "report", "train",
+    "tune",
+)  # fmt: skip
+
+
+def load_params(path: Path = Path("params.yaml")) -> Params:
+    """Read and check params.yaml.
+
+    Raises:
+        UserError: the file is missing, unreadable, or says something `to_params` refuses.
+    """
+    if not path.exists():
+        raise UserError(f"{path} is missing: write it with `make params`, in the project's folder.")
+    try:
+        config = OmegaConf.load(path)
+    except Exception as error:
+        raise UserError(f"{path} is not readable YAML ({error}): write it anew with `make params`.") from error
+    return to_params(config, str(path))
+
+
+def to_params(config: Any, origin: str = "the configuration") -> Params:
+    """Turn a composed configuration into `Params`; no type is converted silently.
+
+    Raises:
+        UserError: an unknown key (the closest known one is named), a wrong type, a missing value, or values that
+            contradict each other.
+    """
+    if not isinstance(config, DictConfig):
+        raise UserError(f"{origin} is not a mapping of sections: write it anew with `make params`.")
+    if missing := _missing(OmegaConf.to_container(config, resolve=False)):
+        raise UserError(f"{origin}: {missing[0]} has no value: give it one, as in {missing[0]}=value.")
+    try:
+        plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{origin}: {str(error).splitlines()[0]}: correct the reference.") from error
+    inputs = plain.pop("inputs", None)
+    try:
+        params = TypeAdapter(Params).validate_json(json.dumps(plain), strict=True)
+    except ValidationError as error:
+        # An unknown key first: it is often why another one is missing.
+        faults = sorted(error.errors(), key=lambda fault: fault["type"] != "unexpected_keyword_argument")
+        raise UserError(f"{origin}: {_sentence(faults[0])}") from None
+    for path in READ_BY_DVC:
+        for absent in _absent(plain, path.split(".")):
+            raise UserError(f"{origin}: {absent} is missing, and DVC reads it: give it a value.")
+    _check(params, origin)
+    if inputs != inputs_of(plain):  # else DVC would watch the files of another model
+        raise UserError(f"{origin}: inputs does not follow from the other sections: write it anew with `make params`.")
+    return params
+
+
+def _missing(node: Any, path: str = "") -> list[str]:
+    """Paths of the values that are still `???`."""
+    if isinstance(node, dict):
+        return [found for key, value in node.items() for found in _missing(value, f"{path}.{key}".lstrip("."))]
+    return [path] if node == "???" else []
+
+
+def _absent(node: Any, path: list[str], parents: str = "") -> list[str]:
+    """Which keys a path names that are not there; `*` stands for every key."""
+    if not path:
+        return []
+    keys = list(node) if path[0] == "*" else [path[0]]
+    if path[0] != "*" and path[0] not in node:
+        return [f"{parents}{path[0]}"]
+    return [found for key in keys for found in _absent(node[key], path[1:], f"{parents}{key}.")]
+
+
+def _sentence(fault: Any) -> str:
+    path = [str(part) for part in fault["loc"]]
+    reason = fault["msg"].removeprefix("Value error, ")
+    if path[-1] == "[key]":
+        return f"{'.'.join(path[:-2])} names {fault['input']!r}: {reason}."
+    tag = 3 if path[:2] == ["comparison", "methods"] else 1 if path[0] == "judge" else len(path)
+    path = [*path[:tag], *path[tag + 1 :]]  # where there are several kinds, pydantic names the kind as well
+    where = ".".join(path)
+    if fault["type"] == "unexpected_keyword_argument":
+        close = get_close_matches(path[-1], _known_keys(path[:-1]), n=1, cutoff=0.0)
+        return f"unknown key {where}: did you mean {'.'.join([*path[:-1], *close])}?"
+    if fault["type"] == "missing":
+        return f"{where} is missing: give it a value."
+    return f"{where} is {fault['input']!r}: {reason[0].lower()}{reason[1:]}."
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    """The fields of the dataclass at a path such as `sweep.points.base`."""
+    kind: Any = Params
+    for part in path:
+        if get_origin(kind) is dict:  # the part is the name of an entry, such as a point's
+            kind = get_args(kind)[1]
+            continue
+        kind = get_type_hints(kind, include_extras=kind is Comparison or part == "judge")[part]
+        kind = next(
+            (option for option in get_args(kind) if is_dataclass(option) and get_origin(kind) is not dict), kind
+        )
+    kinds = get_args(get_args(kind)[0]) if kind in (Method, Judge) else [kind]
+    return [known.name for one in kinds for known in fields(one)]
+
+
+def _check(params: Params, origin: str) -> None:
+    """Refuse values that only contradict each other when seen together."""
+    points, objectives = params.sweep.points, params.objectives
+    named = {"base": params.base, "arm.base": params.arm.base, "data.sampler": params.data.sampler}
+    lists = {
+        "weak_to_strong.bases": params.weak_to_strong.bases,
+        "tune.bases": params.tune.bases,
+        "fetch": params.fetch,
+    }
+    for key, listed in lists.items():
+        named |= {f"{key}[{number}]": name for number, name in enumerate(listed)}
+    for key, name in named.items():
+        if name not in params.models:
+            close = get_close_matches(name, params.models, n=1, cutoff=0.0)
+            raise UserError(f"{origin}: {key} {name} is no model: did you mean {close[0]}?")
+        if name not in params.fetch:
+            raise UserError(f"{origin}: {key} {name} is not among the models that fetch lists: add it there.")
+    if "arms" in params.models or "rivals" in objectives:
+        raise UserError(f"{origin}: no model can be called arms and no objective rivals: those are folders' names.")
+    for name in objectives.keys() & set(COLUMNS):
+        raise UserError(f"{origin}: an objective cannot be called {name}, as a column of the tables is: rename it.")
+    _check_labels(objectives, origin)
+    if params.weak_to_strong.name in _STAGES:
+        raise UserError(f"{origin}: weak_to_strong.name {params.weak_to_strong.name} is a stage's folder: rename it.")
+    if params.weak_to_strong.weak not in ((), (params.arm.base,)):
+        raise UserError(f"{origin}: weak_to_strong.weak must be the ARM's model: set it to [{params.arm.base}].")
+    if isinstance(params.judge, LocalJudge) and params.judge.model not in params.fetch:
+        raise UserError(f"{origin}: judge.model {params.judge.model} is not among the models that fetch lists: add it.")
+    compared = params.comparison
+    if compared.bases not in ((), (params.base,)):
+        raise UserError(f"{origin}: comparison.bases must be the base: set it to [{params.base}].")
+    if compared.bases and compared.against not in compared.methods:
+        raise UserError(
+            f"{origin}: comparison.against {compared.against} is no method: name one of {', '.join(compared.methods)}."
+        )
+    if params.sweep.control not in points:
+        raise UserError(f"{origin}: sweep.control {params.sweep.control} is no point: name one of {', '.join(points)}.")
+    weighted = {f"sweep.points.{name}": point.weights for name, point in points.items()}
+    weighted |= {f"tune.rivals.{name}": rival.weights for name, rival in params.tune.rivals.items()}
+    for key, weights in weighted.items():
+        for unknown in weights.keys() - objectives.keys():
+            close = get_close_matches(unknown, objectives, n=1, cutoff=0.0)
+            raise UserError(f"{origin}: {key}.weights names {unknown}, which is no objective: did you mean {close[0]}?")
+    for name, point in points.items():
+        if point.form != "plain" and not point.guided:
+            raise UserError(f"{origin}: sweep.points.{name} has a form but no weights: give it some.")
+    for name, objective in objectives.items():
+        if params.data.sampling is not None and objective.scorer is None:
+            raise UserError(
+                f"{origin}: objectives.{name} has no scorer to label samples: set objectives.{name}.scorer."
+            )
+    if params.loss.kind == "hinge" and params.loss.label_smoothing:
+        raise UserError(f"{origin}: the hinge loss knows no label smoothing: set loss.label_smoothing=0.0.")
+    if params.arm.tuning == "full" and params.arm.quantisation is not None:
+        raise UserError(f"{origin}: a quantised base cannot be trained whole: set arm.quantisation=null or arm=lora.")
+    if params.arm.quantisation is not None and params.trainer.strategy == "fsdp":
+        raise UserError(f"{origin}: a quantised base cannot be sharded: use arm=lora, or trainer=ddp.")
+    folders = [one.folder for one in params.data.download]
+    if folders and not any(Path(params.data.path).is_relative_to(folder) for folder in folders):
+        raise UserError(
+            f"{origin}: data.path is {params.data.path}, but data.download fills {', '.join(folders)} anew: set "
+            "data.download=[] to read files of your own."
+        )
+    if params.data.validation_fraction + params.data.test_fraction >= 1:
+        raise UserError(f"{origin}: data.validation_fraction and data.test_fraction leave nothing to train on.")
+
+
+def _check_labels(objectives: Mapping[str, Objective], origin: str) -> None:
+    """Every objective has a label column of its own, beside those that rows have anyway."""
+    owners: dict[str, str] = {}
+    for name, objective in objectives.items():
+        if objective.label in get_args(Column):
+            raise UserError(
+                f"{origin}: objectives.{name}.label is {objective.label}, a column that rows have anyway: name another."
+            )
+        if (other := owners.setdefault(objective.label, name)) != name:
+            raise UserError(
+                f"{origin}: objectives {other} and {name} have one label column, {objective.label}, so one would be "
+                "trained on the other's labels: give each its own."
+            )

@@ -1,0 +1,477 @@
+"""What an experiment can say: the sections of params.yaml as frozen dataclasses, and what every option means.
+
+`conf/` has a group per section; `config` reads and checks.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+
+
+def _spelled(pattern: str, rule: str) -> AfterValidator:
+    """A text of that pattern; `rule` says so in the refusal."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(rule)
+        return text
+
+    return AfterValidator(check)
+
+
+def _set(entries: Any) -> Any:
+    """The entries that have a value: groups show all there can be, with null, so that each can be set by its name."""
+    return {key: value for key, value in entries.items() if value is not None} if isinstance(entries, dict) else entries
+
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Whole = Annotated[int, Field(ge=0, lt=2**31)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Several = Annotated[int, Field(ge=2, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
+# Names become folders, cells of tables (which read some words as numbers or as missing), keys that DVC splits at dots,
+# and words of commands.
+Name = Annotated[
+    str,
+    _spelled(
+        r"(?!(?i:nan|na|null|none|true|false|inf|infinity)$)[A-Za-z][A-Za-z0-9_-]{0,63}",
+        "a name starts with a letter, goes on with up to 63 letters, digits, _ and -, and is not a word that tables "
+        "read as a value, such as nan or none",
+    ),
+]
+Device = Annotated[
+    str, _spelled(r"auto|cpu|gpu|cuda(:\d{1,3})?|mps", "use auto, cpu, gpu, cuda or, of several, cuda:1")
+]
+Targets = Annotated[
+    str,
+    _spelled(
+        r"all-linear|(?!.*(lm_head|embed|wte|wpe))[A-Za-z_][\w.]*(,[A-Za-z_][\w.]*)*",
+        "name linear layers of the blocks, as in q_proj,v_proj, or use all-linear; the head and the embeddings stay as "
+        "the base has them",
+    ),
+]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Split = Literal["train", "validation", "test"]
+Column = Literal[
+    "id", "split", "system", "prompt", "response_0", "response_1", "ended_0", "ended_1", "chosen", "rejected",
+    "chosen_ended", "rejected_ended", "objective", "score_chosen", "score_rejected",
+]  # fmt: skip
+
+
+class _Strict:
+    """Keys that no field carries are refused, and so are numbers that are none: NaN and the infinities."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Healing(_Strict):
+    """How a smaller sibling comes from a model: the layers it keeps, and what they are healed on."""
+
+    layers: tuple[Whole, ...]  # from 0, ascending
+    prompts: (
+        str  # a file of prompts; the model's own responses to them are the text, those of split train to learn from
+    )
+    samples_per_prompt: Count = 12
+    max_new_tokens: Count = 64
+    epochs: Count = 4
+    batch_size: Count = 4  # prompts per step, each with up to 8 responses
+    lr: Positive = 1.0e-3
+    seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class Model(_Strict):
+    """A causal LM that a base, an ARM or a sampler may be: where its files are, how it is loaded and asked."""
+
+    source: Literal["wheel", "hub", "path"]
+    location: str  # wheel: file inside site-packages; hub: repository; path: folder
+    sha256: str | None = None  # of the wheel's file
+    wheels: tuple[str, ...] = ()  # pinned packages that hold the file in parts, installed aside when it is fetched
+    revision: str | None = None  # of the hub repository
+    dtype: str = "auto"  # auto: bfloat16 where the hardware computes in it, else float32
+    quantisation: Literal["int8", "nf4"] | None = None  # on loading, by bitsandbytes; GPTQ and AWQ come with the files
+    device_map: Literal["auto", "balanced", "sequential"] | None = None  # over the GPUs of a machine; null: one device
+    template: str | None = None  # text with {prompt}; null: the tokenizer's chat template
+    template_arguments: dict[str, bool | int | str] | None = None  # of that, as {enable_thinking: false}
+    license: str = "unknown"
+    healing: Healing | None = None  # a smaller sibling of what the source holds
+
+
+@dataclass(frozen=True)
+class Sampling(_Strict):
+    """How responses are drawn from the base when the data are prompts only."""
+
+    responses_per_prompt: Several = 4
+    temperature: Positive = 0.8
+    max_new_tokens: Count = 48
+
+
+@dataclass(frozen=True)
+class Download(_Strict):
+    """A dataset repository of the Hub, and the folder that its files go to."""
+
+    repository: str
+    revision: str
+    folder: str  # an output of DVC, which empties it first
+    files: tuple[str, ...] = ()  # patterns of those wanted; empty: all that can be read
+
+
+@dataclass(frozen=True)
+class Data(_Strict):
+    """Preference rows, or prompts to sample and label (`sampling` set)."""
+
+    path: str  # a file (JSON Lines, JSON, Parquet, CSV, TSV), or a folder of such
+    sampler: str  # the model that writes the responses where they are sampled, whatever base is steered later
+    prompts: str  # where the prompts to generate from are: `path` is its test split, another file all of its prompts
+    download: tuple[Download, ...] = ()  # what must be fetched first
+    # Which files of a folder are which split, as patterns; a split of none is drawn from train; empty: all files, whose
+    # rows say their splits or have them drawn by prompt.
+    files: Annotated[dict[Split, str], BeforeValidator(_set)] = field(default_factory=dict)
+    columns: Annotated[dict[Column, str], BeforeValidator(_set)] = field(default_factory=dict)  # as the files call them
+    strict: bool = False  # whether a row that cannot be used stops the run
+    sampling: Sampling | None = None
+    label_noise: Annotated[float, Field(ge=0, lt=0.5)] = (
+        0.0  # share of training and validation labels flipped; test labels stay clean
+    )
+    validation_fraction: Share = 0.1  # of prompts without a split
+    test_fraction: Share = 0.1
+    # Only the first so many prompts of a split.
+    limits: Annotated[dict[Split, Count], BeforeValidator(_set)] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Objective(_Strict):
+    """One preference: the column that labels it, the oracle that scores it, the β_r that trains its ARM."""
+
+    label: str
+    scorer: str | None = None
+    tie: NotNegative = 0.0  # sampled responses whose scores are closer make no pair
+    beta: Positive = 0.1
+    reference: Finite = 0.0  # the objective's coordinate of the hypervolume reference point
+    pretrained: Model | None = None  # an ARM that is there already, whole or an adapter of arm.base; null: train one
+
+
+@dataclass(frozen=True)
+class Arm(_Strict):
+    """What becomes an ARM, and how: by a LoRA adapter (names as in PEFT), or by training all of it."""
+
+    base: str  # the model it is made from, of the vocabulary of the base it guides
+    tuning: Literal["lora", "full"] = "lora"
+    rank: Count = 8
+    lora_alpha: Count = 16
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Targets = "q_proj,k_proj,v_proj,o_proj"  # module names, or all-linear
+    quantisation: Literal["nf4"] | None = None  # of the frozen base while its adapter trains; needs bitsandbytes
+
+
+@dataclass(frozen=True)
+class Loss(_Strict):
+    """What pulls chosen and rejected apart; β is the objective's."""
+
+    kind: Literal["arm", "hinge", "simpo", "dpo"] = "arm"
+    margin: NotNegative = 0.0  # γ: by how much a chosen reward must exceed the rejected one
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0  # share of labels believed to be flipped
+
+
+@dataclass(frozen=True)
+class Trainer(_Strict):
+    """The training run; batches count prompts, each with all its pairs."""
+
+    lr: Positive = 5.0e-4
+    scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    warmup_steps: Whole | Share = 5  # below 1: that share of all steps
+    weight_decay: NotNegative = 0.05
+    epochs: Count = 1
+    batch_size: Count = 8  # per optimizer step, over all devices
+    micro_batch_size: Count | None = None  # per forward on one device; null: its share of batch_size
+    max_length: Count | None = None  # tokens of a prompt and a response; null: the model's context
+    gradient_clip: Positive = 1.0
+    gradient_checkpointing: bool = False
+    evaluations_per_epoch: Count = 2
+    checkpoint_every: Count = 10  # optimizer steps
+    accelerator: Literal["auto", "cpu", "cuda", "gpu"] = "auto"
+    devices: Count | Literal["auto"] = 1
+    num_nodes: Count = 1
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+
+
+@dataclass(frozen=True)
+class Decoding(_Strict):
+    """Guided generation; `batch_size` counts rows (a prompt at a point)."""
+
+    max_new_tokens: Count = 48
+    temperature: NotNegative = 1.0  # of the guided sum; 0 is greedy
+    top_k: Whole = 0  # 0: all tokens
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()  # texts that end a response
+    samples_per_prompt: Count = 1
+    batch_size: Count = 64
+    device: Device = "auto"
+    engine: Literal["transformers", "vllm"] = (
+        "transformers"  # vllm: for the generate stage, in `make vllm`'s environment
+    )
+
+
+@dataclass(frozen=True)
+class Point(_Strict):
+    """One weight vector α; no weights is the unguided base."""
+
+    weights: dict[str, NotNegative] = field(default_factory=dict)
+    sharpen: NotNegative = 0.0  # divides decoding.temperature by 1 + this: unguided, as sharp as guidance by so much Σα
+    form: Literal["plain", "log_ratio", "alone", "dpo"] = "plain"  # what the weights weigh: see `method`
+
+    @property
+    def guided(self) -> bool:
+        """Whether any ARM has a say."""
+        return any(self.weights.values())
+
+    @property
+    def method(self) -> str:
+        """What is sampled from, as tables name it.
+
+        `base` · `genarm`: base and Σ α log π_arm · `genarm_log_ratio`: base and Σ α (log π_arm − log π of what the ARM
+        was made from) · `arm`: Σ α log π_arm without the base · `dpo`: Σ α log π of the base tuned by DPO for each
+        objective, in the place of the base.
+        """
+        guided = {"plain": "genarm", "log_ratio": "genarm_log_ratio", "alone": "arm", "dpo": "dpo"}
+        return guided[self.form] if self.guided else "base"
+
+
+@dataclass(frozen=True)
+class Sweep(_Strict):
+    """The weight vectors to generate at, and which of them the others are compared with."""
+
+    control: str
+    points: Annotated[dict[Name, Point], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Rival(_Strict):
+    """A LoRA adapter of a base to compare ARMs with, trained on the same pairs.
+
+    `dpo`: the base as a policy tuned for the mix of objectives · `parm`: one ARM for all mixes · `reward_model`: a
+    scalar head that scores whole texts · `rloo`: a policy trained on its own samples against the scorers, by TRL.
+    """
+
+    weights: Annotated[dict[str, Positive], Field(min_length=1)]  # how much the pairs of each objective count
+    kind: Literal["dpo", "parm", "reward_model", "rloo"] = "dpo"
+    beta: Positive | None = 0.1  # null: each objective's own β_r; rloo: of the KL to the base
+    lr: Positive = 1.0e-3
+    epochs: Count = 1
+    samples: Several = 4  # rloo: responses to a prompt in a step, and their length
+    max_new_tokens: Count = 48
+
+
+@dataclass(frozen=True)
+class Tune(_Strict):
+    """What is trained for comparison, on which bases."""
+
+    bases: tuple[str, ...] = ()  # empty: nothing
+    rivals: dict[Name, Rival] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WeakToStrong(_Strict):
+    """One ARM on bases of several sizes, beside what tuning each of them would give."""
+
+    name: Name = "weak_to_strong"  # of the folder below results/ that it goes to
+    weak: tuple[str, ...] = ()  # the model of the ARM, `arm.base`; empty: no such comparison
+    bases: tuple[str, ...] = ()
+    best_of: Count = 4  # samples of the base, of which the judge picks one
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Method(_Strict):
+    """What methods of a comparison have in common."""
+
+    strengths: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)  # what multiplies a point's weights: all
+    # points at the first; those of one objective at the others too, for reward against KL
+    prompts: Count | None = None  # only the first so many, where more would take too long
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenArm(_Method):
+    """ARMs guide the base."""
+
+    kind: Literal["genarm"]
+    form: Literal["plain", "log_ratio"] = "plain"
+    arms: Literal["arms", "policies"] = "arms"  # policies: what DPO trained of the base takes the place of the ARMs
+    gate: NotNegative = 0.0  # nats: where the base's next token has less entropy, it goes on alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policies(_Method):
+    """Adapters of the base.
+
+    `mod` mixes the objectives' policies token by token, `morl` trained one for each mix, `rloo` too, by reinforcement
+    learning; `soup` and `soup_factors` merge the objectives' policies; `parm` is one ARM for all mixes and guides the
+    base.
+    """
+
+    kind: Literal["mod", "morl", "rloo", "soup", "soup_factors", "parm"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOf(_Method):
+    """The best of n samples by reward models."""
+
+    kind: Literal["best_of_n"]
+    n: Several = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates(_Method):
+    """Reward models value the base's likeliest next tokens, as they stand (`args`) or rolled out (`transfer_q`)."""
+
+    kind: Literal["args", "transfer_q"]
+    top_k: Several = 10
+    scale: Positive = 1.0  # of the rewards, which come in standard deviations
+    horizon: Whole = 0  # tokens rolled out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segments(_Method):
+    """Reward models accept or refuse segments of the base's text (CARDS)."""
+
+    kind: Literal["cards"]
+    threshold: NotNegative = 3.0  # nats of entropy before whose token a segment ends
+    longest: Count = 16  # tokens of a segment
+    tries: Count = 4  # proposals of a segment
+    target: Finite = 1.0  # what the text as a whole should earn, in standard deviations of the rewards
+    softness: Positive = 0.3  # by how much less is still taken
+
+
+Method = Annotated[GenArm | Policies | BestOf | Candidates | Segments, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class Comparison(_Strict):
+    """GenARM beside other methods, at the weights of the sweep."""
+
+    bases: tuple[str, ...] = ()  # the one that is steered, `base`; empty: no such comparison
+    prompts: Count | None = None  # only the first so many of those that prepare wrote; a method may have fewer still
+    against: str = ""  # the method that the others' differences are from
+    methods: dict[Name, Method] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Judge(_Strict):
+    """What all judges have in common."""
+
+    confidence: Share = 0.95  # of every interval
+    resamples: Count = 2000  # of a bootstrap
+    card_pairs: Count = 100  # held-out pairs per objective, drawn, that the judge is checked on first
+
+
+@dataclass(frozen=True, kw_only=True)
+class OracleJudge(_Judge):
+    """Every objective's own scorer."""
+
+    kind: Literal["oracle"]
+
+
+@dataclass(frozen=True)
+class Scoring(_Strict):
+    """A reward model: a sequence classifier with one label."""
+
+    source: Literal["hub", "path"]
+    location: str
+    revision: str | None = None
+    template: str | None = None  # text with {prompt} and {response}; null: the tokenizer's chat template
+    lower_is_better: bool = False  # a cost
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardJudge(_Judge):
+    """A reward model for each objective; pointwise."""
+
+    kind: Literal["reward_model"]
+    models: dict[str, Scoring]
+    batch_size: Count = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RubricJudge(_Judge):
+    """Whoever reads two responses and a rubric; pairwise, against the control."""
+
+    rubrics: dict[str, str]  # per objective, a file in pipeline/evaluation/judges/rubrics
+    orders: Literal["both", "seeded"] = "both"  # seeded: one order, drawn from the question itself
+    max_calls: Count | None = None  # answers to ask for in one run; what is answered is kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlmJudge(_RubricJudge):
+    """A model behind an endpoint that speaks OpenAI's chat protocol."""
+
+    kind: Literal["llm"]
+    base_url: str
+    model: str
+    api_key_env: str  # the environment variable that holds the key
+    max_tokens: Count = 200
+    max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = "max_completion_tokens"
+    temperature: NotNegative | None = None  # null: the endpoint's own
+    extra_body: dict[str, bool | int | float | str] = field(default_factory=dict)
+    concurrency: Count = 4
+    timeout: Positive = 60.0  # seconds
+    attempts: Count = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalJudge(_RubricJudge):
+    """A model of `models` that is at hand; its verdict is read from the probabilities of the next token."""
+
+    kind: Literal["local_llm"]
+    model: str
+    batch_size: Count = 8
+    least: Share = 0.05  # probability of all verdicts together, below which there is none
+
+
+Judge = Annotated[OracleJudge | RewardJudge | LlmJudge | LocalJudge, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class Explain(_Strict):
+    """Whose token rewards the report shows."""
+
+    prompts: Whole = 3
+    tokens: Count = 64  # of a response, from its start
+    alternatives: Count = 4  # the likeliest tokens of each law at every position
+
+
+@dataclass(frozen=True)
+class Tracking(_Strict):
+    """Weights & Biases; the key comes from the environment."""
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "genarm"
+    entity: str | None = None
+
+
+@dataclass(frozen=True)
+class Params(_Strict):
+    """One experiment, whole."""
+
+    seed: Seed
+    models: Annotated[dict[Name, Model], Field(min_length=1)]  # those there are to choose from
+    base: str  # the frozen LLM that is steered
+    fetch: Annotated[tuple[str, ...], Field(min_length=1)]  # the models this experiment needs at hand
+    data: Data
+    objectives: Annotated[dict[Name, Objective], Field(min_length=1)]
+    arm: Arm
+    loss: Loss
+    trainer: Trainer
+    decoding: Decoding
+    sweep: Sweep
+    tune: Tune
+    weak_to_strong: WeakToStrong
+    comparison: Comparison
+    judge: Judge
+    explain: Explain
+    tracking: Tracking

@@ -1,0 +1,25 @@
+"""The folders of a run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The folders of a run, each path written once; `dvc.yaml` names the same ones (a test compares)."""
+
+    models: Path = Path("models")
+    results: Path = Path("results")
+    scratch: Path = Path("scratch")  # never an output: checkpoints, row stores, W&B's files
+
+    def model(self, name: str) -> Path:
+        """The folder of a fetched model."""
+        return self.models / name
+
+    def arm(self, objective: str) -> Path:
+        """The folder of an objective's ARM: a PEFT adapter, or a model of its own."""
+        return self.models / "arms" / objective
+
+    def rival(self, base: str, name: str) -> Path:
+        """The folder of what was trained for comparison: beside the ARMs, so that one folder is all there is."""
+        return self.models / "arms" / "rivals" / base / name

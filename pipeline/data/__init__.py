@@ -1,0 +1,1 @@
+"""Files and preference rows: reading, checking, labelling, splitting, and the store of finished rows."""

@@ -1,0 +1,1 @@
+"""Guided decoding: the rule, the sessions that keep keys and values, the decoder, other vocabularies, vLLM."""

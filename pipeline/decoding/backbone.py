@@ -1,0 +1,109 @@
+"""A causal LM with the LoRA adapters that share it, and which models are loaded beside the base."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache, DynamicLayer, PreTrainedModel
+
+from pipeline.config.errors import UserError
+from pipeline.config.points import BASE, REFERENCE
+from pipeline.decoding.fused_lora import AdaptedModel, read_adapter
+from pipeline.models.architecture import check_architecture, text_config
+from pipeline.models.loading import Source
+from pipeline.models.prompting import Prompter, ends_of
+from pipeline.models.vocabulary import check_adapter_tokenizer
+
+
+class Backbone:
+    """A causal LM, how it is asked, and the LoRA adapters that share it.
+
+        Backbone(model, prompter, {"positivity": Path("models/arms/positivity")})   # the base and an ARM on it
+        Backbone(small, small_prompter, name="helpfulness")                          # an ARM that is its own model
+
+    Args:
+        model: a causal LM of transformers whose layers keep keys and values; it keeps its behaviour, and shares its
+            weights.
+        prompter: the model's tokenizer and prompt template.
+        adapters: folders of PEFT LoRA adapters trained on `model`, by lane.
+        name: the lane of the model without an adapter; None if it has no say of its own.
+
+    Raises:
+        UserError: an adapter is missing, damaged, not made for this model, named like the model, or has another
+            tokenizer; the model keeps something else than keys and values, or tells no context length.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompter: Prompter,
+        adapters: Mapping[str, Path] | None = None,
+        name: str | None = BASE,
+    ) -> None:
+        adapters = adapters or {}
+        for lane, folder in adapters.items():
+            if lane in (BASE, name):
+                raise UserError(f"an ARM cannot be called {lane}, which is the model it adapts: name it otherwise.")
+            check_adapter_tokenizer(prompter, folder, lane)
+        check_architecture(model.config, "the base" if name == BASE else str(name or next(iter(adapters), "a model")))
+        config = text_config(model.config)
+        self.prompter = prompter
+        self.lanes = (*([] if name is None else [name]), *adapters)
+        self.device = model.device
+        self.context = int(config.max_position_embeddings)
+        self.vocab_size = min(prompter.vocab_size, int(config.vocab_size))
+        self.ends = ends_of(prompter, model.generation_config)
+        self.adapted = AdaptedModel(model, {lane: read_adapter(folder, model) for lane, folder in adapters.items()})
+        # Whether rows are kept in fixed shapes, whose steps a GPU replays: see `pipeline.decoding.static_cache`.
+        self.static = self.device.type == "cuda" and has_fixed_shapes(model)
+        self.idle: list[Any] = []  # sessions of fixed shapes that wait for rows
+
+
+def has_fixed_shapes(model: PreTrainedModel) -> bool:
+    """Whether a step of the model can be one of fixed shapes that never waits for the device.
+
+    Not where it looks back a window only, spreads over several devices, is quantised (whose kernels may look at the
+    data), routes tokens to experts, or changes its rotary embedding with the length.
+    """
+    config = model.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {one.get("rope_type") for one in [rope, *rope.values()] if isinstance(one, dict)}
+    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+    spread = hasattr(model, "hf_device_map") or getattr(model, "is_quantized", False)
+    routed = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    plain = plain and text_config(config) is config  # and not part of a model that reads pictures as well
+    return plain and config._attn_implementation == "sdpa" and not (spread or routed or kinds & {"dynamic", "longrope"})
+
+
+@dataclass(frozen=True)
+class SideBackbone:
+    """A backbone that is loaded beside the base's."""
+
+    source: Source
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    name: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Its lanes."""
+        return [*([] if self.name is None else [self.name]), *self.adapters]
+
+    def load(self, device: torch.device) -> Backbone:
+        """With its weights."""
+        return Backbone(self.source.load(device), self.source.prompter(), self.adapters, name=self.name)
+
+
+def plan_backbones(
+    base: Source, arms: Mapping[str, Path], arm_base: Source | None, policies: Mapping[str, Path], reference: bool
+) -> tuple[dict[str, Path], list[SideBackbone]]:
+    """Which adapters run on the base, and what is loaded beside it: arguments as `GuidedDecoder.load` takes them."""
+    whole = {name: folder for name, folder in arms.items() if (folder / "config.json").is_file()}
+    adapters = {name: folder for name, folder in arms.items() if name not in whole}
+    beside = []
+    if arm_base is not None and (adapters or reference):
+        beside.append(SideBackbone(arm_base, adapters, REFERENCE if reference else None))
+    for name, folder in whole.items():
+        beside.append(SideBackbone(replace(arm_base or base, folder=folder, quantisation=None), name=name))
+    return {**policies, **({} if arm_base else adapters)}, beside

@@ -1,0 +1,273 @@
+"""What is asked, what comes out, and the rows in between: one step of the guided law for all of them.
+
+Shapes: B rows, V vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pipeline.config.errors import UserError
+from pipeline.config.points import BASE
+from pipeline.decoding.backbone import Backbone
+from pipeline.decoding.cross_tokenizer.bridge import TokenizerBridge
+from pipeline.decoding.cross_tokenizer.session import CrossTokenizerSession
+from pipeline.decoding.cuda_graphs import Arriving
+from pipeline.decoding.guidance import (
+    cut,
+    draw,
+    entropy,
+    guided_logps,
+    kl_divergence,
+    normalised,
+    random_stream,
+    truncate,
+)
+from pipeline.decoding.request import Generation, Request, until_stop
+from pipeline.decoding.static_cache import StaticLanes, lanes_of, release
+
+
+@dataclass
+class Row:
+    """A request on its way."""
+
+    index: int
+    request: Request
+    prompts: tuple[tuple[int, ...], ...]  # token ids per backbone: each has its own template
+    tokens: list[int] = field(default_factory=list)
+    ended: bool = False
+    watched: frozenset[str] = frozenset()  # ARMs that read it, whatever their weight
+    rewards: dict[str, list[float]] = field(default_factory=dict)  # of watched ARMs: log π_r − log π_base per token
+
+    @property
+    def lanes(self) -> set[str]:
+        """The models that read it."""
+        return {BASE, *self.request.arms, *self.watched}
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The prompt as the base reads it."""
+        return self.prompts[0]
+
+    @cached_property
+    def uniforms(self) -> list[float]:
+        """The numbers that draw its tokens."""
+        return random_stream(self.request.stream, self.request.max_new_tokens).tolist()
+
+    @cached_property
+    def window(self) -> int:
+        """How many of the last tokens hold any stop text that has just been completed: a token is a byte at least."""
+        return 2 * max(len(text.encode()) for text in self.request.stop) + 8
+
+
+class Batch:
+    """The rows being generated, with what has been summed over their tokens."""
+
+    def __init__(
+        self, backbones: Sequence[Backbone], vocab_size: int, interpreter: TokenizerBridge | None = None
+    ) -> None:
+        self.rows: list[Row] = []
+        translated = [] if interpreter is None else interpreter.backbones
+        self._lanes = {number: lanes_of(one) for number, one in enumerate(backbones) if one not in translated}
+        self._static = [lanes for lanes in self._lanes.values() if isinstance(lanes, StaticLanes)]
+        self._ahead = False  # whether the models have read the last tokens already
+        self._abroad = [number for number, one in enumerate(backbones) if one in translated]
+        self._ends, self._spell = backbones[0].ends, backbones[0].prompter.spell
+        self._arms = [lane for backbone in backbones for lane in backbone.lanes if lane != BASE]
+        self._vocab_size, self._device = vocab_size, backbones[0].device
+        self._across = None if interpreter is None else CrossTokenizerSession(interpreter, self._device)
+        self._last_B = torch.zeros(0, dtype=torch.long, device=self._device)
+        self._sums_BN = torch.zeros(0, 4, dtype=torch.float64, device=self._device)  # as in Generation
+
+    @property
+    def alive(self) -> int:
+        """Rows that go on."""
+        return sum(not row.ended for row in self.rows)
+
+    def seat(self, newcomers: Sequence[Row]) -> None:
+        """Let ended rows go and add new ones behind those that stay."""
+        if self._ahead:
+            self._ahead = False
+            for static in self._static:
+                if static.rows:
+                    static.rewind()
+        kept = [place for place, row in enumerate(self.rows) if not row.ended]
+        for number, lanes in self._lanes.items():
+            prompts = sorted({row.prompts[number] for row in newcomers})
+            served = [(prompts.index(row.prompts[number]), row.lanes) for row in newcomers]
+            lanes.seat(kept, prompts, served)
+        if self._across is not None:
+            told = [[row.prompts[number] for number in self._abroad] for row in newcomers]
+            self._across.seat(kept, told, [row.lanes for row in newcomers])
+        kept_b = torch.tensor(kept, dtype=torch.long, device=self._device)
+        self._last_B = torch.cat([self._last_B[kept_b], self._last_B.new_zeros(len(newcomers))])
+        self._sums_BN = torch.cat([self._sums_BN[kept_b], self._sums_BN.new_zeros(len(newcomers), 4)])
+        self.rows = [*(self.rows[place] for place in kept), *newcomers]
+        asked = [row.request for row in self.rows]
+        self._alpha = {arm: self._tensor([request.arms.get(arm, 0.0) for request in asked]) for arm in self._arms}
+        weights = [request.base_weight for request in asked]
+        self._base_weight_B = None if all(weight == 1.0 for weight in weights) else self._tensor(weights)
+        gates = [request.gate for request in asked]
+        self._gate_B = self._tensor(gates) if any(gates) else None
+        # A greedy row takes the likeliest token of the law at temperature 1, which is the likeliest at any.
+        self._temperature_B = self._tensor([request.temperature or 1.0 for request in asked])
+        self._top_k_B = torch.tensor(
+            [request.top_k if request.temperature else 1 for request in asked], device=self._device
+        )
+        self._top_p_B = self._tensor([request.top_p for request in asked])
+        self._min_p_B = self._tensor([request.min_p for request in asked])
+        cutting_B = (self._top_k_B > 0) | (self._top_p_B < 1) | (self._min_p_B > 0)
+        self._cutting = cutting_B.nonzero()[:, 0] if bool(cutting_B.any()) else None
+        # The streams of all rows lie on the device: a step picks its numbers without waiting for it.
+        longest = max((request.max_new_tokens for request in asked), default=0)
+        streams = [[*row.uniforms, *[0.0] * (longest - len(row.uniforms))] for row in self.rows]
+        self._uniforms_BT = torch.tensor(streams, dtype=torch.float64, device=self._device)
+        self._drawn_B = torch.tensor([len(row.tokens) for row in self.rows], device=self._device)
+
+    def release(self) -> None:
+        """Give the models' sessions back, once no row is generated any more."""
+        for lanes in self._lanes.values():
+            release(lanes)
+
+    def _tensor(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self._device)
+
+    def read(self) -> tuple[Tensor, Tensor, Mapping[str, tuple[Tensor, Tensor, Tensor]]]:
+        """Let all models read the rows' last tokens: the guided law, the base's logits, and those of the ARMs.
+
+        Returns:
+            logps_BV, base_BV, and per ARM the rows it serves, its α there, and its logits there.
+        """
+        if not self._ahead:
+            self._advance()
+        self._ahead = False
+        if self._across is not None and self._across.rows:
+            self._across.step(self._last_B, [not row.ended for row in self.rows])
+        base_BV, arms = self._logits()
+        weight_B = self._base_weight_B
+        if self._gate_B is not None:
+            alone_B = entropy(base_BV) < self._gate_B
+            arms = {arm: (at, alpha.masked_fill(alone_B[at], 0.0), values) for arm, (at, alpha, values) in arms.items()}
+            weight_B = None if weight_B is None else weight_B.masked_fill(alone_B, 1.0)
+        logps_BV = guided_logps(base_BV, arms.values(), self._temperature_B, weight_B)
+        if self._across is not None:
+            logps_BV = torch.log_softmax(logps_BV.masked_fill_(~self._across.candidate_mask_BV, -torch.inf), dim=-1)
+        if self._cutting is not None:
+            at = self._cutting
+            logps_BV[at] = truncate(logps_BV[at], self._top_k_B[at], self._top_p_B[at], self._min_p_B[at])
+        return logps_BV, base_BV, arms
+
+    def _advance(self) -> None:
+        for lanes in self._lanes.values():
+            if lanes.rows:
+                lanes.step(self._last_B)
+
+    def append(self, tokens_B: Tensor) -> None:
+        """Make these the rows' last tokens."""
+        self._last_B = tokens_B.to(self._device)
+
+    def step(self) -> list[tuple[Row, Generation]]:
+        """Draw one token per row; return the rows that ended."""
+        logps_BV, base_BV, arms = self.read()
+        place_B1 = self._drawn_B.clamp_max(self._uniforms_BT.shape[1] - 1)[:, None]  # ended rows draw on, unheard
+        tokens_B = draw(logps_BV, self._uniforms_BT.gather(1, place_B1)[:, 0])
+        self._drawn_B += 1
+        base_logps_BV = normalised(base_BV)
+        drawn_B1 = tokens_B[:, None]
+        new_B3 = torch.stack(
+            [
+                logps_BV.gather(1, drawn_B1)[:, 0],
+                base_logps_BV.gather(1, drawn_B1)[:, 0],
+                kl_divergence(logps_BV, base_logps_BV),
+            ],
+            dim=1,
+        )
+        # One look at the device per step: what it drew, and whether all of it was a number.
+        arriving = Arriving(torch.cat([tokens_B, new_B3.isfinite().all()[None]]))
+        self._sums_BN[:, :3] += new_B3
+        if self._across is not None:
+            self._sums_BN[:, 3] += self._across.uncovered_mass_B
+        if any(row.watched for row in self.rows):
+            self._reward(drawn_B1, base_logps_BV, arms)
+        self.append(tokens_B)
+        if self._goes_on():
+            self._advance()
+            self._ahead = True
+        *tokens, finite = arriving.tolist()
+        if not finite:
+            self._blame(base_BV, arms)
+        return self._ended(tokens)
+
+    def _goes_on(self) -> bool:
+        """Whether models read the new tokens before they are looked at here: the device then never waits for Python.
+
+        In vain where a row ends, so not for many rows, nor where one reaches its length.
+        """
+        last = any(len(row.tokens) + 1 >= row.request.max_new_tokens for row in self.rows if not row.ended)
+        return not last and len(self._static) == len(self._lanes) and all(lanes.small for lanes in self._static)
+
+    def _reward(
+        self, drawn_B1: Tensor, base_logps_BV: Tensor, arms: Mapping[str, tuple[Tensor, Tensor, Tensor]]
+    ) -> None:
+        """Note down what the watched ARMs say of the tokens that were drawn."""
+        for name, (at_b, _, logits_bV) in arms.items():
+            drawn_b1 = drawn_B1[at_b]
+            rewards_b1 = normalised(logits_bV).gather(1, drawn_b1) - base_logps_BV[at_b].gather(1, drawn_b1)
+            for place, reward in zip(at_b.tolist(), rewards_b1[:, 0].tolist(), strict=True):
+                row = self.rows[place]
+                if name in row.watched and not row.ended:
+                    row.rewards.setdefault(name, []).append(reward)
+
+    def _logits(self) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor, Tensor]]]:
+        """The base's logits, and per ARM the rows it guides, its α there, and its logits there."""
+        base_BV, arms = cut(self._lanes[0].logits(BASE), self._vocab_size), {}
+        for lanes in self._lanes.values():
+            for lane, rows_b in lanes.rows.items():
+                if lane != BASE:
+                    at, logits_bV = rows_b.to(self._device), cut(lanes.logits(lane), self._vocab_size)
+                    arms[lane] = at, self._alpha[lane][at], logits_bV.to(self._device)
+        if self._across is not None:
+            named = {lane for row in self.rows for lane in row.lanes}
+            for lane, (at, values_bV) in self._across.translated(base_BV, named).items():
+                arms[lane] = at, self._alpha[lane][at], values_bV
+        return base_BV, arms
+
+    def _ended(self, tokens: list[int]) -> list[tuple[Row, Generation]]:
+        ended = []
+        for place, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
+            if row.ended:
+                continue
+            row.tokens.append(token)
+            if finish := self._finish(row):
+                row.ended = True
+                text = until_stop(self._spell(row.tokens), row.request.stop).strip()
+                *sums, left_out = self._sums_BN[place].tolist()
+                found = Generation(text, len(row.ids), row.tokens, finish, *sums)
+                ended.append((row, found if self._across is None else replace(found, left_out=left_out)))
+        return ended
+
+    def _finish(self, row: Row) -> str | None:
+        if row.tokens[-1] in self._ends:
+            return "eos"
+        if row.request.stop:
+            tail = self._spell(row.tokens[-row.window :])
+            if any(text in tail for text in row.request.stop):
+                return "stop"
+        return "length" if len(row.tokens) >= row.request.max_new_tokens else None
+
+    def _blame(self, base_BV: Tensor, arms: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Say which model gave logits that are not finite, and at which row."""
+        everywhere = torch.arange(len(self.rows), device=self._device)
+        found = {BASE: (everywhere, base_BV)}
+        found |= {name: (rows_b, logits_bV) for name, (rows_b, _, logits_bV) in arms.items()}
+        for name, (rows_b, logits_bV) in found.items():
+            for row in rows_b[~logits_bV.isfinite().all(-1)].tolist():
+                at = self.rows[row]
+                raise UserError(
+                    f"{name} gave logits that are not finite at token {len(at.tokens) + 1} of the response to "
+                    f"{at.request.prompt[:60]!r}: set base.dtype=float32, or check that model's weights."
+                )
+        raise UserError("the guided sum is not finite although every model's logits are: lower the weights.")

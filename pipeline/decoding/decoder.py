@@ -1,0 +1,304 @@
+"""The batched guided decoder: requests in, generations out as rows finish."""
+
+import warnings
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from pipeline.config.errors import UserError
+from pipeline.config.points import BASE, REFERENCE
+from pipeline.decoding.backbone import Backbone, plan_backbones
+from pipeline.decoding.batch import Batch, Row
+from pipeline.decoding.cross_tokenizer.bridge import TokenizerBridge, common_vocabulary
+from pipeline.decoding.cuda_graphs import lacks_memory
+from pipeline.decoding.guidance import normalised
+from pipeline.decoding.request import Generation, Request
+from pipeline.decoding.trace import GUIDED, Trace
+from pipeline.models.loading import Source, resolve_device
+from pipeline.models.vocabulary import same_vocabulary
+
+__all__ = ["Draft", "Generation", "GuidedDecoder", "Request", "Trace"]
+
+_ROUNDS = 4  # batches' worth of rows that are planned together: see `GuidedDecoder.plan`
+_SLACK = 8  # finished rows are let go once they are one in so many
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A response as far as it has come."""
+
+    tokens: Sequence[int]
+    texts: Sequence[str]  # what each token adds to the text
+    rewards: Mapping[str, Sequence[float]]  # per ARM and token, log π_r − log π_base in nats
+    generation: Generation | None  # once it has ended
+
+
+class GuidedDecoder:
+    """A frozen base steered by ARMs, many prompts and many weight vectors at once.
+
+        base = Backbone(model, prompter, {"positivity": Path("models/arms/positivity")})
+        for index, generation in GuidedDecoder(base).generate(requests):
+            print(requests[index].prompt, generation.text)
+
+    ARMs that are LoRA adapters of the base run with it in one forward; each of `others`, an ARM that is a model of its
+    own or several on a backbone of theirs, is a further forward. Requests may name any of them, in any mix. ARMs of
+    another tokenizer come with the model that they were made from, as lane `reference`, and guide through
+    `pipeline.decoding.cross_tokenizer`: each as if it were an ARM of the base, log π_base + log P_arm − log P_ref.
+
+    Args:
+        base: the backbone whose lane `base` is steered.
+        others: backbones of further ARMs.
+        batch_size: rows generated at once; halved once if memory does not suffice.
+
+    Raises:
+        UserError: an ARM of another tokenizer comes without its reference, or one of the two tokenizers does not tell
+            its bytes; two lanes have one name.
+    """
+
+    def __init__(self, base: Backbone, *others: Backbone, batch_size: int = 64) -> None:
+        self._backbones = [base, *others]
+        if BASE not in base.lanes:
+            raise UserError(f"the first backbone has no lane {BASE}: leave its name as it is.")
+        self._vocab_size = common_vocabulary(base.prompter, self._backbones)
+        other_vocabulary = [
+            one for one in others if not same_vocabulary(base.prompter.tokenizer, one.prompter.tokenizer)
+        ]
+        self._interpreter = None
+        if other_vocabulary:
+            self._interpreter = TokenizerBridge(base.prompter, base.ends, other_vocabulary, self._vocab_size)
+            told = ", ".join(lane for lane in self._interpreter.lanes if lane != REFERENCE)
+            warnings.warn(f"{told}: another tokenizer than the base's, so guidance is across tokenizers.", stacklevel=2)
+        self._arms = [lane for backbone in self._backbones for lane in backbone.lanes if lane != BASE]
+        self._batch_size = batch_size
+        self._halved = False
+
+    @classmethod
+    def load(
+        cls,
+        base: Path | Source,
+        arms: Mapping[str, Path],
+        *,
+        arm_base: Path | Source | None = None,
+        policies: Mapping[str, Path] | None = None,
+        reference: bool = False,
+        device: str = "auto",
+        batch_size: int = 64,
+    ) -> "GuidedDecoder":
+        """A decoder from local folders.
+
+        Args:
+            base: the base; a folder alone is loaded in the dtype that `auto` resolves to and asked by chat template.
+            arms: folder of each ARM; one with a config.json is a model of its own, the others are PEFT adapters.
+            arm_base: what the ARMs were made from, where that is not the base: adapters run on it, whole models are
+                loaded and asked as it is.
+            policies: adapters of the base itself beside ARMs of another model; with ARMs of the base, name them there.
+            reference: give `arm_base` a lane called `reference`, for the log-ratio form; one of another tokenizer has
+                it anyway.
+            device: as `decoding.device` in the configuration.
+            batch_size: rows generated at once.
+
+        Raises:
+            UserError: a folder is missing or unreadable, or an ARM does not fit the base.
+        """
+        place = resolve_device(device)
+        strong = base if isinstance(base, Source) else Source(base)
+        weak = Source(arm_base) if isinstance(arm_base, Path) else arm_base
+        across = weak is not None and not same_vocabulary(strong.prompter().tokenizer, weak.prompter().tokenizer)
+        own, beside = plan_backbones(strong, arms, weak, policies or {}, reference or across)
+        backbones = [Backbone(strong.load(place), strong.prompter(), own), *(other.load(place) for other in beside)]
+        return cls(*backbones, batch_size=batch_size)
+
+    @torch.inference_mode()
+    def generate(self, requests: Sequence[Request], progress: str | None = None) -> Iterator[tuple[int, Generation]]:
+        """Yield (index into `requests`, generation) as rows finish, under a progress bar called `progress`.
+
+        Raises:
+            UserError: a request names an unknown ARM or a prompt leaves no room in a context (nothing is generated
+                then); a model gave logits that are not finite; memory does not suffice for half the batch either.
+        """
+        rows = self._rows(requests)
+        with tqdm(total=len(rows), desc=progress, unit="row", smoothing=0.05, disable=progress is None) as bar:
+            for chunk in self._planned(rows):
+                for index, generation in self._chunk(chunk):
+                    bar.update()
+                    yield index, generation
+
+    @torch.inference_mode()
+    def stream(self, requests: Sequence[Request]) -> Iterator[list[Draft]]:
+        """Yield all responses as they grow, a token of each at a time, with the rewards of all ARMs that are named.
+
+        An ARM at weight 0 does not guide, but it is asked. All requests are one batch, whatever its size.
+
+        Raises:
+            UserError: as `generate`.
+        """
+        rows = [replace(row, watched=frozenset(row.request.weights) - {BASE}) for row in self._named(requests)]
+        ended: dict[int, Generation] = {}
+        pieces = self._backbones[0].prompter.pieces
+        with self._batch() as batch:
+            batch.seat(rows)
+            while batch.alive:
+                ended |= {row.index: generation for row, generation in batch.step()}
+                yield [
+                    Draft(
+                        tuple(row.tokens),
+                        pieces(row.tokens),
+                        {name: tuple(rewards) for name, rewards in row.rewards.items()},
+                        ended.get(row.index),
+                    )
+                    for row in rows
+                ]
+
+    def trace(self, request: Request, tokens: Sequence[int]) -> Trace:
+        """What base, ARMs and the guided law say of each token of a response to the request's prompt.
+
+        Args:
+            request: the prompt at a point; ARMs that it weighs with 0 are asked as well.
+            tokens: the response, by the base's tokenizer; a generation's `tokens` are one.
+
+        Raises:
+            UserError: as `generate`; or there is no token.
+        """
+        return self.traces([request], [tokens])[0]
+
+    @torch.inference_mode()
+    def traces(self, requests: Sequence[Request], responses: Sequence[Sequence[int]]) -> list[Trace]:
+        """The traces of several responses, read together; all their laws are held at once.
+
+        Raises:
+            UserError: as `trace`.
+        """
+        if not all(responses):
+            raise UserError("an empty response has no tokens to explain: give it a text.")
+        sizes = map(len, responses)
+        asked = [replace(request, max_new_tokens=size) for request, size in zip(requests, sizes, strict=True)]
+        laws: list[dict[str, list[torch.Tensor]]] = [{} for _ in asked]
+        with self._batch() as batch:
+            batch.seat([replace(row, watched=frozenset(row.request.weights) - {BASE}) for row in self._named(asked)])
+            for step in range(max(map(len, responses))):
+                guided_BV, base_BV, arms = batch.read()
+                everywhere = torch.arange(len(asked), device=base_BV.device)
+                said = {BASE: (everywhere, base_BV), **{name: (at, values) for name, (at, _, values) in arms.items()}}
+                said = {name: (at, normalised(values)) for name, (at, values) in said.items()}
+                for name, (at, logps_BV) in {**said, GUIDED: (everywhere, guided_BV)}.items():
+                    for place, row in enumerate(at.tolist()):
+                        if step < len(responses[row]):
+                            laws[row].setdefault(name, []).append(logps_BV[place].cpu())
+                batch.append(torch.tensor([tokens[min(step, len(tokens) - 1)] for tokens in responses]))
+        spell = self._backbones[0].prompter
+        return [
+            Trace(one, list(tokens), {name: torch.stack(parts) for name, parts in found.items()}, spell)
+            for one, tokens, found in zip(asked, responses, laws, strict=True)
+        ]
+
+    def response_ids(self, prompt: str, response: str, ended: bool = True) -> list[int]:
+        """The tokens of a text as a response to a prompt; end-of-sequence included, if it ended."""
+        return self._backbones[0].prompter.response_ids(prompt, response, ended)
+
+    def plan(self, requests: Sequence[Request]) -> list[list[int]]:
+        """The chunks that `generate` works off one after the other, as indices into `requests`.
+
+        Inside a chunk rows take the places of rows that ended. What rows stand together can decide a floating-point
+        tie; so whoever keeps whole chunks only finds an interrupted run equal to an uninterrupted one, unless memory
+        ran out and halved the batch.
+
+        Raises:
+            UserError: as `generate`.
+        """
+        rows = self._rows(requests)
+        return [[row.index for row in chunk] for chunk in self._planned(rows)]
+
+    def _planned(self, rows: list[Row]) -> list[list[Row]]:
+        # Rows of one prompt stay together (it is read once) and neighbours are of like length (little padding).
+        order, size = sorted(rows, key=lambda row: (len(row.ids), row.ids, row.index)), self._batch_size * _ROUNDS
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+    def _rows(self, requests: Sequence[Request]) -> list[Row]:
+        """The requests with their prompts as every backbone reads them; each distinct prompt is tokenised once."""
+        read = {
+            prompt: tuple(tuple(backbone.prompter.prompt_ids(prompt)) for backbone in self._backbones)
+            for prompt in dict.fromkeys(request.prompt for request in requests)
+        }
+        for request in requests:
+            for name in request.arms:
+                if name not in self._arms:
+                    raise UserError(f"weights name {name}, but the ARMs are {', '.join(self._arms) or 'none'}.")
+            for backbone, ids in zip(self._backbones, read[request.prompt], strict=True):
+                if len(ids) + request.max_new_tokens > backbone.context:
+                    raise UserError(
+                        f"the prompt {request.prompt[:60]!r}… has {len(ids)} tokens and with {request.max_new_tokens} "
+                        f"new ones exceeds the context of {backbone.context} of {', '.join(backbone.lanes)}: shorten "
+                        "it or lower decoding.max_new_tokens."
+                    )
+        return [Row(index, request, read[request.prompt]) for index, request in enumerate(requests)]
+
+    def _named(self, requests: Sequence[Request]) -> list[Row]:
+        """The rows of requests whose ARMs must all be there, at weight 0 as well."""
+        self._rows([replace(one, weights=dict.fromkeys(one.weights, 1.0)) for one in requests])
+        return self._rows(requests)
+
+    def _chunk(self, rows: list[Row]) -> Iterator[tuple[int, Generation]]:
+        """Generate rows; where memory does not suffice, begin those not yet finished again in half the batch."""
+        left = {row.index: row for row in rows}
+        while left:
+            try:
+                for row, generation in self._run(list(left.values())):
+                    del left[row.index]
+                    yield row.index, generation
+            except (MemoryError, RuntimeError) as error:
+                if not lacks_memory(error):
+                    raise
+                if self._halved or self._batch_size == 1:
+                    raise UserError(
+                        f"memory does not suffice for a batch of {self._batch_size} rows: lower decoding.batch_size."
+                    ) from error
+                self._halved, self._batch_size = True, self._batch_size // 2
+                warnings.warn(
+                    f"out of memory: going on with half the batch, {self._batch_size} rows; "
+                    "set decoding.batch_size to that.",
+                    stacklevel=2,
+                )
+                left = {index: Row(index, row.request, row.prompts) for index, row in left.items()}
+
+    def _run(self, rows: list[Row]) -> Iterator[tuple[Row, Generation]]:
+        """Generate rows, as many at once as the batch holds: waiting ones take the places of those that ended."""
+        # Pieces of prompts: small enough to find room soon, large enough to share the reading of their prompt.
+        piece = max(1, self._batch_size // _SLACK)
+        waiting = deque(
+            group[start : start + piece]
+            for _, of_prompt in groupby(rows, key=lambda row: row.prompts)
+            for group in [list(of_prompt)]
+            for start in range(0, len(group), piece)
+        )
+        with self._batch() as batch:
+            while True:
+                gone = len(batch.rows) - batch.alive
+                if not batch.alive or gone >= max(1, len(batch.rows) // _SLACK):
+                    newcomers: list[Row] = []
+                    while waiting and batch.alive + len(newcomers) + len(waiting[0]) <= self._batch_size:
+                        newcomers += waiting.popleft()
+                    if not batch.alive and not newcomers:
+                        return
+                    batch.seat(newcomers)
+                yield from batch.step()
+
+    @contextmanager
+    def _batch(self) -> Iterator[Batch]:
+        """A batch whose sessions the next one may take over, unless an error left them half-way."""
+        batch = Batch(self._backbones, self._vocab_size, self._interpreter)
+        try:
+            yield batch
+        except Exception:
+            for backbone in self._backbones:
+                backbone.idle.clear()  # and what they hold, should memory have run out
+            raise
+        except GeneratorExit:  # whoever asked wants no more of it
+            batch.release()
+            raise
+        batch.release()

@@ -1,0 +1,332 @@
+"""LoRA adapters that share one backbone: each adds its low-rank update on its own block of rows of one forward.
+
+Shapes: L block rows (all lanes), T time, D input and O output features, R ranks of all adapters at work.
+"""
+
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.config.errors import UserError
+from pipeline.decoding.cuda_graphs import fused, side_by_side
+
+_UNKNOWN = (  # what PEFT's LoRA can also do and `read_adapter` does not
+    "use_dora", "modules_to_save", "alpha_pattern", "lora_bias", "trainable_token_indices", "alora_invocation_tokens",
+    "layer_replication", "target_parameters", "use_bdlora", "use_qalora", "arrow_config", "kasa_config",
+    "monteclora_config",
+)  # fmt: skip
+_FEW = 16  # rows
+Block = tuple[str, int, int]  # a lane, its first block row, its last + 1
+
+
+@dataclass
+class LowRank:
+    """One adapter's update of one linear layer, scaling folded in: x ↦ (x A) B."""
+
+    a_DR: Tensor
+    b_RO: Tensor
+
+
+def read_adapter(folder: Path, model: PreTrainedModel) -> dict[str, LowRank]:
+    """The low-rank updates of a PEFT LoRA folder by the name of the linear layer they belong to.
+
+    Raises:
+        UserError: the folder is missing, damaged, not plain LoRA, made for another base, or holds a number that is
+            not finite.
+    """
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{folder} holds no adapter: train it with `dvc repro train`.")
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+        tensors = load_file(weights)
+    except Exception as error:
+        raise UserError(f"{folder} could not be read ({error}): train it again with `dvc repro --force`.") from error
+    if config.peft_type != "LORA" or config.bias != "none" or any(getattr(config, name, None) for name in _UNKNOWN):
+        raise UserError(f"{folder} is no plain LoRA adapter: use one without DoRA, biases, saved modules and variants.")
+    if config.init_lora_weights not in (True, False, "gaussian", "eva", "orthogonal"):
+        raise UserError(f"{folder} changes its base ({config.init_lora_weights}): convert it to a plain LoRA adapter.")
+    layers = dict(model.named_modules())
+    updates: dict[str, LowRank] = {}
+    for key, a_RD in tensors.items():
+        if not key.endswith(".lora_A.weight"):
+            if not key.endswith(".lora_B.weight"):
+                raise UserError(f"{folder} holds {key}, which is no plain LoRA weight: use a plain LoRA adapter.")
+            continue
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        b_OR = tensors.get(key.replace(".lora_A.", ".lora_B."))
+        layer = layers.get(name)
+        if layer is None or b_OR is None or (a_RD.shape[1], b_OR.shape[0]) != _sizes(layer):
+            raise UserError(f"{folder}: its update of {name} does not fit the base: use an adapter trained on it.")
+        if not (a_RD.isfinite().all() and b_OR.isfinite().all()):
+            raise UserError(f"{folder}: its update of {name} is not finite: train it again with `dvc repro --force`.")
+        rank = a_RD.shape[0]
+        scaling = config.lora_alpha / (rank**0.5 if config.use_rslora else rank)
+        precise = torch.promote_types(model.dtype, torch.float32)  # in which PEFT keeps adapters too
+        place: dict[str, Any] = {"device": _device(layer), "dtype": precise}
+        updates[name] = LowRank(a_RD.T.to(**place).contiguous(), (b_OR.T * scaling).to(**place).contiguous())
+    if not updates:
+        raise UserError(f"{folder} holds no LoRA weights: train it again with `dvc repro --force`.")
+    return updates
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int] | None:
+    """Features that a linear layer takes and gives; None of another layer. GPT-2's `Conv1D` is one by another name."""
+    if isinstance(layer, Conv1D):
+        return layer.nx, layer.nf
+    found = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    return None if None in found else (int(found[0]), int(found[1]))  # type: ignore[arg-type]
+
+
+def _device(layer: nn.Module) -> torch.device:
+    """Where a layer is; one that is packed (GPTQ, AWQ) has buffers and no parameters."""
+    return next(chain(layer.parameters(), layer.buffers())).device
+
+
+class AdaptedModel:
+    """A twin of a model that shares its weights and adds, row block by row block, the updates of many adapters.
+
+    Linear layers that are fed the same tensor (q, k and v; gate and up) become one product: their weights are laid
+    side by side once, and the model's own parameters become views of that. The model given keeps its behaviour; its
+    twin is `model`.
+    """
+
+    def __init__(self, model: PreTrainedModel, adapters: Mapping[str, Mapping[str, LowRank]]) -> None:
+        shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+        self.model: PreTrainedModel = copy.deepcopy(model, shared)
+        self.lanes = list(adapters)
+        names = {layer: name for name, layer in self.model.named_modules()}
+        self._groups: list[_Group] = []
+        self._served: tuple[tuple[Block, ...], bool] | None = None
+        for layers in _fed_alike(self.model, set(chain.from_iterable(adapters.values()))):
+            updates = {
+                lane: [found.get(names[layer]) for layer in layers]
+                for lane, found in adapters.items()
+                if any(names[layer] in found for layer in layers)
+            }
+            if updates or len(layers) > 1:
+                self._groups.append(_Group(layers, updates, self.lanes, model.dtype))
+        # Layers whose adapters have the same ranks share it.
+        self._adapter_R = {
+            group.ranks: torch.tensor(group.ranks, device=model.device) for group in self._groups if group.ranks
+        }
+
+    def serve(self, blocks: Sequence[Block], step: bool) -> None:
+        """Say which block rows of the next forward belong to which lane, and whether it is one token or a prompt.
+
+        Lanes without an adapter come first.
+        """
+        for group in self._groups if (tuple(blocks), step) != self._served else ():
+            group.serve(blocks, step)
+        self._served = tuple(blocks), step
+
+    def serve_slots(self, adapter_S: Tensor | None) -> None:
+        """Say which adapter each row of the next forward, of one token each, belongs to: its place in `lanes`, or −1.
+
+        The tensor is read while the forward runs, so that a replayed one follows what it holds then. None: no row has
+        an adapter.
+        """
+        self._served, own = None, {}
+        if adapter_S is not None:
+            own = {ranks: adapter_S[:, None] == adapter_R for ranks, adapter_R in self._adapter_R.items()}
+        for group in self._groups:
+            group.serve_slots(own.get(group.ranks))
+
+
+def _low(x_SD: Tensor, a_DR: Tensor, own_SR: Tensor) -> Tensor:
+    """What each row's own adapters make of it: low_SR."""
+    return x_SD @ a_DR * own_SR
+
+
+@fused
+def _few_low(x_SD: Tensor, a_DR: Tensor, own_SR: Tensor) -> Tensor:
+    """As `_low`, as one kernel where a library's product of few rows takes three."""
+    precise = torch.promote_types(x_SD.dtype, torch.float32)
+    low_SR = (x_SD[:, None].to(precise) * a_DR.T.to(precise)).sum(-1)
+    return (low_SR * own_SR).to(x_SD.dtype)
+
+
+def _fed_alike(model: PreTrainedModel, adapted: Collection[str]) -> list[list[nn.Module]]:
+    """The linear layers of a model, grouped by the tensor they are fed, as one forward shows it.
+
+    A layer that the forward calls twice or not at all stands alone, as do those that are no plain linear layers.
+    """
+    layers = {
+        layer: name
+        for name, layer in model.named_modules()
+        if name in adapted or (type(layer) is nn.Linear and layer is not model.get_output_embeddings())
+    }
+    seen: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}  # held, so that identities differ
+    hooks = [layer.register_forward_pre_hook(lambda layer, given: seen[layer].append(given[0])) for layer in layers]
+    with torch.inference_mode():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    groups: dict[Any, list[nn.Module]] = {}
+    for layer, given in seen.items():
+        alike = (id(given[0]), layer.weight.device, layer.weight.dtype) if len(given) == 1 and _plain(layer) else None
+        groups.setdefault(alike or id(layer), []).append(layer)
+    return list(groups.values())
+
+
+def _plain(layer: nn.Module) -> bool:
+    """A plain linear layer: not quantised, not parallelised, not watched by anybody's hooks."""
+    return type(layer) is nn.Linear and not layer._forward_hooks and not hasattr(layer, "_hf_hook")
+
+
+def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors concatenated along their first axis; no copy where they lie side by side already."""
+    first, place = tensors[0], tensors[0].storage_offset()
+    for tensor in tensors:
+        same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (same and tensor.is_contiguous() and tensor.storage_offset() == place):
+            return torch.cat(list(tensors))
+        place += tensor.numel()
+    return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
+
+
+class _Group:
+    """Linear layers fed the same tensor, as one product with the low-rank updates of every lane."""
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        updates: Mapping[str, Sequence[LowRank | None]],
+        lanes: Sequence[str],
+        dtype: torch.dtype,
+    ) -> None:
+        self._sizes = [(_sizes(layer) or (0, 0))[1] for layer in layers]
+        self._plain = layers[0].forward
+        self._dtype = dtype
+        self._weight_OD: Tensor | None = None
+        self._bias_O: Tensor | None = None
+        if len(layers) > 1:
+            self._join(cast(Sequence[nn.Linear], layers))
+        self._updates = {lane: self._stacked(found) for lane, found in updates.items()}
+        # Whose each rank of all adapters side by side is: the adapter's place in `lanes`.
+        self.ranks = tuple(lanes.index(lane) for lane, update in self._updates.items() for _ in update.b_RO)
+        self._all: LowRank | None = None  # side by side, for slots
+        self._own_SR: Tensor | None = None
+        self._served: tuple[str, ...] = ()
+        self._step = False
+        self._rows = self._first = 0
+        self._at_work: tuple[LowRank, LowRank] | None = None  # for a step, for a prompt
+        self._foreign_LR: Tensor | None = None
+        self._input: Tensor | None = None
+        self._outputs: tuple[Tensor, ...] = ()
+        for place, layer in enumerate(layers):
+            layer.forward = self._product if len(layers) == 1 else partial(self._output, place)
+
+    def _join(self, layers: Sequence[nn.Linear]) -> None:
+        weight_OD = self._weight_OD = _side_by_side([layer.weight.data for layer in layers])
+        for layer, weight in zip(layers, weight_OD.split(self._sizes), strict=True):
+            layer.weight.data = weight
+        biases = [layer.bias for layer in layers]
+        if any(bias is not None for bias in biases):
+            self._bias_O = torch.cat(
+                [
+                    weight_OD.new_zeros(size) if bias is None else bias.data
+                    for bias, size in zip(biases, self._sizes, strict=True)
+                ]
+            )
+
+    def _stacked(self, updates: Sequence[LowRank | None]) -> LowRank:
+        found = [update for update in updates if update is not None]
+        a_DR = torch.cat([update.a_DR for update in found], dim=1)
+        b_RO = a_DR.new_zeros(a_DR.shape[1], sum(self._sizes))
+        rank = 0
+        for place, update in enumerate(updates):
+            if update is not None:
+                last, start = rank + len(update.b_RO), sum(self._sizes[:place])
+                b_RO[rank:last, start : start + self._sizes[place]] = update.b_RO
+                rank = last
+        return LowRank(a_DR, b_RO)
+
+    def serve(self, blocks: Sequence[Block], step: bool) -> None:
+        self._input, self._outputs, self._step = None, (), step  # a forward that failed may have left something
+        self._own_SR = None
+        served = [(lane, first, last) for lane, first, last in blocks if lane in self._updates and last > first]
+        lanes = tuple(lane for lane, _, _ in served)
+        if lanes != self._served:
+            self._served, self._at_work = lanes, None
+            if lanes:
+                a_DR = torch.cat([self._updates[lane].a_DR for lane in lanes], dim=1)
+                b_RO = torch.cat([self._updates[lane].b_RO for lane in lanes])
+                # Few rows are multiplied faster in float32, many in the model's own precision. Deciding by step or
+                # prompt, and not by count, leaves a row's numbers alone when others join it.
+                self._at_work = LowRank(a_DR, b_RO), LowRank(a_DR.to(self._dtype), b_RO.to(self._dtype))
+        if self._at_work is None:
+            return
+        self._rows, self._first = max(last for _, _, last in blocks), served[0][1]
+        # Rows are multiplied with every adapter's A in one product; what is not their own adapter's is then blanked.
+        foreign_LR = torch.ones(self._rows, self._at_work[0].a_DR.shape[1], dtype=torch.bool)
+        rank = 0
+        for lane, first, last in served:
+            width = self._updates[lane].a_DR.shape[1]
+            foreign_LR[first:last, rank : rank + width] = False
+            rank += width
+        foreign_LR = foreign_LR[self._first :]
+        self._foreign_LR = foreign_LR.to(self._at_work[0].a_DR.device) if bool(foreign_LR.any()) else None
+
+    def serve_slots(self, own_SR: Tensor | None) -> None:
+        """As `serve`, with rows in any order: which ranks are each row's own, or None if nothing adapts the layers."""
+        self._input, self._outputs, self._own_SR = None, (), own_SR
+        if own_SR is None:
+            self._at_work, self._served = None, ()
+        elif self._all is None:
+            a_DR, b_RO = (
+                torch.cat([getattr(update, side) for update in self._updates.values()], dim=dim).to(self._dtype)
+                for side, dim in (("a_DR", 1), ("b_RO", 0))
+            )
+            self._all = LowRank(a_DR.T.contiguous().T, b_RO)
+
+    def _output(self, place: int, given: Tensor) -> Tensor:
+        """The output of the layer at `place`; the first of the group to be asked computes all."""
+        if given is not self._input:
+            self._outputs, self._input = self._product(given).split_with_sizes(self._sizes, -1), given
+        output = self._outputs[place]
+        if place == len(self._sizes) - 1:
+            self._input, self._outputs = None, ()
+        return output
+
+    def _unadapted(self, x_LTD: Tensor) -> Tensor:
+        return self._plain(x_LTD) if self._weight_OD is None else F.linear(x_LTD, self._weight_OD, self._bias_O)
+
+    def _product(self, x_LTD: Tensor) -> Tensor:
+        if self._own_SR is not None:
+            return self._slots_product(x_LTD, self._own_SR)
+        y_LTO = self._unadapted(x_LTD)
+        if self._at_work is None:
+            return y_LTO
+        if x_LTD.dim() != 3 or x_LTD.shape[0] != self._rows:
+            raise UserError("an adapted layer does not see [row, time, feature]: merge the adapter into its base.")
+        update = self._at_work[0 if self._step else 1]
+        low_LTR = x_LTD[self._first :].to(update.a_DR.dtype) @ update.a_DR
+        if self._foreign_LR is not None:
+            low_LTR.masked_fill_(self._foreign_LR[:, None], 0)
+        y_LTO[self._first :] += low_LTR @ update.b_RO
+        return y_LTO
+
+    def _slots_product(self, x_S1D: Tensor, own_SR: Tensor) -> Tensor:
+        """The product of a step whose rows are slots: every row times every adapter, what is not its own blanked."""
+        assert self._all is not None
+        a_DR, b_RO = self._all.a_DR, self._all.b_RO
+        low = _few_low if len(x_S1D) <= _FEW else _low
+        # The small product runs while the large one waits for its weights.
+        low_SR, y_S1O = side_by_side(
+            lambda: low(x_S1D[:, 0], a_DR, own_SR), lambda: self._unadapted(x_S1D), device=x_S1D.device
+        )
+        y_S1O[:, 0].addmm_(low_SR, b_RO)
+        return y_S1O

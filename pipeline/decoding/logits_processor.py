@@ -1,0 +1,142 @@
+"""Guided decoding inside `model.generate` of transformers.
+
+Shapes: B rows, T tokens so far, V entries of the base's head.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from pipeline.config.errors import UserError
+from pipeline.config.points import BASE
+from pipeline.decoding.backbone import Backbone
+from pipeline.decoding.cross_tokenizer.bridge import TokenizerBridge, common_vocabulary
+from pipeline.decoding.cross_tokenizer.session import CrossTokenizerSession
+from pipeline.decoding.guidance import cut, guided_logps
+from pipeline.decoding.kv_cache import Lanes
+from pipeline.decoding.static_cache import StaticLanes, lanes_of
+from pipeline.models.prompting import Prompter, ends_of
+from pipeline.models.vocabulary import same_vocabulary
+
+
+class GuidanceProcessor(LogitsProcessor):
+    """Adds the ARMs' say to the base's scores: log π_base + Σ_i α_i log π_r,i − log Z (GenARM, guided decoding).
+
+        arms = Backbone(model, prompter, {"positivity": Path("models/arms/positivity")}, name=None)
+        guidance = GuidanceProcessor(prompter, {"positivity": 1.0}, arms)
+        model.generate(**inputs, do_sample=True, logits_processor=[guidance])
+
+    Temperature, top-k, top-p and min-p of `generate` come after it and act on the guided law. It keeps the ARMs' caches
+    from token to token, and starts anew when another prompt comes. Rows may be padded on the left and repeated
+    (`num_return_sequences`). ARMs read the prompt as the base does; one with a template of its own needs
+    `GuidedDecoder`, which is also the faster of the two: here base and ARMs are two forwards. ARMs of another tokenizer
+    cannot read the base's prompt, and are told it: `prompts`.
+
+    Args:
+        prompter: the base's.
+        weights: α of each ARM.
+        backbones: what the ARMs run on; the base itself with `name=None` for adapters of the base.
+        attention_mask: the prompts' [B, T]. Left out, what is padding is told by the tokenizer's pad token.
+        prompts: their texts, for ARMs of another tokenizer, which are asked by their own template.
+
+    Raises:
+        UserError: an ARM is on no backbone, or has another tokenizer and no reference or no prompts; in `generate`,
+            beam search, a token that an ARM does not know, or several rows where nothing tells what is padding.
+    """
+
+    def __init__(
+        self,
+        prompter: Prompter,
+        weights: Mapping[str, float],
+        *backbones: Backbone,
+        attention_mask: Tensor | None = None,
+        prompts: Sequence[str] = (),
+    ) -> None:
+        lanes = [lane for backbone in backbones for lane in backbone.lanes]
+        for name in weights:
+            if name not in lanes or name == BASE:
+                raise UserError(f"weights name {name}, but the ARMs are {', '.join(lanes) or 'none'}.")
+        self._weights = {name: alpha for name, alpha in weights.items() if alpha != 0.0}
+        self._vocab_size = common_vocabulary(prompter, backbones)
+        home = [one for one in backbones if same_vocabulary(prompter.tokenizer, one.prompter.tokenizer)]
+        self._backbones = [backbone for backbone in home if self._weights.keys() & set(backbone.lanes)]
+        self._abroad = [one for one in backbones if one not in home]
+        self._interpreter = None
+        if self._abroad:
+            if not prompts:
+                raise UserError(
+                    "ARMs of another tokenizer cannot read the base's prompts: give their texts, `prompts`."
+                )
+            self._interpreter = TokenizerBridge(prompter, ends_of(prompter, None), self._abroad, self._vocab_size)
+        self._prompts = [[one.prompter.prompt_ids(prompt) for one in self._abroad] for prompt in prompts]
+        self._lanes: list[Lanes | StaticLanes] = []
+        self._across: CrossTokenizerSession | None = None
+        self._mask, self._pad = attention_mask, prompter.tokenizer.pad_token_id
+        # A prompt may begin with the very token that also pads.
+        self._begins_with_pad = self._pad is not None and prompter.prompt_ids("a")[0] == self._pad
+        self._seen_BT: Tensor | None = None
+
+    @torch.inference_mode()
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The guided log-probabilities at temperature 1, −inf beyond the vocabulary: scores_BV."""
+        if not self._continues(input_ids):
+            self._begin(input_ids)
+        self._seen_BT = input_ids.clone()
+        arms = []
+        for lanes in self._lanes:
+            lanes.step(input_ids[:, -1])
+            for lane, rows_b in lanes.rows.items():
+                logits_bV = cut(lanes.logits(lane), self._vocab_size).to(scores.device)
+                alpha_b = torch.full((len(rows_b),), self._weights[lane], device=scores.device)
+                arms.append((rows_b.to(scores.device), alpha_b, logits_bV))
+        if self._across is not None:
+            self._across.step(input_ids[:, -1], [True] * len(input_ids))
+            base_BV = cut(scores, self._vocab_size)
+            for lane, (rows_b, values_bV) in self._across.translated(base_BV, self._weights).items():
+                arms.append((rows_b, torch.full((len(rows_b),), self._weights[lane], device=scores.device), values_bV))
+        logps = guided_logps(cut(scores, self._vocab_size), arms, torch.ones(len(scores), device=scores.device))
+        if self._across is not None:
+            logps = torch.log_softmax(logps.masked_fill_(~self._across.candidate_mask_BV, -torch.inf), dim=-1)
+        return F.pad(logps, (0, scores.shape[-1] - self._vocab_size), value=-torch.inf)
+
+    def _continues(self, ids_BT: Tensor) -> bool:
+        """Whether these rows are those of the last call, one token longer."""
+        seen = self._seen_BT
+        if seen is None or ids_BT.shape != (len(seen), seen.shape[1] + 1) or ids_BT.device != seen.device:
+            return False
+        before = ids_BT[:, :-1]
+        if torch.equal(before, seen):
+            return True
+        if {tuple(row) for row in before.tolist()} <= {tuple(row) for row in seen.tolist()}:
+            raise UserError("beam search moves rows, which guidance cannot follow: generate with num_beams=1.")
+        return False
+
+    def _begin(self, ids_BT: Tensor) -> None:
+        rows = [row[start:] for row, start in zip(ids_BT.tolist(), self._starts(ids_BT), strict=True)]
+        if max(map(max, rows)) >= self._vocab_size:
+            raise UserError("a prompt holds a special token that not all models know: leave it out.")
+        prompts = [list(prompt) for prompt in sorted(set(map(tuple, rows)))]
+        served = [(prompts.index(row), self._weights.keys()) for row in rows]
+        self._lanes = [lanes_of(backbone) for backbone in self._backbones]
+        for lanes in self._lanes:
+            lanes.seat([], prompts, served)
+        if self._interpreter is not None:
+            repeats = len(rows) // len(self._prompts)
+            asked = [prompt for prompt in self._prompts for _ in range(repeats)]
+            self._across = CrossTokenizerSession(self._interpreter, ids_BT.device)
+            self._across.seat([], asked, [self._weights.keys()] * len(rows))
+
+    def _starts(self, ids_BT: Tensor) -> list[int]:
+        """Where each row's padding ends."""
+        if self._mask is not None and ids_BT.shape[1] == self._mask.shape[1]:
+            repeats = len(ids_BT) // len(self._mask)
+            return [int(row.argmax()) for row in self._mask.int().repeat_interleave(repeats, dim=0)]
+        if self._pad is None:
+            if len(ids_BT) > 1:
+                raise UserError("the tokenizer has no pad token: give the processor the prompts' attention_mask.")
+            return [0]
+        starts = [next((at for at, token in enumerate(row) if token != self._pad), len(row)) for row in ids_BT.tolist()]
+        return [max(start - 1, 0) if self._begins_with_pad or start == ids_BT.shape[1] else start for start in starts]

@@ -1,0 +1,265 @@
+"""The rows of a backbone in fixed shapes: every step writes and reads the same memory, so that it can be replayed.
+
+`StaticLanes` does what `kv_cache.Lanes` does. There rows lie lane by lane, aligned on the right, and everything moves
+when rows come and go; here a row keeps its slot in each of its lanes, and a token's keys and values lie at its
+position. Shapes: B rows, S slots (a lane of a row, or free), C columns of the cache, T time, V vocabulary.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicLayer
+
+from pipeline.decoding.backbone import Backbone
+from pipeline.decoding.cuda_graphs import ReplayedStep, fused, fused_elementwise
+from pipeline.decoding.kv_cache import Lanes, blocks_of
+
+_FEW = 32  # slots that cost next to nothing beside the weights, which a step reads anyway
+_AHEAD = 32  # columns that new rows find behind their prompts
+_AT_ONCE = 32_768  # tokens of prompts that are read in one forward
+
+
+class _SlotLayer(DynamicLayer):
+    """One layer's keys and values: a step writes those of its tokens at their columns and reads all columns."""
+
+    keys: Tensor
+    values: Tensor
+    column_S: Tensor
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write one token per slot (the interface of transformers)."""
+        _write(self.keys, self.values, key_states, value_states, self.column_S)
+        return self.keys, self.values
+
+
+@fused
+def _write(keys_SHCE: Tensor, values_SHCE: Tensor, key_SH1E: Tensor, value_SH1E: Tensor, column_S: Tensor) -> None:
+    every_S = torch.arange(len(column_S), device=column_S.device)
+    keys_SHCE[every_S, :, column_S] = key_SH1E[:, :, 0]
+    values_SHCE[every_S, :, column_S] = value_SH1E[:, :, 0]
+
+
+class StaticLanes:
+    """Rows on their way through a backbone, with the methods of `Lanes`, in shapes that change seldom.
+
+    Free slots are computed with the others and never looked at. Columns grow by a quarter or 64; slots are added when
+    there are too few, and of many taken away when more than half are free. Only then is a step captured anew. Once all
+    its rows have gone a small session waits for others, with its memory and its graph: `lanes_of`, `release`.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone, self._device = backbone, backbone.device
+        self.rows: dict[str, Tensor] = {}  # per lane, the rows it serves, ascending
+        self._places: dict[str, Tensor] = {}  # per lane, the slots of those rows
+        self._slots: list[tuple[str, int] | None] = []  # whose each is: lane and row
+        self._lengths: list[int] = []  # tokens that each slot has read
+        self._layers: list[_SlotLayer] = []
+        self._columns = 0
+        # What a step reads and where it stays: last token, tokens read so far, place of the adapter or −1.
+        self._token_S, self._length_S, self._adapter_S = (self._index([]) for _ in range(3))
+        self._row_S = self._index([])
+        self._adapted = False  # whether any slot has an adapter: else none is multiplied with
+        self._waiting_S: Tensor | None = None  # the last prompt token of new rows, −1 at the others
+        self._steps: dict[bool, ReplayedStep] = {}  # with adapters and without
+        self._logits_SV: Tensor | None = None
+
+    def seat(
+        self, kept: Sequence[int], prompts: Sequence[Sequence[int]], newcomers: Sequence[tuple[int, Collection[str]]]
+    ) -> None:
+        """Let rows go and seat new ones behind those that stay; arguments as `Lanes.seat` takes them."""
+        number = {row: new for new, row in enumerate(kept)}
+        self._slots = [(one[0], number[one[1]]) if one and one[1] in number else None for one in self._slots]
+        new = [
+            (lane, len(kept) + row, tuple(prompts[prompt]))
+            for lane in self.backbone.lanes
+            for row, (prompt, lanes) in enumerate(newcomers)
+            if lane in lanes
+        ]
+        self._make_room(len(new), max((len(prompt) for _, _, prompt in new), default=0))
+        free = [slot for slot, one in enumerate(self._slots) if one is None][: len(new)]
+        for slot, (lane, row, prompt) in zip(free, new, strict=True):
+            self._slots[slot], self._lengths[slot] = (lane, row), len(prompt) - 1
+        if new:
+            self._read(free, [(lane, prompt) for lane, _, prompt in new])
+        self._index_rows()
+
+    def step(self, tokens_B: Tensor) -> None:
+        """Append each row's token in every lane that serves the row; a new row's last prompt token goes instead."""
+        tokens_S = tokens_B.to(self._device)[self._row_S]
+        if self._waiting_S is not None:
+            tokens_S, self._waiting_S = torch.where(self._waiting_S < 0, tokens_S, self._waiting_S), None
+        self._token_S.copy_(tokens_S)
+        if (longest := self._longest()) >= self._columns and self._columns < self.backbone.context:
+            self._move(range(len(self._slots)), len(self._slots), _rounded_columns(longest + 1, len(self._slots)))
+        self._lengths = [length + 1 for length in self._lengths]
+        if self._adapted not in self._steps:
+            self._steps[self._adapted] = ReplayedStep(self._forward, self._device)
+        self._logits_SV = self._steps[self._adapted]()
+
+    def rewind(self) -> None:
+        """Undo the last step, for rows that stay: the next one reads its token again, to the same place."""
+        self._lengths = [length - 1 for length in self._lengths]
+        self._length_S -= 1
+
+    @property
+    def small(self) -> bool:
+        """Whether its memory is little beside the model's weights."""
+        return len(self._slots) <= _FEW
+
+    def logits(self, lane: str) -> Tensor:
+        """The lane's next-token logits at the rows it serves, in the order of `rows[lane]`: logits_bV."""
+        assert self._logits_SV is not None
+        return self._logits_SV[self._places[lane]]
+
+    def _forward(self) -> Tensor:
+        """Keep each slot's token and return the logits behind it: logits_SV. Nothing here waits for the device."""
+        adapted = self.backbone.adapted
+        # The slots of rows that have ended run on until they are taken: they stay at the last column.
+        column_S = self._length_S.clamp_max(self._columns - 1)
+        hidden_SC = torch.arange(self._columns, device=self._device) > column_S[:, None]
+        mask_SC = torch.zeros(hidden_SC.shape, dtype=adapted.model.dtype, device=self._device)
+        mask_SC.masked_fill_(hidden_SC, torch.finfo(mask_SC.dtype).min)
+        for layer in self._layers:
+            layer.column_S = column_S
+        adapted.serve_slots(self._adapter_S if self._adapted else None)
+        with fused_elementwise(adapted.model) if self._device.type == "cuda" else nullcontext():
+            logits_S1V: Tensor = adapted.model(
+                input_ids=self._token_S[:, None],
+                attention_mask=mask_SC[:, None, None, :],
+                position_ids=column_S.clamp_max(self.backbone.context - 1)[:, None],
+                past_key_values=Cache(layers=list(self._layers)),
+                use_cache=True,
+            ).logits
+        self._length_S += 1
+        return logits_S1V[:, -1]
+
+    def _longest(self) -> int:
+        return max((length for length, one in zip(self._lengths, self._slots, strict=True) if one), default=0)
+
+    def _make_room(self, newcomers: int, length: int) -> None:
+        """Have enough free slots, and columns for prompts of that length."""
+        taken, count = [slot for slot, one in enumerate(self._slots) if one], len(self._slots)
+        needed, ahead = len(taken) + newcomers, max(length, self._longest()) + _AHEAD
+        slots = _rounded_slots(needed) if needed > count or count > max(_FEW, 2 * needed) else count
+        columns = _rounded_columns(ahead, slots)
+        if slots < count:
+            self._move(taken, slots, columns)
+        elif slots > count or columns > self._columns or 2 * columns <= self._columns:
+            self._move(range(count), slots, columns)
+
+    def _move(self, taken: Sequence[int], slots: int, columns: int) -> None:
+        """Lay the memory of these slots out anew, in this order and before free ones."""
+        from_b, behind = self._index(taken), slots - len(taken)
+        for place, layer in enumerate(self._layers):  # layer by layer: old and new are never held whole together
+            keys, values = (_laid_out(held, from_b, slots, columns) for held in (layer.keys, layer.values))
+            self._layers[place] = _SlotLayer(keys, values)
+        self._slots = [*(self._slots[slot] for slot in taken), *[None] * behind]
+        self._lengths = [*(self._lengths[slot] for slot in taken), *[0] * behind]
+        self._token_S, self._length_S, self._adapter_S = (
+            torch.cat([held[from_b], held.new_zeros(behind)])
+            for held in (self._token_S, self._length_S, self._adapter_S)
+        )
+        self._columns, self._steps, self._logits_SV = columns, {}, None
+
+    def _read(self, slots: Sequence[int], asked: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+        """Read all but the last token of each new slot's prompt, once per lane and prompt."""
+        places: dict[tuple[str, tuple[int, ...]], list[int]] = {}  # lane by lane, as they are asked
+        for slot, one in zip(slots, asked, strict=True):
+            places.setdefault(one, []).append(slot)
+        for piece in _pieces(list(places)):
+            fresh, length = self._prompts(piece)
+            from_b = self._index([number for number, one in enumerate(piece) for _ in places[one]])
+            at_b = self._index([slot for one in piece for slot in places[one]])
+            if not self._layers:
+                none, shape = self._index([]), (len(self._slots), self._columns)
+                self._layers = [_SlotLayer(*(_laid_out(held, none, *shape) for held in layer)) for layer in fresh]
+            for layer in self._layers:
+                keys, values = fresh.pop(0)
+                layer.keys[at_b, :, :length], layer.values[at_b, :, :length] = keys[from_b], values[from_b]
+        at_b, adapters = self._index(slots), self.backbone.adapted.lanes
+        self._length_S[at_b] = self._index([len(prompt) - 1 for _, prompt in asked])
+        self._adapter_S[at_b] = self._index([adapters.index(lane) if lane in adapters else -1 for lane, _ in asked])
+        self._waiting_S = torch.full_like(self._token_S, -1)
+        self._waiting_S[at_b] = self._index([prompt[-1] for _, prompt in asked])
+
+    def _prompts(self, asked: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[list[tuple[Tensor, Tensor]], int]:
+        """Keys and values of prompts without their last tokens, per layer, and how many columns there are."""
+        length = max(1, *(len(prompt) - 1 for _, prompt in asked))  # one at least, which tells the shapes
+        pad, cache = self.backbone.prompter.eos, Cache(layer_class_to_replicate=DynamicLayer)
+        self.backbone.adapted.serve(blocks_of([lane for lane, _ in asked]), step=False)
+        # Padded on the right causal attention needs no mask: a prompt sees nothing of what lies behind it, and neither
+        # do its next tokens, which are written over it.
+        self.backbone.adapted.model.base_model(
+            input_ids=self._index([[*prompt[:-1], *[pad] * (length + 1 - len(prompt))] for _, prompt in asked]),
+            position_ids=torch.arange(length, device=self._device)[None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return [(layer.keys, layer.values) for layer in cast(list[Any], cache.layers)], length
+
+    def _index_rows(self) -> None:
+        self._row_S = self._index([one[1] if one else 0 for one in self._slots])
+        self._adapted = any(one and one[0] in self.backbone.adapted.lanes for one in self._slots)
+        self.rows, self._places = {}, {}
+        for lane in self.backbone.lanes:
+            served = sorted((one[1], slot) for slot, one in enumerate(self._slots) if one and one[0] == lane)
+            if served:
+                self.rows[lane], self._places[lane] = (self._index(list(each)) for each in zip(*served, strict=True))
+
+    def _index(self, values: Sequence[Any]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self._device)
+
+
+def _laid_out(held_SHCE: Tensor, from_b: Tensor, slots: int, columns: int) -> Tensor:
+    """The memory of some slots at the beginning of a new one of so many slots and columns."""
+    width = min(columns, held_SHCE.shape[2])
+    new_SHCE = held_SHCE.new_zeros(slots, held_SHCE.shape[1], columns, held_SHCE.shape[3])
+    new_SHCE[: len(from_b), :, :width] = held_SHCE[from_b, :, :width]
+    return new_SHCE
+
+
+def _rounded_slots(slots: int) -> int:
+    return slots if slots <= 8 else -(-slots // 8) * 8
+
+
+def _rounded_columns(columns: int, slots: int) -> int:
+    """Up to the next multiple of 64, or of a quarter of the power of two below where that is more.
+
+    Of 256 where slots are few: what they look back at is little beside the weights, and each change is a capture.
+    """
+    unit = max(64 if slots > 8 else 256, (1 << columns.bit_length() - 1) // 4)
+    return -(-columns // unit) * unit
+
+
+def _pieces(asked: Sequence[tuple[str, tuple[int, ...]]]) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
+    """Neighbours that are read in one forward: its memory is bounded, padding included."""
+    piece: list[tuple[str, tuple[int, ...]]] = []
+    longest = 0
+    for one in asked:
+        longest = max(longest, len(one[1]))
+        if piece and longest * (len(piece) + 1) > _AT_ONCE:
+            yield piece
+            piece, longest = [], len(one[1])
+        piece.append(one)
+    yield piece
+
+
+def lanes_of(backbone: Backbone) -> Lanes | StaticLanes:
+    """A session of rows on a backbone, in the shapes that suit it; perhaps one that has been released."""
+    if not backbone.static:
+        return Lanes(backbone)
+    return backbone.idle.pop() if backbone.idle else StaticLanes(backbone)
+
+
+def release(lanes: Lanes | StaticLanes) -> None:
+    """Give a session back that no row is in any more: a small one is kept for the next, with memory and graph."""
+    if isinstance(lanes, StaticLanes) and lanes.small:
+        lanes.backbone.idle[:] = [lanes]

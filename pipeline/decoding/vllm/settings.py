@@ -1,0 +1,94 @@
+"""How vLLM has to be started for lanes: the same for the decoder and for the server."""
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from pipeline.config.errors import UserError
+from pipeline.decoding.backbone import SideBackbone
+from pipeline.decoding.fused_lora import read_adapter
+from pipeline.decoding.vllm.guides import told
+from pipeline.models.loading import Source
+from pipeline.models.prompting import Prompter, ends_of
+from pipeline.models.vocabulary import check_adapter_tokenizer, check_vocabulary
+
+EXTRA = "guidance"  # the key of a lane's facts in `SamplingParams.extra_args`, and of ours in `additional_config`
+TOLD = "GENARM_SERVE"  # environment variable: what the server's launcher tells the middleware
+SUPPORTED = ("0.32",)  # of vLLM: its interface to logits processors has changed between minor versions
+# Our processor is of the kind that vLLM's first model runner knows; the second, which it may choose on GPUs, is not.
+ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_NO_USAGE_STATS": "1"}
+ROOM = ("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB unless told otherwise; vLLM's own choice is nearly all memory there is
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's buffers for adapters come in
+
+
+def settings(base: Source, adapters: Mapping[str, Path], beside: Sequence[SideBackbone], groups: int) -> dict[str, Any]:
+    """Arguments of vLLM's engine, by name, for so many guided requests at once.
+
+    Args:
+        base: the base.
+        adapters: what runs on it, as lanes.
+        beside: what runs next to it, as guides.
+        groups: guided requests at once.
+
+    Raises:
+        UserError: vLLM is of another version, or not there; an adapter is missing, or of a higher rank than vLLM has
+            buffers for; a guide has another tokenizer; int8, which vLLM does not do.
+    """
+    _check_version()
+    prompter = base.prompter()
+    for one in beside:
+        check_vocabulary(prompter.tokenizer, one.source.prompter().tokenizer, ", ".join(one.names))
+    if base.quantisation == "int8":
+        raise UserError("vLLM does not quantise to int8 on loading: set the base's quantisation to nf4 or null.")
+    found: dict[str, Any] = {
+        "model": str(base.folder), "dtype": base.dtype, "max_num_seqs": groups * (1 + len(adapters)),
+        "enable_chunked_prefill": False, "async_scheduling": False, "enforce_eager": True,
+        "logits_processors": ["pipeline.decoding.vllm.processor:LaneProcessor"],
+        "scheduler_cls": "pipeline.decoding.vllm.scheduler.GroupScheduler",
+        "additional_config": {EXTRA: {"vocab_size": prompter.vocab_size, "guides": told(beside)}},
+    }  # fmt: skip
+    if base.quantisation == "nf4":
+        found["quantization"] = "bitsandbytes"
+    if adapters:
+        _check_adapters(prompter, base, adapters)
+        # One slot more than adapters: on CPUs rows without an adapter read the last slot, which has to be empty.
+        rank = max(_rank(name, folder) for name, folder in adapters.items())
+        found |= {"enable_lora": True, "max_loras": len(adapters) + 1, "max_lora_rank": rank}
+    return found
+
+
+def _check_version() -> None:
+    found = [one.version for one in distributions() if one.name in ("vllm", "vllm-cpu")]
+    if not found or not found[0].startswith(SUPPORTED):
+        wanted = ", ".join(f"{version}.x" for version in SUPPORTED)
+        raise UserError(f"vLLM is {found[0] if found else 'not installed'}, and {wanted} is needed: `make vllm`.")
+
+
+def ends_and_marks(base: Source) -> tuple[list[int], list[int]]:
+    """The tokens that end a response, and two that end none, to mark lanes of groups that are not whole."""
+    config = base.folder / "generation_config.json"
+    prompter = base.prompter()
+    ends = ends_of(prompter, GenerationConfig.from_pretrained(base.folder) if config.is_file() else None)
+    return sorted(ends), [token for token in range(prompter.vocab_size) if token not in ends][-2:]
+
+
+def _check_adapters(prompter: Prompter, base: Source, adapters: Mapping[str, Path]) -> None:
+    """Refuse what `GuidedDecoder` refuses: vLLM would load some of it, and apply something else."""
+    with torch.device("meta"):  # its layers' names and shapes, and no weights
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.folder, local_files_only=True))
+    for name, folder in adapters.items():
+        read_adapter(folder, model)
+        check_adapter_tokenizer(prompter, folder, name)
+
+
+def _rank(name: str, folder: Path) -> int:
+    """The least of vLLM's ranks that has room for an adapter."""
+    rank = int(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"])
+    if rank > _RANKS[-1]:
+        raise UserError(f"{name} in {folder} has rank {rank}, and vLLM takes {_RANKS[-1]} at most: lower arm.lora.r.")
+    return next(size for size in _RANKS if size >= rank)

@@ -1,1 +1,0 @@
-"""Guided decoding inside serving engines; each is an optional extra that nothing else imports."""

@@ -1,0 +1,1 @@
+"""Judges, statistics, fronts and tables of what was generated."""

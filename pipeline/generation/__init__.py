@@ -1,0 +1,1 @@
+"""Rows of a sweep: which models they need, the decoder or the row store that they come from, and other methods."""

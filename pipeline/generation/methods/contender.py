@@ -1,0 +1,138 @@
+"""A method of the comparison, ready to be asked at mixes of objectives: what it samples from, or how it searches."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from pipeline.config.errors import UserError
+from pipeline.config.points import Mix
+from pipeline.config.schema import BestOf, Candidates, GenArm, Method, Params, Policies, Segments
+from pipeline.config.workspace import Workspace
+from pipeline.data.files import Row, digest
+from pipeline.decoding.decoder import GuidedDecoder, Request
+from pipeline.decoding.guidance import LAW_VERSION
+from pipeline.generation.methods import Law, Place, genarm, mod, morl, soups
+from pipeline.generation.methods.args import Args
+from pipeline.generation.methods.best_of_n import BestOfN
+from pipeline.generation.methods.cards import Cards
+from pipeline.generation.methods.lookahead_cache import TextReward
+from pipeline.generation.methods.parm import law
+from pipeline.generation.methods.transfer_q import TransferQ
+from pipeline.generation.model_set import Decoder, ModelSet
+from pipeline.generation.rows import generate_stored, prompt_tokens, request_key, stored
+from pipeline.models import memory
+from pipeline.models.identity import folder_identity
+from pipeline.models.loading import Source, resolve_device
+
+_VERSION = 2  # of the searches: raise it when the same request would give another row
+
+
+class Contender:
+    """One method.
+
+    Args:
+        method: what it is.
+        params: the experiment.
+        workspace: where models and stores are.
+        mixes: all that it will be asked for; adapters that are made of others are written now.
+
+    Raises:
+        UserError: something it needs is not trained.
+    """
+
+    def __init__(self, method: Method, params: Params, workspace: Workspace, mixes: Sequence[Mix]) -> None:
+        self._method, self._params, self._workspace = method, params, workspace
+        self._source = Source.of(params, workspace, params.base)
+        place = Place(params, workspace)
+        self._laws: dict[tuple[str, float], Law] = {}
+        self._rewards: dict[str, Path] = {}
+        if isinstance(method, GenArm | Policies):
+            self._laws = {(mix.point, mix.strength): _law(method, mix, place) for mix in mixes}
+        else:
+            self._rewards = {name: _reward_model(name, place) for name in params.objectives}
+        self._adapters = {lane: folder for law in self._laws.values() for lane, folder in law.adapters.items()}
+
+    @property
+    def trained(self) -> set[Path]:
+        """The folders of what had to be trained for all of its mixes."""
+        return {folder for law in self._laws.values() for folder in law.trained} | set(self._rewards.values())
+
+    def request(self, mix: Mix, prompt: str, sample: int) -> Request:
+        """A prompt at a mix."""
+        decoding, law = self._params.decoding, self._laws.get((mix.point, mix.strength))
+        weights = law.weights if law else {name: weight * mix.strength for name, weight in mix.weights.items()}
+        return Request(
+            prompt, weights, decoding.temperature, decoding.top_k, decoding.top_p, decoding.min_p,
+            decoding.max_new_tokens, decoding.stop, self._params.seed, sample, law.gate if law else 0.0,
+        )  # fmt: skip
+
+    def rows(self, asked: Sequence[tuple[Mix, Request]]) -> list[Row]:
+        """The rows of requests, from the store or generated, each with the positions that models computed for it.
+
+        The base computes every token, whether it has a say in the law or is only asked for the KL to it.
+        """
+        requests = [request for _, request in asked]
+        if not self._laws:
+            return stored(requests, self._keys(requests), self.decoder, self._workspace, "search")
+        params = self._params
+        rows = generate_stored(requests, params, self._workspace, params.base, "generate", self._adapters)
+        return [
+            {**row, "forwards": (1 + len(request.arms)) * row["n_tokens"]}
+            for request, row in zip(requests, rows, strict=True)
+        ]
+
+    def _keys(self, requests: Sequence[Request]) -> list[str]:
+        said = {name: value for name, value in asdict(self._method).items() if name not in ("strengths", "prompts")}
+        device = resolve_device(self._params.decoding.device)
+        origin = [_VERSION, LAW_VERSION, *self._source.identity(device), said]
+        rewards = {name: folder_identity(folder) for name, folder in self._rewards.items()}
+        tokens = prompt_tokens(requests, self._source)
+        return [
+            digest([*origin, [rewards[name] for name in asked.arms], request_key(asked), tokens[asked.prompt]])
+            for asked in requests
+        ]
+
+    def decoder(self, batch_size: int | None = None) -> Decoder:
+        """What answers its requests, loaded.
+
+        Raises:
+            UserError: its models cannot fit into memory (nothing is loaded then).
+        """
+        params, workspace, place = self._params, self._workspace, self._params.decoding.device
+        size = batch_size or params.decoding.batch_size
+        if self._laws:
+            used = {lane for law in self._laws.values() for lane, weight in law.weights.items() if weight}
+            return ModelSet(params, workspace, params.base, used, self._adapters).decoder(place, size)
+        device = resolve_device(place)
+        models = [memory.Loaded.at(self._source, 1)] * (1 + len(self._rewards))  # a reward model is the base, adapted
+        needs = memory.needs_of(models, size, params.decoding.max_new_tokens, device)
+        memory.refuse_too_large(needs, device, False)
+        rewards = {name: TextReward.load(self._source, folder, device) for name, folder in self._rewards.items()}
+        prompter, method = self._source.prompter(), self._method
+        if isinstance(method, BestOf):
+            decoder = GuidedDecoder.load(self._source, {}, device=place, batch_size=size)
+            return BestOfN(decoder, prompter, rewards, method.n)
+        common = self._source.load(device), prompter, rewards, size
+        if isinstance(method, Segments):
+            return Cards(*common, method.threshold, method.longest, method.tries, method.target, method.softness)
+        assert isinstance(method, Candidates)
+        if method.kind == "args":
+            return Args(*common, method.top_k, method.scale)
+        return TransferQ(*common, method.top_k, method.scale, method.horizon)
+
+
+def _law(method: GenArm | Policies, mix: Mix, place: Place) -> Law:
+    if isinstance(method, GenArm):
+        return genarm.law(method, mix, place)
+    if method.kind == "mod":
+        return mod.law(mix, place)
+    if method.kind in ("morl", "rloo"):
+        return morl.law("dpo" if method.kind == "morl" else "rloo", mix, place)
+    return law(mix, place) if method.kind == "parm" else soups.law(method.kind == "soup", mix, place)
+
+
+def _reward_model(objective: str, place: Place) -> Path:
+    for name, rival in place.params.tune.rivals.items():
+        if rival.kind == "reward_model" and rival.weights.keys() == {objective}:
+            return place.rival(name)
+    raise UserError(f"{objective} has no reward model to search with: add one to tune.rivals, with kind: reward_model.")

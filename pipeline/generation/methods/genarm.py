@@ -1,0 +1,23 @@
+"""GenARM (Xu et al., ICLR 2025) and its variants: the log-ratio form, and guidance where the base is unsure.
+
+The gate is that of SIA: at tokens the base is sure of, it goes on alone.
+"""
+
+from pipeline.config.points import BASE, Mix, point_weights, policy_lane
+from pipeline.config.schema import GenArm, Point
+from pipeline.generation.methods import Law, Place
+
+
+def law(method: GenArm, mix: Mix, place: Place) -> Law:
+    """log π_base + Σ α_i log π_r,i, α_i being weight times strength; its log-ratio form; either of them gated.
+
+    With policies in the place of the ARMs the loss that trained them can be told from the law that decodes.
+    """
+    alphas = {name: weight * mix.strength for name, weight in mix.weights.items()}
+    if method.arms == "policies":
+        folders = {policy_lane(name): place.rival(name) for name in alphas}
+        rest = {} if method.form == "plain" else {BASE: 1 - sum(alphas.values())}
+        lanes = {policy_lane(name): alpha for name, alpha in alphas.items()}
+        return Law({**rest, **lanes}, folders, folders.values(), method.gate)
+    weights = point_weights(Point(alphas, form=method.form), place.params, place.params.base)
+    return Law(weights, trained=[place.workspace.arm(name) for name in alphas], gate=method.gate)

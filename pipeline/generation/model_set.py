@@ -1,0 +1,106 @@
+"""The models that a base's rows need, in one value: which are loaded, what identifies them, their decoder."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from pipeline.config.errors import UserError
+from pipeline.config.points import REFERENCE, rival_of
+from pipeline.config.schema import Params
+from pipeline.config.workspace import Workspace
+from pipeline.decoding.backbone import plan_backbones
+from pipeline.decoding.decoder import Generation, GuidedDecoder, Request
+from pipeline.models import memory
+from pipeline.models.identity import folder_identity
+from pipeline.models.loading import Source, resolve_device
+
+
+class Decoder(Protocol):
+    """What turns requests into generations: `GuidedDecoder`, and the searches it is compared with."""
+
+    def plan(self, requests: Sequence[Request]) -> list[list[int]]:
+        """The chunks it works off one after the other, as indices into the requests."""
+
+    def generate(self, requests: Sequence[Request], progress: str | None = None) -> Iterator[tuple[int, Generation]]:
+        """Yield (index, generation) as rows finish."""
+
+
+class ModelSet:
+    """The models of a base's rows, as the experiment names them: the base, ARMs, their reference, the base's policies.
+
+    Args:
+        params: the experiment.
+        workspace: where the models are.
+        base: the model that is steered.
+        used: the lanes that any row asks for.
+        adapters: further adapters of the base, by lane.
+    """
+
+    def __init__(
+        self, params: Params, workspace: Workspace, base: str, used: Collection[str],
+        adapters: Mapping[str, Path] | None = None,
+    ) -> None:  # fmt: skip
+        self._params, self._used = params, used
+        self.strong = Source.of(params, workspace, base)
+        # By the names that are used: an experiment's other objectives and policies make no difference to these rows.
+        self.arms = {name: workspace.arm(name) for name in sorted(used) if name in params.objectives}
+        tuned = {lane: name for lane in sorted(used) if (name := rival_of(lane)) in params.tune.rivals and name}
+        policies = {lane: workspace.rival(base, name) for lane, name in tuned.items()} | dict(adapters or {})
+        self.policies = {lane: folder for lane, folder in policies.items() if lane in used}
+        another = (self.arms or REFERENCE in used) and params.arm.base != base
+        self.weak = Source.of(params, workspace, params.arm.base) if another else None
+
+    @property
+    def loaded(self) -> list[tuple[Source, int]]:
+        """The models that are loaded, each with its lanes: its own, where it has a say, and one for each adapter."""
+        adapters, beside = plan_backbones(self.strong, self.arms, self.weak, self.policies, REFERENCE in self._used)
+        return [(self.strong, 1 + len(adapters)), *((other.source, len(other.names)) for other in beside)]
+
+    def identities(self, device: torch.device) -> dict[str, Any]:
+        """Per lane, all that its log-probabilities depend on beside the base."""
+        found: dict[str, Any] = {
+            name: folder_identity(folder) for name, folder in {**self.arms, **self.policies}.items()
+        }
+        if self.weak is not None:
+            weak = self.weak.identity(device)
+            found |= {REFERENCE: weak} | {name: [found[name], *weak] for name in self.arms}
+        return found
+
+    def decoder(self, device: str, batch_size: int, new_tokens: int | None = None) -> GuidedDecoder:
+        """A decoder of all of them.
+
+        Args:
+            device: where it computes.
+            batch_size: rows at once.
+            new_tokens: how long responses will be, for the check of the memory; None: as `params.decoding` says.
+
+        Raises:
+            UserError: the models cannot fit into memory (nothing is loaded then), or do not fit each other.
+        """
+        place = resolve_device(device)
+        models = [memory.Loaded.at(source, lanes) for source, lanes in self.loaded]
+        needs = memory.needs_of(models, batch_size, new_tokens or self._params.decoding.max_new_tokens, place)
+        memory.refuse_too_large(needs, place, self.strong.device_map is not None)
+        return GuidedDecoder.load(
+            self.strong, self.arms, arm_base=self.weak, policies=self.policies, reference=REFERENCE in self._used,
+            device=device, batch_size=batch_size,
+        )  # fmt: skip
+
+    def vllm_decoder(self, batch_size: int) -> Decoder:
+        """All of them inside vLLM.
+
+        Raises:
+            UserError: vLLM is not installed here, or an ARM does not fit the base.
+        """
+        try:
+            from pipeline.decoding.vllm.decoder import VllmDecoder
+        except ImportError as error:
+            raise UserError(
+                "decoding.engine=vllm needs vLLM: `make vllm`, then `source .venv-vllm/bin/activate`."
+            ) from error
+        return VllmDecoder(
+            self.strong, self.arms, arm_base=self.weak, policies=self.policies, reference=REFERENCE in self._used,
+            batch_size=batch_size,
+        )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Language models on disk: fetching, loading, prompting, identity and memory."""

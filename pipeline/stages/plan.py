@@ -1,0 +1,220 @@
+"""What a run will need: memory, forwards, time, answers of a judge; and whether it can fit. Nothing is loaded.
+
+python -m pipeline.stages.plan                                                    # of params.yaml
+make plan EXPERIMENT=pku_saferlhf_65b ARGS="decoding.batch_size=4"         # of any composition
+make plan EXPERIMENT=hh_rlhf PLAN="--tokens-per-second 900 --price 0.15 0.60"
+"""
+
+import sys
+import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.config.errors import UserError
+from pipeline.config.load import load_params, to_params
+from pipeline.config.schema import LlmJudge, Params
+from pipeline.config.workspace import Workspace
+from pipeline.evaluation.judges.rubric import RUBRICS
+from pipeline.evaluation.standings import entries
+from pipeline.models import memory
+from pipeline.models.loading import Source, resolve_device, resolve_dtype
+from pipeline.models.memory import PROMPT, Need
+
+_CHARACTERS = 4  # of a token of a rubric
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How many texts a run generates."""
+
+    prompts: int
+    known: bool  # whether the prompts are there, or only a thousand of them assumed
+    points: int
+    samples: int
+
+    @classmethod
+    def of(cls, params: Params, workspace: Workspace) -> "Rows":
+        """From what prepare wrote, else from the limit of test prompts."""
+        file, limit = workspace.results / "prepare" / "prompts.jsonl", params.data.limits.get("test")
+        prompts = limit or (len(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else None)
+        return cls(prompts or 1000, prompts is not None, len(params.sweep.points), params.decoding.samples_per_prompt)
+
+    @property
+    def total(self) -> int:
+        """All rows."""
+        return self.prompts * self.points * self.samples
+
+    def __str__(self) -> str:
+        assumed = "" if self.known else " (assumed)"
+        return f"{self.prompts} prompts{assumed} x {self.points} points x {self.samples} samples = {self.total} rows"
+
+
+def calls(judge: LlmJudge, params: Params, rows: Rows) -> tuple[int, int, int]:
+    """Answers that an endpoint is asked for at most, and the tokens it reads and writes for them.
+
+    For the sweep and the card, and where they are configured for the ladder and the comparison.
+    """
+    orders, objectives = (2 if judge.orders == "both" else 1), len(params.objectives)
+    ladder, compared = params.weak_to_strong, params.comparison
+    at_each = rows.points - 1 + len(ladder.bases) * (rows.points - 1 + ladder.best_of - 1)
+    pairs = at_each * rows.prompts * rows.samples
+    if compared.bases:
+        prompts = min(rows.prompts, compared.prompts or rows.prompts)
+        own = sum(
+            min(prompts, compared.methods[entry.method].prompts or prompts) for entry in entries(params) if entry.mix
+        )
+        pairs += own * rows.samples
+    asked = orders * objectives * (pairs + judge.card_pairs)
+    rubrics = [len((RUBRICS / f"{name}.md").read_text(encoding="utf-8")) for name in set(judge.rubrics.values())]
+    question = max(rubrics) // _CHARACTERS + PROMPT + 2 * params.decoding.max_new_tokens
+    return asked, asked * question, asked * judge.max_tokens
+
+
+def multiplications_per_second(dtype: torch.dtype, device: torch.device, rows: int) -> float:
+    """Multiply-adds per second in a product of the decoder's kind, `rows` rows by a 4096 × 4096 matrix, measured."""
+    left, right = (torch.randn(size, 4096, device=device).to(dtype) for size in (rows, 4096))
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        for _ in range(4):
+            product = left @ right.T
+        product.sum().item()  # waits for the device
+        seconds.append((time.perf_counter() - started) / 4)
+    return rows * 4096 * 4096 / min(seconds)
+
+
+def print_plan(
+    params: Params,
+    workspace: Workspace,
+    console: Console,
+    tokens_per_second: float | None = None,
+    price: tuple[float, float] | None = None,
+) -> bool:
+    """Print what training, generating the sweep and judging need; return whether it fits into memory.
+
+    Args:
+        params: the experiment.
+        workspace: where fetched models are.
+        console: what it is printed on.
+        tokens_per_second: of guided decoding, if it was measured; else the bound that arithmetic sets is printed.
+        price: of a million tokens that the judge reads, and writes.
+    """
+    rows = Rows.of(params, workspace)
+    console.print(f"[bold]{params.base}[/bold] guided by {', '.join(params.objectives)}: {rows}")
+    fits = _training(params, workspace, console)
+    fits &= _decoding(params, workspace, console, rows, tokens_per_second)
+    if isinstance(params.judge, LlmJudge):
+        asked, read, written = calls(params.judge, params, rows)
+        cost = ""
+        if price is not None:
+            cost = f", at most {(read * price[0] + written * price[1]) / 1e6:.2f} at {price[0]:g} and {price[1]:g}"
+        console.print(
+            f"judging: at most {asked} answers of {params.judge.model} (judge.max_calls: {params.judge.max_calls}), "
+            f"{read / 1e6:.3g} M tokens read and {written / 1e6:.3g} M written{cost}"
+        )
+    if not fits:
+        console.print("[bold]this does not fit, and would be refused before anything is loaded[/bold]")
+    return fits
+
+
+def _training(params: Params, workspace: Workspace, console: Console) -> bool:
+    config, name = params.trainer, params.arm.base
+    source, device = Source.of(params, workspace, name), resolve_device(config.accelerator)
+    shape = memory.shape_of(memory.config_of(name, params.models[name], source.folder))
+    dtype, whole = resolve_dtype(source.dtype, device), params.arm.tuning == "full"
+    each = config.devices if isinstance(config.devices, int) else max(1, torch.cuda.device_count())
+    shards = config.num_nodes * each if config.strategy == "fsdp" else 1
+    packed = params.arm.quantisation or source.quantisation
+    wanted, free = memory.training_bytes(shape, dtype, packed, whole, shards), memory.available_bytes(device, False)
+    how = "all weights, with gradients and optimizer" if whole else f"LoRA of rank {params.arm.rank}, weights"
+    over = f" on each of {shards} devices" if shards > 1 else ""
+    console.print(
+        f"training: {len(params.objectives)} ARMs of {name} one after the other, {how}: {_size(wanted)}{over} beside "
+        f"activations, {_size(free)} free on {device}"
+    )
+    return wanted <= free
+
+
+def _decoding(
+    params: Params, workspace: Workspace, console: Console, rows: Rows, tokens_per_second: float | None
+) -> bool:
+    decoding, device = params.decoding, resolve_device(params.decoding.device)
+    tokens = PROMPT + decoding.max_new_tokens
+    forms = {point.form for point in params.sweep.points.values() if point.guided}
+    policies = len(params.objectives) if "dpo" in forms else 0
+    models = memory.planned(params, workspace, params.base, len(params.objectives), policies, "log_ratio" in forms)
+    needs = memory.needs_of(models, decoding.batch_size, decoding.max_new_tokens, device)
+    console.print(_table(params, needs, f"{decoding.batch_size} rows of {tokens} tokens ({PROMPT} of them prompt)"))
+    spread = params.models[params.base].device_map is not None
+    wanted, free = sum(each.total for each in needs), memory.available_bytes(device, spread)
+    console.print(f"generating: {_size(wanted)} with a tenth for buffers, {_size(free)} free on {device}")
+    base, arm = needs[0].shape.parameters, needs[-1].shape.parameters
+    console.print(
+        f"forwards per token: {len(needs)}; parameters multiplied per token: {base / 1e9:.3g} B unguided, "
+        f"{(base + arm) / 1e9:.3g} B guided by one ARM ({1 + arm / base:.2f} times)"
+    )
+    new = rows.total * decoding.max_new_tokens
+    if tokens_per_second is not None:
+        console.print(f"time: {_time(new / tokens_per_second)} at most, at {tokens_per_second:g} tokens/s")
+        return wanted <= free
+    dtype = resolve_dtype(params.models[params.base].dtype, device)
+    rate = multiplications_per_second(dtype, device, decoding.batch_size)
+    for what, cost in (("unguided", base), ("guided by one ARM", base + arm)):
+        console.print(
+            f"at most {rate / cost:.3g} tokens/s {what}, by {rate / 1e9:.3g} G multiply-adds/s measured here: "
+            f"{_time(new * cost / rate)} or more for all rows at full length"
+        )
+    return wanted <= free
+
+
+def _table(params: Params, needs: list[Need], title: str) -> Table:
+    table, device = Table(title=title), resolve_device(params.decoding.device)
+    for column in ("model", "parameters", "layers", "dtype", "weights", "KV cache"):
+        table.add_column(column, justify="left" if column in ("model", "dtype") else "right")
+    for found in needs:
+        spec = params.models[found.name]
+        kind = str(resolve_dtype(spec.dtype, device)).removeprefix("torch.")
+        packed = f", {found.shape.packed_bits} bits" if found.shape.packed_bits else ""
+        table.add_row(
+            found.name, f"{found.shape.parameters / 1e9:.3g} B", str(found.shape.layers),
+            spec.quantisation or kind + packed, _size(found.weights), _size(found.cache),
+        )  # fmt: skip
+    return table
+
+
+def _size(amount: float) -> str:
+    return f"{amount / 1e9:.3g} GB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.3g} minutes" if seconds < 7200 else f"{seconds / 3600:.3g} hours"
+
+
+def main() -> None:
+    """Plan params.yaml, or the composition that comes on standard input."""
+    parser = ArgumentParser(
+        "python -m pipeline.stages.plan", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
+    parser.add_argument("params", nargs="?", default="params.yaml", help="a file, or - for standard input")
+    parser.add_argument("--tokens-per-second", type=float, help="of guided decoding at that batch, as it was measured")
+    parser.add_argument("--price", type=float, nargs=2, metavar=("READ", "WRITTEN"), help="of a million tokens each")
+    given = parser.parse_args()
+    if given.params == "-":
+        params = to_params(OmegaConf.create(sys.stdin.read()), "the composition")
+    else:
+        params = load_params(Path(given.params))
+    if not print_plan(params, Workspace(), Console(), given.tokens_per_second, given.price):
+        raise UserError("this run cannot fit here: see above.")
+
+
+if __name__ == "__main__":
+    from pipeline.config.errors import guard
+
+    with guard():
+        main()

@@ -1,0 +1,1 @@
+"""Training of ARMs and of what they are compared with."""

@@ -1,0 +1,97 @@
+"""ARMs to and from the Hugging Face Hub: one that is there already instead of training, one of ours for others.
+
+python -m pipeline.training.hub positivity your-name/arm-positivity      # push; HF_TOKEN says who you are
+make params ARGS="'objectives.positivity.pretrained={source: hub, location: your-name/arm-positivity}'"
+"""
+
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from pipeline.config.errors import UserError
+from pipeline.config.schema import Model
+from pipeline.config.workspace import Workspace
+from pipeline.data.files import Row
+from pipeline.models.fetch import fetch
+from pipeline.models.loading import load_model, resolve_device, resolve_dtype
+from pipeline.models.prompting import Prompter
+from pipeline.models.vocabulary import check_vocabulary
+from pipeline.training.arm import ResponseModel
+from pipeline.training.batches import tokenise
+from pipeline.training.fit import Job, eval_loader, longest
+from pipeline.training.held_out import HeldOut, evaluate
+
+_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
+
+
+def adopt(job: Job, spec: Model, rows: Sequence[Row], folder: Path) -> HeldOut:
+    """Fetch an ARM into `folder` and measure it on test pairs, as if it had been trained here.
+
+    Raises:
+        UserError: it cannot be fetched or loaded, or reads other tokens than the model that `arm.base` names.
+    """
+    fetch(job.name, spec, folder)
+    device = resolve_device(job.trainer.accelerator)
+    dtype = resolve_dtype(spec.dtype, device)
+    prompter = job.source.prompter()
+    model: PeftModel | PreTrainedModel
+    if (folder / "adapter_config.json").is_file():
+        try:
+            model = PeftModel.from_pretrained(job.source.load(device), str(folder))
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{spec.location} is no adapter of {job.start} ({reason}): set arm.base to its base."
+            ) from error
+    else:
+        model = load_model(folder, dtype, device, spec.quantisation, spec.device_map)
+        check_vocabulary(prompter.tokenizer, Prompter.load(folder, "{prompt}").tokenizer, spec.location)
+    arm = ResponseModel(model.requires_grad_(False).eval(), dtype)
+    pairs = [row for row in rows if row["split"] == "test"]
+    groups = tokenise(pairs, prompter, longest(arm.causal.config, job.trainer), f"{job.name}, test").groups
+    size = job.trainer.micro_batch_size or job.trainer.batch_size
+    loader = eval_loader(groups, size, prompter.eos)
+    return evaluate(arm, job.loss, loader, device, job.confidence, job.resamples, job.seed)
+
+
+def push(folder: Path, repository: str, private: bool) -> str:
+    """Upload an ARM's folder, its card included, in one commit; the address of the commit is returned.
+
+    Raises:
+        UserError: there is no such folder, or the Hub refuses.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} holds no ARM: train it with `dvc repro train`.")
+    hub = HfApi()
+    try:
+        hub.create_repo(repository, private=private, exist_ok=True)
+        return str(hub.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=_FILES).commit_url)
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{repository} could not be written ({reason}): check the name, the network, and that HF_TOKEN may write."
+        ) from error
+
+
+def main() -> None:
+    """Push the ARM of an objective."""
+    parser = ArgumentParser(
+        "python -m pipeline.training.hub", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
+    parser.add_argument("objective", help="whose ARM is pushed: models/arms/<objective>")
+    parser.add_argument("repository", help="owner/name")
+    parser.add_argument("--private", action="store_true", help="where the repository does not exist yet")
+    given = parser.parse_args()
+    print(f"hub: {push(Workspace().arm(given.objective), given.repository, given.private)}")
+
+
+if __name__ == "__main__":
+    from pipeline.config.errors import guard
+
+    with guard():
+        main()

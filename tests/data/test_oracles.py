@@ -1,0 +1,72 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.config.errors import UserError
+from pipeline.data.oracles import CONCISENESS_LIMIT, SCORERS, conciseness, positivity, scorer, simplicity
+
+QUICK = settings(max_examples=100, deadline=None, derandomize=True)
+WORDS = st.lists(st.text("abcdefghij", min_size=1, max_size=12), min_size=1, max_size=60)
+
+
+@pytest.mark.parametrize(("name", "low"), [("positivity", -1.0), ("conciseness", 0.0), ("simplicity", 0.0)])
+@QUICK
+@given(text=st.text(max_size=300))
+def test_scores_stay_in_range_and_are_repeatable(name, low, text):
+    score = scorer(name)(text)
+    assert low <= score <= 1.0
+    assert scorer(name)(text) == score
+
+
+def test_every_scorer_is_found_by_its_name():
+    assert {name: scorer(name) for name in SCORERS} == SCORERS
+
+
+def test_an_unknown_scorer_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match="there is no scorer humour: choose one of positivity, conciseness, simplicity"):
+        scorer("humour")
+
+
+def test_positivity_knows_warm_neutral_and_cold():
+    assert positivity("I love this wonderful tea!") > 0.5
+    assert positivity("The table has four legs.") == 0.0
+    assert positivity("This is a terrible, awful day.") < -0.5
+    assert positivity("It is not good.") < 0 < positivity("It is good.")
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("", 1.0),
+        ("... !?", 1.0),
+        ("one two three four", 0.9),
+        ("don't", 0.975),
+        ("a well-made tea", 0.9),
+        ("it’s 3 o'clock", 0.925),
+        ("word " * CONCISENESS_LIMIT, 0.0),
+        ("word " * 1000, 0.0),
+    ],
+)
+def test_conciseness_counts_words(text, score):
+    assert conciseness(text) == pytest.approx(score)
+
+
+@QUICK
+@given(words=WORDS)
+def test_another_word_never_makes_a_reply_more_concise(words):
+    longer, shorter = conciseness(" ".join([*words, "more"])), conciseness(" ".join(words))
+    assert longer < shorter or longer == shorter == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [("", 0.0), ("?!", 0.0), ("a", 0.9), ("abcde", 0.5), ("a abc", 0.8), ("abcdefghij", 0.0), ("a" * 30, 0.0)],
+)
+def test_simplicity_is_the_mean_length_of_words(text, score):
+    assert simplicity(text) == pytest.approx(score)
+
+
+@QUICK
+@given(words=WORDS)
+def test_simplicity_does_not_depend_on_how_many_words_there_are(words):
+    assert simplicity(" ".join(words * 3)) == pytest.approx(simplicity(" ".join(words)))

@@ -1,0 +1,440 @@
+"""Runs in the environment of `make vllm`; everywhere else it is skipped."""
+
+import json
+import math
+import os
+import shutil
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from scipy.stats import chisquare
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+pytest.importorskip("vllm", reason="vLLM is not installed: make vllm")
+from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.sample.logits_processor import BatchUpdate
+
+from pipeline.config.errors import UserError
+from pipeline.decoding.decoder import GuidedDecoder
+from pipeline.decoding.request import Request
+from pipeline.decoding.vllm.decoder import VllmDecoder, _common
+from pipeline.decoding.vllm.processor import LaneProcessor
+from pipeline.decoding.vllm.settings import EXTRA
+from pipeline.generation.rows import generate_sweep
+from pipeline.models.fetch import fetch
+from pipeline.models.loading import Source, load_model
+from tests.tiny import tiny_model, tiny_tokenizer
+
+PROMPTS = ["Why?", "Describe a rainy Monday.", "Name something good, and then a second thing that is not.", "Hello"]
+POINTS = [{}, {"one": 1.0}, {"two": 0.7}, {"one": 1.0, "two": 0.5}, {"one": 1.5, "base": -0.5}]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A tiny model with heads as wide as vLLM's attention wants them, in float32."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = tiny_tokenizer()
+    tiny_model(len(tokenizer), width=128).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Source(folder, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def adapters(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    return {name: adapted(source, folder / name, seed) for seed, name in enumerate(("one", "two"))}
+
+
+def adapted(source, folder, seed):
+    """A random adapter of a model."""
+    torch.manual_seed(seed + 1)
+    model = load_model(source.folder, torch.float32, torch.device("cpu"))
+    targets = ["q_proj", "v_proj", "down_proj"]
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM"))
+    for key, weight in model.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(weight, std=0.2)
+    model.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(source, tmp_path_factory):
+    """Another model of the vocabulary, asked in another way."""
+    folder = tmp_path_factory.mktemp("small")
+    tokenizer = tiny_tokenizer()
+    tiny_model(len(tokenizer), width=48, seed=5).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Source(folder, dtype="float32", template="Question: {prompt}\nAnswer:")
+
+
+@pytest.fixture(scope="module")
+def served(source, adapters):
+    """With the stock scheduler, which lets lanes in one by one: what ours prevents, the processor has to notice."""
+    room = {"max_model_len": 256, "max_num_batched_tokens": 1024}
+    return VllmDecoder(source, adapters, batch_size=4, scheduler_cls=None, **room)
+
+
+@pytest.fixture(scope="module")
+def reference(source, adapters):
+    return GuidedDecoder.load(source, adapters, device="cpu")
+
+
+def same(found, expected):
+    assert sorted(found) == sorted(expected)
+    for index, wanted in expected.items():
+        assert found[index].tokens == wanted.tokens, index
+        assert found[index].finish == wanted.finish
+        assert found[index].logp == pytest.approx(wanted.logp, abs=1e-2)
+        assert found[index].logp_base == pytest.approx(wanted.logp_base, abs=1e-2)
+        assert found[index].kl == pytest.approx(wanted.kl, abs=1e-2)
+
+
+def test_texts_and_sums_are_those_of_the_decoder_greedy_and_sampled(served, reference):
+    """In float32 both draw from the same law by the same random stream: the same tokens."""
+    how = [{"temperature": 0.0}, {}, {"temperature": 0.7, "top_k": 20}, {"top_p": 0.8}, {"min_p": 0.02, "seed": 7}]
+    requests = [
+        Request(prompt, weights, **one, max_new_tokens=24 - 3 * place)
+        for place, prompt in enumerate(PROMPTS)
+        for weights in POINTS
+        for one in how
+    ]
+    same(dict(served.generate(requests)), dict(reference.generate(requests)))
+
+
+@pytest.mark.parametrize("weights", [{}, {"one": 1.0, "two": 0.5}])
+def test_first_tokens_are_drawn_from_the_guided_law(served, reference, weights):
+    """Chi-square over 3000 draws at temperature 0.7: p is uniform where the law is right."""
+    requests = [Request("Why?", weights, temperature=0.7, max_new_tokens=1, seed=seed) for seed in range(3000)]
+    drawn = Counter(generation.tokens[0] for _, generation in served.generate(requests))
+    law = reference.trace(requests[0], [0]).logps["guided"][0].exp()
+    kept = [token for token in range(len(law)) if law[token] * 3000 >= 5]
+    expected = [float(law[token]) * 3000 for token in kept]
+    observed = [drawn[token] for token in kept]
+    rest = 3000 - sum(expected)
+    if rest > 5:
+        expected, observed = [*expected, rest], [*observed, 3000 - sum(observed)]
+    scale = sum(observed) / sum(expected)
+    assert chisquare(observed, [value * scale for value in expected]).pvalue > 1e-3
+
+
+def test_stop_texts_end_a_response_as_in_the_decoder(served, reference):
+    [(_, whole)] = reference.generate([Request("Why?", {"one": 1.0}, temperature=0.0, max_new_tokens=24)])
+    stop = whole.text[6:9]
+    request = Request("Why?", {"one": 1.0}, temperature=0.0, max_new_tokens=24, stop=(stop,))
+    [(_, wanted)], [(_, found)] = reference.generate([request]), served.generate([request])
+    assert found.text == wanted.text and found.finish == wanted.finish == "stop"
+    assert found.tokens == wanted.tokens and found.kl == pytest.approx(wanted.kl, abs=1e-2)
+
+
+def lanes_of(served, group, names, size=8, alpha=1.0):
+    """Hand single lanes to the engine behind the frontend's back."""
+    ids = served._prompter.prompt_ids("Why?")
+    arms = {"base": (0, None, 1.0), "one": (1, "one", alpha)}
+    for name in names:
+        lane, arm, alpha = arms[name]
+        facts = {
+            "group": group, "lanes": 2, "lane": lane, "alpha": alpha, "mark": served._mark, "stream": "0" * 32,
+            "first": 0, "last": size, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
+        }  # fmt: skip
+        params = SamplingParams(
+            temperature=0.0, max_tokens=size, stop_token_ids=[served._mark], ignore_eos=True, detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY, extra_args={EXTRA: facts},
+        )  # fmt: skip
+        served._engine.add_request(
+            f"{group}/{name}", {"prompt_token_ids": ids}, params, lora_request=served._adapters.get(arm)
+        )
+
+
+def drained(served, abort_after=None):
+    """Step until nothing is left; abort a lane after its first step."""
+    found = {}
+    for step in range(200):
+        if not served._engine.has_unfinished_requests():
+            break
+        for output in served._engine.step():
+            if output.finished:
+                found[output.request_id] = output.outputs[0]
+        if abort_after and step == abort_after[0]:
+            served._engine.abort_request([abort_after[1]])
+    return found
+
+
+def test_a_lane_alone_is_marked_at_its_first_step(served):
+    lanes_of(served, "alone", ["base"])
+    [output] = drained(served).values()
+    assert list(output.token_ids) == [served._mark] and output.stop_reason == served._mark
+
+
+def test_a_lane_that_comes_a_step_later_finds_no_one(served):
+    lanes_of(served, "late", ["base"])
+    served._engine.step()
+    lanes_of(served, "late", ["one"])
+    for output in drained(served).values():
+        assert list(output.token_ids) == [served._mark]
+
+
+def test_when_a_lane_is_aborted_the_other_stops_at_that_step(served, reference):
+    lanes_of(served, "gone", ["base", "one"], size=20)
+    found = drained(served, abort_after=(4, "gone/one"))
+    tokens = list(found["gone/base"].token_ids)
+    assert tokens[-1] == served._mark and 4 <= len(tokens) < 20
+    request = Request("Why?", {"one": 1.0}, temperature=0.0, max_new_tokens=20)
+    [(_, whole)] = reference.generate([request])
+    assert tokens[:-1] == whole.tokens[: len(tokens) - 1]
+
+
+def test_unguided_requests_beside_guided_ones_are_untouched(served, reference):
+    params = SamplingParams(temperature=0.0, max_tokens=12, detokenize=False, ignore_eos=True)
+    ids = served._prompter.prompt_ids("Hello")
+    served._engine.add_request("plain", {"prompt_token_ids": ids}, params)
+    lanes_of(served, "beside", ["base", "one"], size=12)
+    few = SamplingParams(temperature=0.0, max_tokens=12, detokenize=False, ignore_eos=True, allowed_token_ids=[5, 6])
+    served._engine.add_request("few", {"prompt_token_ids": ids}, few)  # −inf everywhere else, before we see it
+    found = drained(served)
+    [(_, alone)] = reference.generate([Request("Hello", temperature=0.0, max_new_tokens=12)])
+    size = len(alone.tokens)
+    assert list(found["plain"].token_ids)[:size] == alone.tokens
+    assert set(found["few"].token_ids) <= {5, 6}
+    assert list(found["beside/base"].token_ids) == list(found["beside/one"].token_ids)
+    [(_, whole)] = reference.generate([Request("Why?", {"one": 1.0}, temperature=0.0, max_new_tokens=12)])
+    assert list(found["beside/base"].token_ids)[: len(whole.tokens)] == whole.tokens
+
+
+def test_a_generation_left_halfway_leaves_no_sums_to_the_next(served, reference):
+    requests = [Request("Why?", {"one": 1.0}, temperature=0.0, max_new_tokens=size) for size in (2, 20)]
+    begun = served.generate(requests)
+    assert next(begun)[0] == 0
+    begun.close()
+    same(dict(served.generate(requests)), dict(reference.generate(requests)))
+
+
+def test_a_law_that_is_no_number_is_an_error_and_spoils_no_other(served, reference):
+    requests = [Request("Hello", {"one": 1.0}, temperature=0.0, max_new_tokens=20), Request("Why?", {"one": 1e38})]
+    with pytest.raises(UserError, match="logits are not finite in the response to 'Why\\?'"):
+        list(served.generate(requests))
+    assert not served._engine.has_unfinished_requests()
+    lanes_of(served, "finite", ["base", "one"], size=8)
+    lanes_of(served, "none", ["base", "one"], size=8, alpha=1e38)
+    found = drained(served)
+    [(_, whole)] = reference.generate([Request("Why?", {"one": 1.0}, temperature=0.0, max_new_tokens=8)])
+    assert list(found["finite/base"].token_ids)[: len(whole.tokens)] == whole.tokens
+    assert list(found["none/base"].token_ids) == list(found["none/one"].token_ids) == [served._mark]
+
+
+def test_a_lane_alone_is_marked_even_where_its_logits_are_no_number():
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(enable_chunked_prefill=False, async_scheduling=False),
+        additional_config={EXTRA: {"vocab_size": 8, "guides": []}},
+    )
+    processor = LaneProcessor(config, torch.device("cpu"), False)
+    facts = {
+        "group": "x", "lanes": 2, "lane": 0, "alpha": 1.0, "mark": 5, "stream": "0" * 32, "first": 0, "last": 2,
+        "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
+    }  # fmt: skip
+    params = SamplingParams(temperature=0.0, max_tokens=2, extra_args={EXTRA: facts})
+    processor.update_state(BatchUpdate(batch_size=1, removed=[], added=[(0, params, [5], [])], moved=[]))
+    assert int(processor.apply(torch.full((1, 8), torch.nan)).argmax()) == 5
+
+
+def test_a_drawn_mark_is_a_token_like_any_other(served, reference):
+    """Where the law itself draws the mark, the group goes on behind it."""
+    [(_, whole)] = reference.generate([Request("Why?", {"one": 1.0}, temperature=0.0, max_new_tokens=12)])
+    served._mark, before = whole.tokens[3], served._mark
+    try:
+        [(_, found)] = served.generate([Request("Why?", {"one": 1.0}, temperature=0.0, max_new_tokens=12)])
+    finally:
+        served._mark = before
+    assert found.tokens == whole.tokens and found.kl == pytest.approx(whole.kl, abs=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        (Request("Why?", {"three": 1.0}), "weights name three, but the ARMs are one, two"),
+        (Request("Why?", {"one": 1.0}, gate=1.0), "gated guidance"),
+        (Request("Why?", {"one": 1.0}, max_new_tokens=300), "exceeds the context of 256"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(served, request_, said):
+    with pytest.raises(UserError, match=said):
+        list(served.generate([request_]))
+
+
+def test_a_malformed_lane_is_refused_at_the_door(served):
+    params = SamplingParams(max_tokens=2, seed=1, extra_args={EXTRA: {"group": "x", "lane": 5, "lanes": 2}})
+    with pytest.raises(Exception, match="no lane of a guided request"):
+        served._engine.add_request("bad", {"prompt_token_ids": [5, 6]}, params)
+    facts = {
+        "group": "x", "lanes": 1, "lane": 0, "alpha": 1.0, "mark": 9, "stream": "0" * 32, "first": 0, "last": 2,
+        "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
+    }  # fmt: skip
+    params = SamplingParams(temperature=0.0, max_tokens=3, extra_args={EXTRA: facts})
+    with pytest.raises(Exception, match="max_tokens=3, and its group draws 2"):
+        served._engine.add_request("long", {"prompt_token_ids": [5, 6]}, params)
+
+
+def test_many_requests_one_after_the_other_leave_nothing_behind(served):
+    requests = [Request("Why?", {"one": 1.0}, max_new_tokens=2, seed=seed) for seed in range(200)]
+    assert len(list(served.generate(requests))) == 200
+    [processor] = [
+        each for each in served._llm.collective_rpc(_processors)[0] if type(each).__name__ == "LaneProcessor"
+    ]
+    assert not processor.sums and not served._engine.has_unfinished_requests()
+    assert math.isfinite(sum(len(lane.output) for lane in processor._rows.values()))
+
+
+def _processors(worker):
+    return list(worker.model_runner.input_batch.logitsprocs.all)
+
+
+def test_parts_agree_up_to_their_first_difference():
+    assert _common([[1, 2, 3], [1, 2], [1, 2, 4]]) == [1, 2]
+    assert _common([[1, 2], [2]]) == []
+
+
+# Engines of their own: one process holds one engine after the other, so `served` is of no use behind this line.
+
+
+def test_a_cache_too_small_for_all_preempts_and_every_text_is_right_all_the_same(source, adapters, reference):
+    """64 blocks hold fewer long groups than there are slots: lanes are preempted, marked, and go on."""
+    small = VllmDecoder(
+        source, adapters, batch_size=6, max_model_len=256, max_num_batched_tokens=2048, num_gpu_blocks_override=10,
+        block_size=32, enable_prefix_caching=False,
+    )  # fmt: skip
+    begun = []
+    begin = small._begin
+    small._begin = lambda group: begun.append(group.part) or begin(group)
+    requests = [
+        Request(prompt, weights, temperature=0.0, max_new_tokens=60) for prompt in PROMPTS for weights in POINTS
+    ]
+    same(dict(small.generate(requests)), dict(reference.generate(requests)))
+    assert max(begun) > 0 and len(begun) > len(requests), "nothing was preempted: the test shows nothing"
+
+
+def test_arms_of_another_model_and_adapters_of_the_base_guide_together(source, adapters, small, tmp_path):
+    """An adapter of a smaller model, a whole model, their reference, and a lane; the cache too small for all."""
+    arms = {"weak": adapted(small, tmp_path / "weak", 9), "whole": small.folder}
+    how = {"arm_base": small, "policies": {"one": adapters["one"]}, "reference": True}
+    points = [{"weak": 1.0, "reference": -0.5}, {"whole": 0.6, "one": 1.0}, {"one": 0.7}, {"weak": 1.0, "base": 0.5}]
+    requests = [
+        Request(prompt, weights, temperature=temperature, max_new_tokens=60)
+        for prompt in PROMPTS for weights in points for temperature in (0.0, 0.8)
+    ]  # fmt: skip
+    mixed = VllmDecoder(
+        source, arms, **how, batch_size=6, max_model_len=160, max_num_batched_tokens=2048, num_gpu_blocks_override=8,
+        block_size=32, enable_prefix_caching=False,
+    )  # fmt: skip
+    begun = []
+    begin = mixed._begin
+    mixed._begin = lambda group: begun.append(group.part) or begin(group)
+    found = dict(mixed.generate(requests))
+    same(found, dict(GuidedDecoder.load(source, arms, device="cpu", **how).generate(requests)))
+    assert len(begun) > len(requests), "nothing was preempted: the test shows nothing"
+
+
+def test_a_guide_of_another_vocabulary_is_refused(source, small, tmp_path):
+    shutil.copytree(small.folder, tmp_path / "arm")
+    told = json.loads((tmp_path / "arm/tokenizer.json").read_text())
+    first, second = list(told["model"]["vocab"])[40:42]
+    vocabulary = told["model"]["vocab"]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (tmp_path / "arm/tokenizer.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match="use an ARM with the base's tokenizer"):
+        VllmDecoder(source, {"arm": tmp_path / "arm"}, batch_size=2)
+
+
+def test_a_cache_that_does_not_hold_one_request_is_one_sentence(source, adapters):
+    tiny = VllmDecoder(
+        source, adapters, batch_size=2, max_model_len=96, max_num_batched_tokens=512, num_gpu_blocks_override=5,
+        block_size=32, enable_prefix_caching=False,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="KV cache does not hold one guided request"):
+        list(tiny.generate([Request("Why?", {"one": 1.0, "two": 1.0}, temperature=0.0, max_new_tokens=80)]))
+
+
+def test_prompts_that_no_step_takes_together_are_cached_one_after_the_other(source, adapters, tmp_path):
+    arms = {**adapters, "three": adapted(source, tmp_path / "three", 3)}
+    narrow = VllmDecoder(source, arms, batch_size=1, max_model_len=256, max_num_batched_tokens=256, block_size=32)
+    request = Request("Why? " * 60, dict.fromkeys(arms, 0.5), temperature=0.0, max_new_tokens=20)
+    assert len(narrow._prompter.prompt_ids(request.prompt)) > 256 / 2
+    expected = GuidedDecoder.load(source, arms, device="cpu").generate([request])
+    same(dict(narrow.generate([request])), dict(expected))
+
+
+def test_a_lane_waits_for_the_others(source, adapters):
+    waiting = VllmDecoder(source, adapters, batch_size=2, max_model_len=128)
+    lanes_of(waiting, "late", ["base"])
+    assert not waiting._engine.step()
+    lanes_of(waiting, "late", ["one"])
+    first, second = drained(waiting).values()
+    assert list(first.token_ids) == list(second.token_ids) and waiting._mark not in first.token_ids
+    lanes_of(waiting, "gone", ["base"])
+    waiting._engine.abort_request(["gone/base"])
+    lanes_of(waiting, "gone", ["one"])
+    assert not waiting._engine.step(), "the lane that was taken back is not counted"
+    waiting._engine.abort_request(["gone/one"])
+    assert not waiting._engine.has_unfinished_requests()
+
+
+def test_a_group_waits_for_room_for_all_of_it(source, adapters):
+    """Others leave one by one: whoever took each free slot alone would be marked each time."""
+    busy = VllmDecoder(source, adapters, batch_size=1, max_model_len=128)  # three slots
+    ids = busy._prompter.prompt_ids("Hello")
+    for number in range(9):
+        params = SamplingParams(temperature=0.0, max_tokens=5 + number, detokenize=False, ignore_eos=True)
+        busy._engine.add_request(f"plain{number}", {"prompt_token_ids": ids}, params)
+        if number == 5:
+            lanes_of(busy, "group", ["base", "one"])
+    found = drained(busy)
+    assert len(found) == 11 and all(len(found[f"plain{number}"].token_ids) == 5 + number for number in range(9))
+    first, second = found["group/base"], found["group/one"]
+    assert list(first.token_ids) == list(second.token_ids) and busy._mark not in first.token_ids
+
+
+def test_an_adapter_that_vllm_would_apply_otherwise_is_refused(source, adapters, tmp_path):
+    """vLLM reads neither `alpha_pattern` nor how an adapter began."""
+    for name, change, said in (
+        ("pattern", {"alpha_pattern": {"q_proj": 16}}, "no plain LoRA adapter"),
+        ("changed", {"init_lora_weights": "pissa"}, "changes its base"),
+    ):
+        shutil.copytree(adapters["one"], tmp_path / name)
+        told = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(told | change))
+        with pytest.raises(UserError, match=said):
+            VllmDecoder(source, {"one": tmp_path / name}, batch_size=1)
+    with pytest.raises(UserError, match="holds no adapter"):
+        VllmDecoder(source, {"one": tmp_path / "nothing"}, batch_size=1)
+
+
+def test_another_version_of_vllm_is_one_sentence(source, adapters, monkeypatch):
+    monkeypatch.setattr("pipeline.decoding.vllm.settings.SUPPORTED", ("0.99",))
+    with pytest.raises(UserError, match=r"vLLM is 0\.32\.\d+, and 0\.99\.x is needed: `make vllm`"):
+        VllmDecoder(source, adapters, batch_size=2)
+
+
+def test_an_engine_that_could_lose_lanes_unseen_does_not_start(source, adapters):
+    with pytest.raises(Exception, match="no-enable-chunked-prefill"):
+        VllmDecoder(source, adapters, batch_size=2, max_model_len=128, enable_chunked_prefill=True)
+
+
+def test_the_generate_stage_runs_on_vllm_and_keeps_its_rows_apart(source, adapters, compose_params, workspace):
+    params = compose_params(
+        "experiment=smoke", "decoding.engine=vllm", "decoding.batch_size=4", "+models.tiny.dtype=float32"
+    )
+    fetch("tiny", replace(params.models["tiny"], location=str(source.folder)), workspace.model("tiny"))
+    for objective, name in (("positivity", "one"), ("conciseness", "two")):
+        shutil.copytree(adapters[name], workspace.arm(objective))
+    rows = generate_sweep(params, workspace, "tiny", PROMPTS)
+    assert len(rows) == len(PROMPTS) * len(params.sweep.points)
+    assert all(math.isfinite(row["kl"]) and row["kl"] > -1e-3 for row in rows)
+    assert {row["kl"] for row in rows if row["point"] == "base"} == {0.0}
+    slower = replace(params, decoding=replace(params.decoding, engine="transformers"))
+    generate_sweep(slower, workspace, "tiny", PROMPTS)
+    stored = (workspace.scratch / "store" / "generate.jsonl").read_text().splitlines()
+    assert len(stored) == 2 * len(rows), "an engine's rows are its own"

@@ -1,0 +1,109 @@
+import contextlib
+import io
+import shutil
+
+import pytest
+import torch
+
+from pipeline.config.errors import UserError
+from pipeline.config.workspace import Workspace
+from pipeline.decoding.decoder import Request
+from tests.browser import opened
+from tests.tiny import ROOT
+
+gradio = pytest.importorskip("gradio", reason="gradio is not installed: pip install 'genarm-pipeline[playground]'")
+from pipeline.report import playground as served  # noqa: E402
+
+HOW = {"temperature": 1.0, "max_new_tokens": 12, "seed": 3}
+
+
+@pytest.fixture
+def project(tmp_path, tiny, arms, monkeypatch):
+    """A project's folder with a base, two ARMs and params.yaml, which is the current one."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    for name, arm in (("positivity", "one"), ("conciseness", "two")):
+        shutil.copytree(arms[arm], tmp_path / "models/arms" / name)
+    shutil.copytree(tiny, tmp_path / "models/tiny")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("config", overrides=["experiment=smoke", "decoding.device=cpu", "+models.tiny.dtype=float32"])
+    OmegaConf.save(config, tmp_path / "params.yaml", resolve=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def playground(project):
+    from pipeline.config.load import load_params
+
+    return served.Playground(load_params(), Workspace())
+
+
+def test_a_stream_is_what_the_decoder_writes_and_its_rewards_those_of_a_trace(decoder):
+    requests = [Request("Why?", {"one": 0.0, "two": 0.0}, **HOW), Request("Why?", {"one": 1.0, "two": 0.5}, **HOW)]
+    drafts = list(decoder.stream(requests))
+    assert [len(draft.tokens) for draft in drafts[0]] == [1, 1] and len(drafts) > 1
+    for index, generation in decoder.generate(requests):
+        draft = drafts[-1][index]
+        assert draft.generation.text == generation.text and draft.generation.kl == pytest.approx(
+            generation.kl, abs=1e-4
+        )
+        trace = decoder.trace(requests[index], generation.tokens)
+        assert draft.texts == trace.texts
+        for name in ("one", "two"):
+            assert torch.allclose(torch.tensor(draft.rewards[name]), torch.tensor(trace.rewards(name)), atol=1e-4)
+
+
+def test_weights_change_without_loading_anything_again(playground):
+    texts = set()
+    for alpha in (0.0, 1.0, 2.0):
+        *_, (control, guided) = playground.write("tiny", "Why?", {"positivity": alpha, "conciseness": 0.0}, **HOW)
+        texts.add(guided.generation.text)
+        assert (guided.generation.text == control.generation.text) == (alpha == 0.0)
+    assert len(texts) == 3 and playground._loaded.cache_info().misses == 1
+
+
+def test_the_python_it_offers_writes_the_same(playground):
+    weights = {"positivity": 1.0, "conciseness": 0.5}
+    prompt = "It's \"quoted\";\nprint('no')"
+    *_, (control, guided) = playground.write("tiny", prompt, weights, **HOW)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(playground.code("tiny", prompt, weights, **HOW), {})
+    assert printed.getvalue() == f"base:   {control.generation.text}\nguided: {guided.generation.text}\n"
+
+
+@pytest.mark.parametrize(("prompt", "how"), [("  ", HOW), ("x" * 4001, HOW), ("Why?", HOW | {"max_new_tokens": 513})])
+def test_what_is_out_of_bounds_is_refused(playground, prompt, how):
+    with pytest.raises(UserError, match=r"1 to (4000|512)"):
+        next(playground.write("tiny", prompt, {"positivity": 1.0}, **how))
+
+
+def test_without_models_it_says_what_to_do(smoke_params, workspace):
+    with pytest.raises(UserError, match="run `make repro` first"):
+        served.Playground(smoke_params, workspace)
+
+
+def test_a_person_moves_a_slider_and_reads_both_texts(playground):
+    blocks = served.serve(playground, port=None, wait=False)
+    try:
+        assert blocks.local_url.startswith("http://127.0.0.1:") and blocks.share_url is None
+        with opened(blocks.local_url) as browser:
+            browser.locator("#prompt textarea").fill("Why <b>me</b>?")
+            browser.locator("#alpha-positivity input[type=number]").fill("2")
+            browser.locator("#alpha-positivity input[type=number]").press("Tab")
+            browser.locator("#write").click()
+            for side in ("#control", "#guided"):
+                browser.locator(f"{side} small", has_text="tokens").wait_for(timeout=60_000)
+            browser.locator("#reproduce button").first.click()
+            code = browser.locator("#code .cm-content").inner_text()
+            shown = [browser.locator(f"{side} p").inner_text() for side in ("#control", "#guided")]
+            tinted = browser.locator("#guided span").first.get_attribute("style")
+        assert "'positivity': 2" in code and "rgba(" in tinted
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(code, {})
+        end = "<end>"
+        control, guided = printed.getvalue().removeprefix("base:   ").split("\nguided: ")
+        assert [text.removesuffix(end).strip() for text in shown] == [control.strip(), guided.strip()]
+    finally:
+        blocks.close()

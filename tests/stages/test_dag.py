@@ -1,0 +1,259 @@
+"""The whole DAG through DVC on a tiny random model, in a throw-away copy of the repository."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+from nbclient import NotebookClient
+
+from pipeline.training.checkpoints import newest_checkpoint
+from tests.browser import opened
+from tests.tiny import ROOT, write_tiny
+
+ENVIRONMENT = {
+    **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1",
+    "DVC_SITE_CACHE_DIR": "", "PYTHONPATH": "", "GIT_CONFIG_GLOBAL": os.devnull,
+}  # fmt: skip
+
+
+def run(copy, *command, check=True):
+    done = subprocess.run(command, cwd=copy, env=ENVIRONMENT, text=True, capture_output=True, check=False)
+    if check:
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def compose(copy, *overrides):
+    text = run(copy, sys.executable, "-m", "pipeline.stages.sweep", "--cfg", "job", "--resolve", *overrides)
+    (copy / "params.yaml").write_text(text, encoding="utf-8")
+
+
+def killed(copy, command, ready):
+    """Start a command, send it SIGKILL once `ready()` is true, which is asked while it is stopped."""
+    process = subprocess.Popen(command, cwd=copy, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        process.send_signal(signal.SIGSTOP)
+        if ready():
+            process.kill()
+            break
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.02)
+    assert process.wait() == -signal.SIGKILL, "the command ended before it could be killed"
+
+
+def checked_out(copy):
+    """A throw-away copy of the repository without results, with a tiny model below scratch/."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file() and not name.startswith("results/") and name != "dvc.lock":
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    write_tiny(copy / "scratch/tiny")
+    run(copy, "git", "init", "-q")
+    run(copy, "dvc", "config", "core.site_cache_dir", str(copy / ".dvc" / "site"))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    copy = checked_out(tmp_path_factory.mktemp("repository"))
+    compose(copy, "experiment=smoke")
+    run(copy, "dvc", "repro", "-q")
+    commit(copy, "smoke")
+    return copy
+
+
+def commit(copy, message):
+    run(copy, "git", "add", "-A")
+    run(copy, "git", "-c", "user.name=tests", "-c", "user.email=tests@localhost", "commit", "-qm", message)
+
+
+def test_every_stage_wrote_what_it_promises(copy):
+    front = pd.read_csv(copy / "results/pareto/front.csv")
+    assert list(front.point) == list(yaml.safe_load((copy / "params.yaml").read_text())["sweep"]["points"])
+    wanted = [
+        f"{part}_{name}"
+        for name in ("positivity", "conciseness")
+        for part in ("alpha", "score", "ci_low", "ci_high", "win_rate")
+    ]
+    assert {"method", "base", "point", "kl", "on_front", *wanted} <= set(front.columns)
+    assert front.set_index("point").loc["sharpened", "win_rate_positivity"] == 0.5
+    metrics = json.loads((copy / "results/pareto/metrics.json").read_text())
+    assert {"hypervolume", "reference", "mip", "n_front", "spearman", "arms"} <= set(metrics)
+    rows = [json.loads(line) for line in (copy / "results/generate/rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 7 * 6 and len({(row["prompt"], row["point"]) for row in rows}) == len(rows)
+    for name in ("positivity", "conciseness"):
+        assert (copy / "models/arms" / name / "adapter_model.safetensors").is_file()
+    html = (copy / "results/report/index.html").read_text()
+    assert rows[0]["prompt"] in html and "tokens-lines" in html
+    traces = json.loads((copy / "results/explain/tokens.json").read_text())
+    assert {trace["point"] for trace in traces} == set(front.point) and len({trace["prompt"] for trace in traces}) == 3
+    with opened((copy / "results/report/index.html").as_uri()) as browser:
+        assert browser.locator("#samples-count").inner_text() == "6 of 6 prompts"
+        assert browser.locator(".figure .mark").count() > len(front)
+    assert (copy / "results/pareto/front.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_run_has_nothing_to_do(copy):
+    assert "up to date" in run(copy, "dvc", "repro")
+
+
+def test_dvc_shows_params_metrics_and_plots(copy):
+    assert "hypervolume" in run(copy, "dvc", "metrics", "show")
+    assert "train@positivity" in run(copy, "dvc", "dag")
+    run(copy, "dvc", "plots", "show", "--out", "plots")
+    assert "of the objective" in (copy / "plots/index.html").read_text()
+
+
+def test_generate_killed_and_run_again_equals_an_uninterrupted_run(copy):
+    store, output = copy / "scratch/store/generate.jsonl", copy / "results/generate/rows.jsonl"
+    before = output.read_bytes()
+    store.unlink()
+    command = [sys.executable, "-m", "pipeline.stages.generate"]
+    killed(copy, command, lambda: store.exists() and store.read_bytes().count(b"\n") >= 3)
+    left = store.read_bytes().count(b"\n")
+    assert 3 <= left < 42
+    assert f"{left} of 42 rows are in the store already" in run(copy, *command)
+    assert output.read_bytes() == before
+    assert len(store.read_text().splitlines()) == 42
+
+
+def test_train_killed_and_run_again_equals_an_uninterrupted_run(copy):
+    files = [
+        copy / name
+        for name in ("models/arms/positivity/adapter_model.safetensors", "results/train/positivity/curve.csv")
+    ]
+    before = [file.read_bytes() for file in files]
+    command = [sys.executable, "-m", "pipeline.stages.train", "--objective", "positivity"]
+    killed(copy, command, lambda: any(map(newest_checkpoint, copy.glob("scratch/train/positivity-*"))))
+    assert "going on from" in run(copy, *command)
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_a_new_point_and_a_third_objective_retrain_nothing(copy):
+    compose(copy, "experiment=smoke", "+sweep.points.p090={weights: {positivity: 0.9}}")
+    printed = run(copy, "dvc", "repro")
+    assert "Running stage 'train@" not in printed and "42 of 48 rows" in printed
+    compose(copy, "experiment=smoke", "objectives=three")
+    printed = run(copy, "dvc", "repro")
+    assert not any(f"Running stage 'train@{name}'" in printed for name in ("positivity", "conciseness"))
+    assert "Running stage 'train@simplicity'" in printed and "42 of 42 rows" in printed
+
+
+def fronts_of(copy, folder, *launcher):
+    """The front of each job of a sweep of two, whose rows no store knows.
+
+    In float32, where rows do not depend on their neighbours: both jobs have the controls in common, and which of them
+    generates these is a race.
+    """
+    (copy / "scratch/store/generate.jsonl").rename(copy / "scratch/known.jsonl")
+    printed = run(
+        copy, sys.executable, "-m", "pipeline.stages.sweep", "--multirun", "experiment=smoke",
+        "decoding.temperature=0.8,1.0", f"hydra.sweep.dir=scratch/{folder}", "+models.tiny.dtype=float32", *launcher,
+    )  # fmt: skip
+    (copy / "scratch/known.jsonl").replace(copy / "scratch/store/generate.jsonl")
+    fronts = sorted((copy / f"scratch/{folder}").glob("*/pareto/front.csv"))
+    assert len(fronts) == 2, printed[-3000:]
+    return [front.read_text() for front in fronts]
+
+
+@pytest.fixture(scope="module")
+def serial(copy):
+    compose(copy, "experiment=smoke")
+    return fronts_of(copy, "serial")
+
+
+def test_multirun_writes_a_folder_per_job(serial):
+    assert serial[0] != serial[1]
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
+def test_jobs_of_a_sweep_in_two_workers_equal_those_one_after_the_other(copy, serial, launcher):
+    plugin = f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher"
+    if find_spec("hydra_plugins") is None or find_spec(plugin) is None:
+        pytest.skip(f"{plugin} is not installed: pip install 'genarm-pipeline[ray]'")
+    workers = {"joblib": ["hydra.launcher.n_jobs=2"], "ray": ["+hydra.launcher.ray.init.num_cpus=2"]}
+    assert fronts_of(copy, launcher, f"hydra/launcher={launcher}", *workers.get(launcher, [])) == serial
+
+
+def test_a_remote_brings_back_what_a_lost_cache_held(copy, tmp_path):
+    run(copy, "dvc", "remote", "add", "-d", "store", str(tmp_path / "remote"))
+    compose(copy, "experiment=smoke")
+    for left in ("models/arms", "results/train"):  # of no stage any more, but inside folders that stages depend on
+        shutil.rmtree(copy / left / "simplicity", ignore_errors=True)
+    run(copy, "dvc", "repro", "-q")
+    assert "Running stage" not in (settled := run(copy, "dvc", "repro")), settled[-3000:]
+    run(copy, "dvc", "push", "-q")
+    for lost in (".dvc/cache", "models", "results/prepare", "results/train", "results/generate", "results/judge"):
+        shutil.rmtree(copy / lost)
+    run(copy, "dvc", "pull", "-q")
+    printed = run(copy, "dvc", "repro")
+    assert "Running stage" not in printed and "up to date" in printed, printed[-3000:]
+    run(copy, "dvc", "remote", "remove", "store")
+
+
+def test_own_jsonl_goes_from_rows_to_front(copy):
+    rows = [
+        {
+            "prompt": f"Question {n}?",
+            "response_0": "good great " * (n % 5 + 1),
+            "response_1": "bad",
+            "short": 1,
+            "warm": 0,
+        }
+        for n in range(60)
+    ]
+    (copy / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    labels = ["objectives.positivity.label=warm", "objectives.conciseness.label=short"]
+    compose(copy, "experiment=smoke", "data=own", "data.path=mine.jsonl", *labels)
+    run(copy, "dvc", "repro", "-q")
+    assert len(pd.read_csv(copy / "results/pareto/front.csv")) == 7
+
+
+@pytest.mark.parametrize("name", ["guided_decoding", "pareto_front"])
+def test_notebooks_run_on_the_results(copy, name, monkeypatch):
+    """The runs that pareto_front compares are the one above, of other data, and the one that was committed."""
+    monkeypatch.setenv("OTHER_RUN", "HEAD")
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells), f"{name} is committed with outputs"
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(copy / "notebooks")}}).execute()
+    shown = json.dumps([cell.get("outputs") for cell in notebook.cells])
+    assert {"guided_decoding": "rgba(", "pareto_front": " against "}[name] in shown
+    assert len(list((ROOT / "notebooks").glob("*.ipynb"))) == 2
+
+
+def test_a_broken_params_file_is_one_sentence(copy):
+    text = (copy / "params.yaml").read_text()
+    (copy / "params.yaml").write_text(text.replace("max_new_tokens", "max_new_token", 1))
+    printed = run(copy, sys.executable, "-m", "pipeline.stages.judge", check=False)
+    (copy / "params.yaml").write_text(text)
+    assert "error: params.yaml: unknown key" in printed and "Traceback" not in printed
+
+
+def test_the_library_example_of_the_readme_runs(copy):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    example = text.split("```python\n")[1].split("```")[0].replace("smollm2-135m", "tiny")
+    (copy / "example.py").write_text(example, encoding="utf-8")
+    assert run(copy, sys.executable, "example.py").strip()
+
+
+def test_an_experiment_composes_runs_and_shows(copy):
+    commit(copy, "start")
+    run(copy, "dvc", "exp", "run", "-S", "experiment=smoke", "-S", "decoding.temperature=0.9")
+    assert yaml.safe_load((copy / "params.yaml").read_text())["decoding"]["temperature"] == 0.9
+    shown = run(copy, "dvc", "exp", "show", "--csv", "--only-changed")
+    assert "hypervolume" in shown and "decoding.temperature" in shown
+    assert "decoding.temperature" in run(copy, "dvc", "params", "diff")

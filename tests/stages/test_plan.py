@@ -1,0 +1,81 @@
+import dataclasses
+import io
+
+import pytest
+from rich.console import Console
+from transformers import LlamaConfig
+
+from pipeline.config.schema import Comparison
+from pipeline.stages import plan
+from pipeline.stages.plan import Rows
+from tests.models.test_memory import SEVEN, SEVENTY, planned
+
+
+def printed(params, workspace, *options):
+    out = io.StringIO()
+    fits = plan.print_plan(params, workspace, Console(file=out, width=300), *options)
+    return fits, out.getvalue()
+
+
+def test_the_plan_prints_what_it_reckons(smoke_params, workspace):
+    params = planned(smoke_params, workspace, "large", dtype="bfloat16")
+    SEVENTY.save_pretrained(workspace.model("large"))
+    workspace.model("small").mkdir(parents=True)
+    SEVEN.save_pretrained(workspace.model("small"))
+    spec = dataclasses.replace(params.models["large"], location="small")
+    params = dataclasses.replace(
+        params, models={**params.models, "small": spec}, arm=dataclasses.replace(params.arm, base="small")
+    )
+    fits, told = printed(params, workspace)
+    assert not fits and "this does not fit" in told
+    assert "forwards per token: 2" in told and "(1.10 times)" in told
+    assert "2 ARMs of small one after the other, LoRA of rank 8, weights: 13.5 GB beside activations" in told
+    assert "6 prompts x 7 points x 1 samples = 42 rows" in told
+    assert "judging" not in told, "the oracle asks nobody"
+
+
+def test_time_and_judges_are_reckoned_from_rows(compose_params, workspace):
+    params = compose_params("experiment=hh_rlhf", "decoding.batch_size=1")
+    workspace.model("llama-7b-sft").mkdir(parents=True)
+    LlamaConfig(num_hidden_layers=1, vocab_size=64, hidden_size=64, intermediate_size=64).save_pretrained(
+        workspace.model("llama-7b-sft")
+    )
+    fits, told = printed(params, workspace, 900.0, (1.0, 10.0))
+    assert fits
+    assert "300 prompts x 3 points x 1 samples = 900 rows" in told
+    assert "time: 2.13 minutes at most, at 900 tokens/s" in told  # 900 rows of 128 tokens
+    calls, read, written = plan.calls(params.judge, params, Rows.of(params, workspace))
+    assert calls == 2 * 300 + 50, "two points beside the control, and the card; one order each"
+    assert f"at most {calls} answers of gpt-4o-mini" in told
+    assert f"at most {(read + 10 * written) / 1e6:.2f} at 1 and 10" in told
+    both = dataclasses.replace(params.judge, orders="both")
+    assert plan.calls(both, params, Rows.of(params, workspace))[0] == 2 * calls
+
+
+def test_comparisons_ask_the_judge_too(compose_params, workspace):
+    more = ["comparison=default", "tune=human_preference", "methods@comparison.methods=[genarm,mod]"]
+    params = compose_params("experiment=hh_rlhf", *more, "+comparison.methods.mod.prompts=20")
+    rows = Rows.of(params, workspace)
+    lines = 2 * 300 + 2 * 20  # each method at two strengths
+    assert plan.calls(params.judge, params, rows)[0] == 2 * 300 + lines + 50
+    ladder = dataclasses.replace(params.weak_to_strong, bases=("a", "b"), best_of=4)
+    alone = dataclasses.replace(params, weak_to_strong=ladder, comparison=Comparison())
+    assert plan.calls(params.judge, alone, rows)[0] == 2 * 300 + 2 * (2 + 3) * 300 + 50
+
+
+def test_rows_come_from_prepare_or_are_assumed(smoke_params, workspace):
+    unlimited = dataclasses.replace(smoke_params, data=dataclasses.replace(smoke_params.data, limits={}))
+    assert "1000 prompts (assumed) x 7 points" in str(Rows.of(unlimited, workspace))
+    file = workspace.results / "prepare" / "prompts.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    assert Rows.of(unlimited, workspace).prompts == 2
+
+
+@pytest.mark.parametrize("options", [["--help"], ["params.yaml", "--price", "1"]])
+def test_the_command_line_explains_itself(options, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["plan", *options])
+    with pytest.raises(SystemExit):
+        plan.main()
+    shown = capsys.readouterr()
+    assert "--tokens-per-second" in shown.out + shown.err

@@ -1,0 +1,144 @@
+"""An ARM pushed to and fetched from a Hub: a server on loopback, the real client, in a process of its own."""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from pipeline.config.errors import UserError
+from pipeline.models.loading import model_digest
+from pipeline.training import hub
+from tests.tiny import ROOT
+
+TOKEN = "hf_secret0123456789"
+SHA = "a" * 40
+
+
+class Hub(ThreadingHTTPServer):
+    """One repository: what is committed to it can be listed and resolved."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.created, self.seen, self.refuses = {}, {}, [], False
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        self.server.seen.append((self.path, self.headers.get("Authorization")))
+        if self.server.refuses:
+            self._json({"error": "You may not."}, 403)
+        elif self.path == "/api/repos/create":
+            self.server.created = json.loads(body)
+            self._json({"url": f"{self.server.url}/me/arm", "name": "me/arm"})
+        elif self.path.startswith("/api/models/me/arm/preupload/"):
+            files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
+            self._json({"files": [{**file, "shouldIgnore": False} for file in files]})
+        elif self.path.startswith("/api/models/me/arm/commit/"):
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self._json({"success": True, "commitOid": SHA, "commitUrl": f"{self.server.url}/me/arm/commit/{SHA}"})
+        else:
+            self._json({"url": self.server.url})
+
+    def do_GET(self):
+        self.server.seen.append((self.path, self.headers.get("Authorization")))
+        found = re.fullmatch(rf"/me/arm/resolve/{SHA}/(.+)", self.path)
+        if found and found[1] in self.server.files:
+            data = self.server.files[found[1]]
+            self._send(data, "application/octet-stream", {"ETag": f'"{hashlib.sha1(data).hexdigest()}"'})
+        elif self.path.startswith("/api/models/me/arm/tree/"):
+            sizes = {name: len(data) for name, data in self.server.files.items()}
+            self._json([{"type": "file", "path": name, "size": size, "oid": "0" * 40} for name, size in sizes.items()])
+        elif self.path.startswith("/api/models/me/arm"):
+            siblings = [{"rfilename": name} for name in self.server.files]
+            self._json({"id": "me/arm", "sha": SHA, "siblings": siblings, "private": False, "tags": [], "downloads": 0})
+        else:
+            self._json({"error": "Entry not found"}, 404)
+
+    do_HEAD = do_GET
+
+    def _json(self, value, status=200):
+        self._send(json.dumps(value).encode(), "application/json", {}, status)
+
+    def _send(self, data, kind, headers, status=200):
+        self.send_response(status)
+        told = {"Content-Type": kind, "Content-Length": str(len(data)), "X-Repo-Commit": SHA, **headers}
+        for name, value in told.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    hub = Hub()
+    yield hub
+    hub.shutdown()
+    hub.server_close()
+
+
+def client(server, tmp_path, code):
+    environment = {
+        **os.environ, "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN,
+        "HF_HOME": str(tmp_path / "home"),
+    }  # fmt: skip
+    command = [sys.executable, "-c", "from pathlib import Path; " + code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert TOKEN not in done.stdout + done.stderr
+    return done
+
+
+def test_an_arm_comes_back_from_the_hub_as_it_was_pushed(server, tmp_path, arms):
+    (arms["one"] / "README.md").write_text("---\nlicense: mit\n---\n# An ARM\n")
+    (arms["one"] / "notes.pt").write_bytes(b"not for the Hub")
+    pushed = client(
+        server, tmp_path,
+        f"from pipeline.training.hub import push; print(push(Path({str(arms['one'])!r}), 'me/arm', True))",
+    )  # fmt: skip
+    assert pushed.returncode == 0, pushed.stderr[-2000:]
+    assert f"{server.url}/me/arm/commit/{SHA}" in pushed.stdout
+    assert server.created.get("private") or server.created.get("visibility") == "private"
+    told = dict(server.seen)
+    assert told["/api/repos/create"] == told["/api/models/me/arm/commit/main"] == f"Bearer {TOKEN}"
+    assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= set(server.files)
+    assert "notes.pt" not in server.files
+    fetched = client(
+        server, tmp_path,
+        "from pipeline.config.schema import Model; from pipeline.models.fetch import fetch; "
+        f"fetch('arm', Model('hub', 'me/arm', revision='main'), Path({str(tmp_path / 'arm')!r}))",
+    )  # fmt: skip
+    assert fetched.returncode == 0, fetched.stderr[-2000:]
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "arm" / name).read_bytes() == (arms["one"] / name).read_bytes()
+    assert model_digest(tmp_path / "arm")
+
+
+def test_a_hub_that_refuses_and_an_arm_that_is_not_there_are_one_sentence(server, tmp_path, arms):
+    server.refuses = True
+    refused = client(
+        server, tmp_path,
+        f"from pipeline.training.hub import push; push(Path({str(arms['one'])!r}), 'me/arm', False)",
+    )  # fmt: skip
+    assert "UserError: me/arm could not be written (" in refused.stderr and "HF_TOKEN may write" in refused.stderr
+    with pytest.raises(UserError, match="holds no ARM: train it with"):
+        hub.push(tmp_path, "me/arm", False)
