@@ -67,7 +67,7 @@ class Traced:
             inside, below = getattr(value, field.name), f"{path}.{field.name}".lstrip(".")
             if dataclasses.is_dataclass(inside):
                 self._name(inside, below)
-            elif isinstance(inside, dict) and any(map(dataclasses.is_dataclass, inside.values())):
+            elif isinstance(inside, dict) and all(map(dataclasses.is_dataclass, inside.values())):
                 for name, entry in inside.items():
                     self._name(entry, f"{below}.{name}")
                 object.__setattr__(value, field.name, Section(inside, below))

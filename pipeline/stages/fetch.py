@@ -14,7 +14,7 @@ from pipeline.data.preferences import read_prompts
 from pipeline.decoding.request import Request
 from pipeline.generation.rows import generate_stored, with_room
 from pipeline.models.fetch import fetch, shape
-from pipeline.models.loading import Source, resolve_device
+from pipeline.models.loading import Source, model_digest, resolve_device
 from pipeline.stages import main
 from pipeline.training.batches import PromptGroup
 from pipeline.training.distillation import HELD_OUT_SAMPLES, distill, text_groups
@@ -29,7 +29,9 @@ def run(params: Params, workspace: Workspace, model: str) -> None:
     else:
         measured = make_sibling(params, workspace, model)
     facts = shape(folder)
-    write_json(workspace.results / "fetch" / f"{model}.json", facts if measured is None else {**facts, **measured})
+    # With the digest a stage that steers several models depends on all of them by depending on results/fetch.
+    record = {**facts, **(measured or {}), "digest": model_digest(folder)}
+    write_json(workspace.results / "fetch" / f"{model}.json", record)
     print(f"fetch: {model}, {facts['parameters'] / 1e6:.1f} million parameters, is in {folder}")
 
 
