@@ -26,7 +26,7 @@ def inputs_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         `fetch` and `train`, per model and objective the arguments of the command and the paths that it reads; `judge`,
-        the folder and the options of a model of `models` that judges; `identify`, per objective the folder of a reward
+        the folder and the options of a model of `models` that judges, and where the digests of reward models are; `identify`, per objective the folder of a reward
         model that is not among the outputs of the project.
     """
     models, judge = config.get("models") or {}, config.get("judge") or {}
@@ -52,18 +52,20 @@ def inputs_of(config: Mapping[str, Any]) -> dict[str, Any]:
     local = judge.get("model") if judge.get("kind") == "local_llm" else None
     rewards = judge.get("models") or {} if judge.get("kind") == "reward_model" else {}
     folders = {name: _folder(spec or {}) for name, spec in rewards.items() if name in train}
+    identify = {
+        name: {"arguments": {"objective": name}, "folder": folder}
+        for name, folder in folders.items()
+        if folder and PurePath(folder).parts[:2] != ("models", "arms")  # which the stages depend on as it is
+    }
     return {
         "fetch": fetch,
         "train": train,
         "judge": {
             "model": f"models/{local}" if local else _NONE["judge"],
             "options": f"models.{local}" if local else "judge",
+            "digests": "results/identify" if identify else _NONE["judge"],
         },
-        "identify": {
-            name: {"arguments": {"objective": name}, "folder": folder}
-            for name, folder in folders.items()
-            if folder and PurePath(folder).parts[:2] != ("models", "arms")  # which the stages depend on as it is
-        },
+        "identify": identify,
     }
 
 

@@ -202,10 +202,8 @@ def test_each_job_of_a_sweep_trains_what_it_needs_and_only_once(copy):
     ]
     printed = run(copy, *sweep, "objectives.positivity.beta=0.02,0.5")
     assert printed.count("Running stage 'train@positivity'") == 1 and "Running stage 'train@conciseness'" not in printed
-    fronts = {
-        path.parts[-3].rpartition("=")[2]: path.read_text()
-        for path in (copy / "scratch/betas").glob("*/pareto/front.csv")
-    }
+    written = (copy / "scratch/betas").glob("*/pareto/front.csv")
+    fronts = {path.parts[-3].rpartition("=")[2]: path.read_text() for path in written}
     assert fronts["0.02"] == (copy / "results/pareto/front.csv").read_text() != fronts["0.5"]
     again = run(copy, *sweep, "objectives.positivity.beta=0.5", "seed=0", "decoding.temperature=0.5,0.7")
     assert "Running stage" not in again

@@ -96,8 +96,6 @@ def prepared(folder, overrides):
     """A project of dvc.yaml, the composed params.yaml, the package and its files."""
     shutil.copy(ROOT / "dvc.yaml", folder)
     shutil.copytree(ROOT / "pipeline", folder / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "results/identify").mkdir(parents=True)
-    shutil.copy(ROOT / "results/identify/README.md", folder / "results/identify")
     write_tiny(folder / "scratch/tiny", context=1024)
     write_tiny(folder / "scratch/arm", seed=1)
     torch.manual_seed(0)
