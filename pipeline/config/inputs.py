@@ -25,9 +25,9 @@ def inputs_of(config: Mapping[str, Any]) -> dict[str, Any]:
         config: the sections of params.yaml, resolved.
 
     Returns:
-        `fetch` and `train`, per model and objective the arguments of the command and the paths that it reads; `judge`,
-        the folder and the options of a model of `models` that judges, and where the digests of reward models are; `identify`, per objective the folder of a reward
-        model that is not among the outputs of the project.
+        `fetch` and `train`: per model and objective, the arguments of the command and the paths that it reads.
+        `judge`: the folder and options of a model of `models` that judges, and where digests of reward models are.
+        `identify`: per objective, the folder of a reward model that is not among the outputs of the project.
     """
     models, judge = config.get("models") or {}, config.get("judge") or {}
     fetch = {}
