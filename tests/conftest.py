@@ -28,6 +28,25 @@ from tests.tiny import ROOT, write_tiny
 Composer = Callable[..., Params]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """CI says how many tests it expects, so that tests skipped in silence do not pass for tests that passed."""
+    parser.addoption("--at-least", type=int, default=0, help="fail if fewer tests pass")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    passed, floor = len(terminalreporter.stats.get("passed", ())), config.getoption("--at-least")
+    if passed < floor:
+        terminalreporter.write_line(
+            f"{passed} tests passed, but at least {floor} should: see what was skipped", red=True
+        )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and len(reporter.stats.get("passed", ())) < session.config.getoption("--at-least"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.fixture(scope="session")
 def compose_params() -> Composer:
     """Compose the real conf with overrides, as the command line does."""

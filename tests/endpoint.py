@@ -10,7 +10,10 @@ KEY = "sk-secret-0123456789"
 
 
 class Server(ThreadingHTTPServer):
-    """Speaks OpenAI's chat protocol; prefers the longer response, and misbehaves as told."""
+    """Speaks OpenAI's chat protocol; prefers the longer response, and misbehaves as told.
+
+    A fault is one of the names below, or the status and the body of an answer; `odd` may give one for a question.
+    """
 
     daemon_threads = True
 
@@ -18,6 +21,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.faults, self.requests, self.lock = list(faults), [], threading.Lock()
         self.reply = lambda body: longer(body)
+        self.odd = lambda body: None
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -40,6 +44,12 @@ def longer(body):
     return f"It says: {first}\n{second}\nThe longer one.\nVERDICT {code}: {better}"
 
 
+def completion(*choices, **more):
+    usage = {"prompt_tokens": 300, "completion_tokens": 40, "total_tokens": 340}
+    shown = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "usage": usage}
+    return {**shown, "choices": [*choices], **more}
+
+
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -48,25 +58,27 @@ class Handler(BaseHTTPRequestHandler):
                 (time.monotonic(), body, {name.lower(): value for name, value in self.headers.items()})
             )
             fault = self.server.faults.pop(0) if self.server.faults else None
-        if fault == "drop":
+        fault = fault or self.server.odd(body)
+        if isinstance(fault, tuple):
+            self._send(*fault)
+        elif fault == "drop":
             self.connection.close()
-            return
-        if fault == "slow":
-            time.sleep(1.5)
-        if fault == "limit":
+        elif fault == "limit":
             self._send(429, {"error": {"message": f"too many for {KEY}"}}, {"Retry-After": "0.3"})
         elif fault == "broken":
             self._send(500, {"error": {"message": "oh"}})
         elif fault == "malformed":
             self._send(200, "{not json")
-        elif fault == "empty":
-            self._send(200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": []})
+        elif fault == "busy":
+            self._send(200, {"error": {"message": "the provider is busy", "code": 502}})
         elif fault == "refuse":
             self._send(401, {"error": {"message": f"Incorrect API key provided: {KEY}"}})
         else:
+            if fault == "slow":
+                time.sleep(1.5)
             message = {"role": "assistant", "content": self.server.reply(body)}
             choice = {"index": 0, "message": message, "finish_reason": "stop"}
-            self._send(200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
+            self._send(200, completion(choice))
 
     def _send(self, status, content, headers=None):
         data = (content if isinstance(content, str) else json.dumps(content)).encode()

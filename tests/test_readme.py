@@ -1,26 +1,46 @@
-"""Figures that README quotes are those of the tables it names."""
+"""The README files: figures are those of the tables beside them, links lead somewhere, compositions are accepted."""
 
 import json
 import math
 import re
+import shlex
+import subprocess
 
 import pandas as pd
 import pytest
 
+from pipeline.report import markdown
+from tests.test_layers import FLOORS
 from tests.tiny import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 NUMBER = re.compile(r"(?<![\w.-])[-+]?\d+(?:,\d{3})*(?:\.\d+)?")
+FILES = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True)
+PAGES = [name for name in FILES.stdout.splitlines() if "/rubrics/" not in name]
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
+VLLM_PAGE, CROSS_PAGE = "pipeline/decoding/vllm/README.md", "pipeline/decoding/cross_tokenizer/README.md"
+BENCH_PAGE, RESULTS_PAGE = "results/bench/README.md", "results/README.md"
 
 
-def section(title):
-    return re.search(rf"^##+ {re.escape(title)}\n(.*?)(?=^##)", README, flags=re.DOTALL | re.MULTILINE).group(1)
+def section(page, title):
+    """A section's text, in one line as far as prose goes."""
+    pattern = rf"^##+ {re.escape(title)}\n(.*?)(?=^##|\Z)"
+    return re.search(pattern, TEXTS[page], flags=re.DOTALL | re.MULTILINE).group(1)
 
 
-def lines_of(title):
+def prose(page, title):
+    return " ".join(section(page, title).split())
+
+
+def table_lines(page, title):
+    return [line for line in section(page, title).splitlines() if line.startswith("|")]
+
+
+def lines_of(page, title):
     """The lines of a section's tables by their first cell, without emphasis."""
     rows = [
-        re.split(r" *\| *", line.replace("**", ""))[1:-1] for line in section(title).splitlines() if line[:1] == "|"
+        re.split(r" *\| *", line.replace("**", ""))[1:-1]
+        for line in section(page, title).splitlines()
+        if line[:1] == "|"
     ]
     return {cells[0]: cells[1:] for cells in rows}
 
@@ -49,100 +69,132 @@ def test_a_figure_is_compared_at_the_digits_it_has():
     assert not quotes("0.75", 0.74) and not quotes("0.75", 0.75, 0.8) and not quotes("-0.75", 0.75)
 
 
-def test_the_front_is_that_of_the_default_experiment():
-    front, lines = csv("pareto/front.csv", "point"), lines_of("Two commands")
-    for name, line in front.iterrows():
-        weights, *scores, kl, distinct = lines[name]
-        alphas = [line.alpha_positivity, line.alpha_conciseness]
-        assert weights == "none" if line.method == "base" else quotes(weights, *alphas)
-        for quoted, objective in zip(scores, ("positivity", "conciseness"), strict=True):
-            assert quotes(quoted, *interval(line, objective, "score")), (name, quoted)
-        assert quotes(kl, line.kl) and quotes(distinct, line.distinct_2)
+OBJECTIVES = ["positivity", "conciseness"]
+
+
+def pages_written(folder):
+    """What stages would write from the committed tables."""
+    metrics = json.loads((ROOT / "results/pareto/metrics.json").read_text(encoding="utf-8"))
+    markdown.front_page(csv("pareto/front.csv"), OBJECTIVES, metrics, folder / "pareto.md")
+    tables = {name: csv(f"comparison/{name}.csv") for name in ("table", "fronts")}
+    markdown.comparison_page(tables, OBJECTIVES, "genarm", folder / "comparison.md")
+    markdown.ladder_page(csv("weak_to_strong/table.csv"), ["positivity"], "smollm2-10l", folder / "weak_to_strong.md")
+    markdown.ladder_page(csv("cross_family/table.csv"), OBJECTIVES, "smollm2-135m", folder / "cross_family.md")
+    return {file.stem: file.read_text(encoding="utf-8") for file in folder.iterdir()}
+
+
+def test_result_pages_are_those_that_stages_write_from_the_committed_tables(tmp_path):
+    written = pages_written(tmp_path)
+    assert set(written) == {"pareto", "comparison", "weak_to_strong", "cross_family"}
+    for folder, text in written.items():
+        assert TEXTS[f"results/{folder}/README.md"] == text, folder
+
+
+def test_the_table_of_the_first_page_is_the_stage_s():
+    table = table_lines("README.md", "What comes out")
+    assert len(table) == 2 + len(csv("pareto/front.csv"))
+    assert "\n".join(table) in TEXTS["results/pareto/README.md"], "copy the table of results/pareto/README.md"
+
+
+def test_the_first_page_is_one_page():
+    assert len(TEXTS["README.md"].splitlines()) <= 150
+
+
+def test_the_map_lists_the_packages_from_the_top_floor_down():
+    rooms = re.findall(r"^\| \[pipeline/(\w+)\]", section("README.md", "The map of the house"), flags=re.MULTILINE)
+    assert set(rooms) == set(FLOORS)
+    assert [FLOORS[name] for name in rooms] == sorted(FLOORS.values(), reverse=True)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_of_the_project_and_to_headings_that_are_there(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", TEXTS[page], flags=re.DOTALL)):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), f"{page}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            names = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in names, f"{page}: {target}"
+
+
+def compositions():
+    """The overrides of every `make params ARGS=…` that a page shows, where they are whole."""
+    for page, text in TEXTS.items():
+        if page == "CONTRIBUTING.md":  # whose compositions need what its recipes add: see test_contributing
+            continue
+        for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                match = re.search(r"""make (?:params|plan) .*?ARGS=(?:"((?:[^"\\]|\\.)*)"|(\S+))""", line)
+                if match and "…" not in line:
+                    yield page, (match[1] or match[2]).replace("\\$", "$")
+
+
+@pytest.mark.parametrize(("page", "overrides"), sorted(set(compositions())))
+def test_compositions_that_pages_show_are_accepted(page, overrides, compose_params):
+    assert compose_params(*shlex.split(overrides)).sweep.points
+
+
+def test_there_are_compositions_to_check():
+    assert len(set(compositions())) > 15
 
 
 def test_held_out_accuracies_are_those_of_the_default_experiment():
-    text, metrics = section("Two commands"), json.loads((ROOT / "results/pareto/metrics.json").read_text())
+    text, metrics = (
+        prose(RESULTS_PAGE, "The default experiment"),
+        json.loads((ROOT / "results/pareto/metrics.json").read_text(encoding="utf-8")),
+    )
     arm = metrics["arms"]["positivity"]
-    said = re.search(
-        r"positivity ARM prefers the chosen response in (.*?) of (\d+) cases, and in 0.76\n(.*?) of the (\d+)", text
+    quoted = re.search(
+        r"prefers the chosen response in (.*?) of (\d+) cases, and in (.*?) of the (\d+) whose.*? right in ([\d.]+\d)",
+        text,
     )
-    assert quotes(said[1], arm["accuracy"], arm["ci_low"], arm["ci_high"]) and int(said[2]) == arm["pairs"]
     like = arm["length_matched"]
-    assert (
-        quotes(f"0.76 {said[3]}", *(like[key] for key in ("value", "ci_low", "ci_high")))
-        and int(said[4]) == like["pairs"]
-    )
-    assert quotes(
-        re.search(r"always taking the longer one would be right in ([\d.]+\d)", text)[1], arm["chosen_longer"]["value"]
-    )
-    assert quotes(re.search(r"hypervolume was\s+0.35 instead of ([\d.]+\d)", text)[1], metrics["hypervolume"])
+    assert quotes(quoted[1], arm["accuracy"], arm["ci_low"], arm["ci_high"]) and int(quoted[2]) == arm["pairs"]
+    assert quotes(quoted[3], *(like[key] for key in ("value", "ci_low", "ci_high")))
+    assert int(quoted[4]) == like["pairs"] and quotes(quoted[5], arm["chosen_longer"]["value"])
+    text = prose(RESULTS_PAGE, "How the defaults were chosen")
+    assert quotes(re.search(r"hypervolume was 0.35 instead of ([\d.]+\d)", text)[1], metrics["hypervolume"])
     tokens = csv("pareto/front.csv", "point").n_tokens["p000_c100"]
     assert quotes(re.search(r"at its own end (\d+) of 48 tokens", text)[1], tokens)
 
 
-LADDER = {
-    "control: the base alone": ("control", 0.0), "sharpened as by α = 1, T = 1/2": ("sharpened", 1.0),
-    "guided, plain, α = 0.5": ("genarm", 0.5), "guided, plain, α = 1": ("genarm", 1.0),
-    "guided, log-ratio, α = 0.5": ("genarm_log_ratio", 0.5), "guided, log-ratio, α = 1": ("genarm_log_ratio", 1.0),
-    "the small ARM alone": ("arm", 1.0), "the base itself tuned by DPO": ("dpo", None),
-    "best of 4, picked by the oracle": ("best_of_4", None),
-}  # fmt: skip
-GAPS = {
-    "gap recovered, plain, α = 1": ("genarm", 1.0), "gap recovered, log-ratio, α = 1": ("genarm_log_ratio", 1.0),
-}  # fmt: skip
+def test_what_is_said_of_the_ladder_is_in_its_table():
+    text, table = prose(RESULTS_PAGE, "Weak to strong"), csv("weak_to_strong/table.csv")
+    table = table[table.alpha.isin([0.0, 1.0])].set_index(["base", "method"])
+    plain = re.findall(r"([\d.]+ \[[^]]*\])(?: of the gap)? on `([^`]*)`", text)
+    assert [base for _, base in plain] == ["smollm2-10l", "smollm2-20l", "smollm2-135m"]
+    for quoted, base in plain:
+        assert quotes(quoted, *table.loc[(base, "genarm"), ["gap_recovered", "gap_ci_low", "gap_ci_high"]])
+    ratios = re.search(r"It recovers (.*?) of the gap", text)[1]
+    assert quotes(ratios, *(table.gap_recovered[base, "genarm_log_ratio"] for _, base in plain))
+    share = table.xs("genarm_log_ratio", level=1).kl / table.xs("genarm", level=1).kl
+    assert "a third of the KL" in text and share.between(0.28, 0.38).all()
+    distinct = table.distinct_2.loc["smollm2-135m"]
+    quoted = re.search(r"distinct-2 stays at (.*?) where the plain form falls to ([\d.]+\d)", text)
+    assert quotes(f"{quoted[1]} {quoted[2]}", distinct["genarm_log_ratio"], distinct["control"], distinct["genarm"])
+    dpo = csv("weak_to_strong/table.csv", "method").loc["dpo"].set_index("base")
+    assert "DPO ends lowest on the 20-layer base" in text and dpo.reward_positivity.idxmin() == "smollm2-20l"
+    assert table.reward_positivity["smollm2-20l", "genarm"] >= dpo.reward_positivity["smollm2-20l"]
 
 
-@pytest.mark.parametrize("title", [*LADDER, *GAPS])
-def test_the_ladder_is_that_of_its_table(title):
-    table, quoted = csv("weak_to_strong/table.csv"), lines_of("Weak to strong")
-    method, alpha = (LADDER | GAPS)[title]
-    for name, said in zip(quoted["base"], quoted[title], strict=True):
-        base = table.base == name.strip("`")
-        (line,) = table[base & (table.method == method) & ((table.alpha == alpha) | (alpha is None))].to_dict("records")
-        if title in GAPS:
-            assert quotes(said, line["gap_recovered"], line["gap_ci_low"], line["gap_ci_high"]), (name, said)
-        else:
-            kl = [line["kl"]] if "KL" in said else []
-            assert quotes(said, *interval(line, "positivity", "reward"), *kl), (name, said)
-
-
-def test_distinct_2_on_the_ladder_is_that_of_its_table():
-    table = csv("weak_to_strong/table.csv")
-    table = table[(table.base == "smollm2-135m") & table.alpha.isin([0.0, 1.0])].set_index("method").distinct_2
-    said = re.search(
-        r"on the 135M base distinct-2 stays at (.*?\))\s*where the plain form falls to ([\d.]+\d)",
-        section("Weak to strong"),
-        re.DOTALL,
-    )
-    assert quotes(f"{said[1]} {said[2]}", table["genarm_log_ratio"], table["control"], table["genarm"])
-
-
-CROSS = {
-    "control: Gemma alone": ("control", 0, 0), "sharpened, T = 1/2": ("sharpened", 0, 0),
-    "guided, α = 0.5, 0": ("genarm_log_ratio", 0.5, 0), "guided, α = 1, 0": ("genarm_log_ratio", 1, 0),
-    "guided, α = 0.75, 0.05": ("genarm_log_ratio", 0.75, 0.05), "guided, α = 0.5, 0.1": ("genarm_log_ratio", 0.5, 0.1),
-    "guided, α = 0.25, 0.15": ("genarm_log_ratio", 0.25, 0.15), "guided, α = 0, 0.2": ("genarm_log_ratio", 0, 0.2),
-    "best of 4 by the oracle of positivity": ("best_of_4", 0, 0),
-    "best of 4 by the oracle of conciseness": ("best_of_4", 0, 0),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("title", CROSS)
-def test_guidance_across_families_is_that_of_its_table(title):
-    table, (method, *alphas) = csv("cross_family/table.csv"), CROSS[title]
-    picked = title.split()[-1] if method == "best_of_4" else ""
-    same = (table.method == method) & (table.alpha_positivity == alphas[0]) & (table.alpha_conciseness == alphas[1])
-    (line,) = table[same & (table.picked_by.fillna("") == picked)].to_dict("records")
-    *scores, kl, perplexity, distinct, left_out = lines_of("Across model families")[title]
-    for quoted, objective in zip(scores, ("positivity", "conciseness"), strict=True):
-        assert quotes(quoted, *interval(line, objective, "reward"))
-    assert quotes(kl, line["kl"]) and quotes(perplexity, line["perplexity"]) and quotes(distinct, line["distinct_2"])
-    assert quotes(left_out, line["left_out"]) if line["left_out"] else left_out == "–"
+def test_the_models_of_the_ladder_are_those_of_its_page():
+    text = prose(RESULTS_PAGE, "Weak to strong")
+    page = (ROOT / "results/weak_to_strong/index.html").read_text(encoding="utf-8")
+    for perplexity in re.search(
+        r"Perplexity of held-out.*?: (.*?) for itself, (.*?) with 20 layers, (.*?) with 10", text
+    ).groups():
+        assert perplexity in page
+    sizes = re.search(r"distilled: (\d+ and \d+ of its \d+) million parameters", text)[1]
+    rows = re.findall(r"<td>smollm2-\w+</td><td>\d+</td><td>([\d.]+) M</td>", page)
+    assert quotes(sizes, *map(float, rows))
 
 
 def test_each_objective_rises_with_its_weight_along_the_line():
-    assert "each objective rises with its α (Spearman 1 and 1, five points)" in " ".join(
-        section("Across model families").split()
+    assert "each objective rises with its α (Spearman 1 and 1, five points)" in prose(
+        RESULTS_PAGE, "Across model families"
     )
     table = csv("cross_family/table.csv")
     line = table[
@@ -150,55 +202,32 @@ def test_each_objective_rises_with_its_weight_along_the_line():
         & (table.alpha_positivity / 1 + table.alpha_conciseness / 0.2).round(6).eq(1)
     ]
     assert len(line) == 5
-    for objective in ("positivity", "conciseness"):
+    for objective in OBJECTIVES:
         assert line.sort_values(f"alpha_{objective}")[f"reward_{objective}"].is_monotonic_increasing
+    best = table[(table.method == "genarm_log_ratio") & (table.alpha_positivity == 1)].iloc[0]
+    others = table[table.method != "genarm_log_ratio"]
+    assert (best.ci_low_positivity > others.ci_high_positivity).all()
 
 
 def test_what_guidance_across_families_costs_is_that_of_its_bench():
-    said = re.search(r"A token takes (.*?) times as long", section("Across model families"))[1]
-    assert quotes(said, *csv("bench/crosstoken.csv", "batch").over)
-
-
-COMPARED = {
-    "`base`, unguided": "base", "GenARM": "genarm", "GenARM, log-ratio": "log_ratio", "GenARM, gated": "gated",
-    "GenARM, DPO policies as ARMs": "genarm_dpo", "PARM": "parm", "DPO at the ends, MOD between": "mod",
-    "DPO for each mix (MORL)": "morl", "rewarded soup (products)": "soup", "soup of factors": "soup_factors",
-    "best of 4, reward models": "best_of_n", "ARGS (32 prompts)": "args",
-    "Transfer-Q, short roll-outs (16 prompts)": "transfer_q", "CARDS (16 prompts)": "cards",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("title", COMPARED)
-def test_the_comparison_is_that_of_its_tables(title):
-    method, table = COMPARED[title], csv("comparison/table.csv").drop_duplicates(["method", "point"])
-    fronts, lines = csv("comparison/fronts.csv", "method"), table[table.method == method].set_index("point")
-    unguided = method == "base"
-    even, first, last = (lines.loc["base" if unguided else point] for point in ("p050_c050", "p100_c000", "p000_c100"))
-    volume, delta, positive, concise, kl, distinct, forwards, speed, training = lines_of(
-        "Comparison with other methods"
-    )[title]
-    assert quotes(volume, fronts.hypervolume[method])
-    if method == "genarm":
-        assert delta == "–"
-    else:
-        assert quotes(delta, *fronts.loc[method, ["delta_hv", "delta_ci_low", "delta_ci_high"]])
-    assert quotes(positive, first.reward_positivity) and quotes(concise, last.reward_conciseness)
-    assert kl == "–" if math.isnan(even.kl) else quotes(kl, even.kl)
-    assert quotes(distinct, even.distinct_2) and quotes(forwards, even.forwards_per_token)
-    assert quotes(speed, even.tokens_per_s)
-    assert training == "–" if unguided else quotes(training, even.train_seconds / 60)
-    if "prompts" in title:
-        assert f"({fronts.prompts[method]} prompts)" in title
+    quoted = re.search(r"A token takes (.*?) times as long", " ".join(TEXTS[CROSS_PAGE].split()))[1]
+    assert quotes(quoted, *csv("bench/crosstoken.csv", "batch").over)
 
 
 def test_what_is_said_of_the_comparison_is_in_its_tables():
-    text, table = section("Comparison with other methods"), csv("comparison/table.csv")
+    text, table = prose(RESULTS_PAGE, "Comparison of methods"), csv("comparison/table.csv")
+    fronts = csv("comparison/fronts.csv", "method")
+    assert fronts.hypervolume.idxmax() == "genarm"
+    for method in ("mod", "morl", "parm"):
+        assert fronts.delta_ci_high[method] < 0
+    for method in ("soup", "gated"):
+        assert fronts.delta_ci_high[method] > 0
     matched = csv("comparison/matched.csv", "objective", "kl", "method").loc[("positivity", 16.0)]
-    said = re.search(
-        r"at 16 nats positivity is (.*?) where DPO \(MOD's end\) has (.*?);\s*the log-ratio form has (.*?) there", text
+    quoted = re.search(
+        r"at 16 nats positivity is (.*?) where DPO \(MOD's end\) has (.*?); the log-ratio form has (.*?) there", text
     )
-    for quoted, method in zip(said.groups(), ("genarm", "mod", "log_ratio"), strict=True):
-        assert quotes(quoted, *matched.loc[method, ["reward", "ci_low", "ci_high"]])
+    for figures, method in zip(quoted.groups(), ("genarm", "mod", "log_ratio"), strict=True):
+        assert quotes(figures, *matched.loc[method, ["reward", "ci_low", "ci_high"]])
     ends = table[table.point == "p000_c100"].drop_duplicates("method").set_index("method")
     assert quotes(re.search(r"\(perplexity (\d+) under the base\)", text)[1][:2], ends.perplexity["mod"] / 100)
     (parm,) = table[(table.method == "parm") & (table.alpha_positivity == 1)].distinct_2
@@ -213,51 +242,52 @@ VLLM = {
 
 @pytest.mark.parametrize("title", VLLM)
 def test_speeds_inside_vllm_are_those_of_its_bench(title):
-    table, quoted = csv("bench/vllm.csv", "engine", "arms", "batch"), lines_of("Serving with vLLM")[title]
-    for batch, said in zip((1, 8, 32, 64), quoted, strict=True):
+    table, quoted = csv("bench/vllm.csv", "engine", "arms", "batch"), lines_of(VLLM_PAGE, "Speed")[title]
+    for batch, figures in zip((1, 8, 32, 64), quoted, strict=True):
         if (*VLLM[title], batch) not in table.index:
-            assert said == "–"
+            assert figures == "–"
             continue
         row = table.loc[(*VLLM[title], batch)]
-        assert quotes(said, row.tokens_per_s, *([] if title == "unguided vLLM" else [row.of_unguided])), said
+        assert quotes(figures, row.tokens_per_s, *([] if title == "unguided vLLM" else [row.of_unguided])), figures
 
 
 def test_what_is_said_of_serving_is_in_its_benches():
-    text, table = section("Serving with vLLM"), csv("bench/vllm.csv", "engine", "arms").sort_values("batch")
-    said = re.search(r"With one ARM (.*?) of unguided", text)[1]
-    assert quotes(said, *table.loc[("guided", 1)].of_unguided)
+    text, table = prose(VLLM_PAGE, "Speed"), csv("bench/vllm.csv", "engine", "arms").sort_values("batch")
+    figures = re.search(r"With one ARM (.*?) of unguided", text)[1]
+    assert quotes(figures, *table.loc[("guided", 1)].of_unguided)
     served = csv("bench/serve.csv", "requests")
     assert (served.answers == served.whole).all() and served.answers.sum() == 64 + 2000
-    said = re.search(r"memory rose from (.*?) GiB over the first 1,200 and stood still over the last 800", text)[1]
-    assert quotes(said, served.memory_gib["64 at once"], served.memory_gib["1001 to 1200"])
+    figures = re.search(r"memory rose from (.*?) GiB over the first 1,200 and stood still over the last 800", text)[1]
+    assert quotes(figures, served.memory_gib["64 at once"], served.memory_gib["1001 to 1200"])
     assert served.memory_gib["1801 to 2000"] == served.memory_gib["1001 to 1200"]
 
 
 COSTS = {
     "naive: a plain logits processor, three forwards": "naive",
-    "`GuidanceProcessor` inside `generate`, two forwards": "processor", "`GuidedDecoder`, one forward": "ours",
+    "`GuidanceLogitsProcessor` inside `generate`, two forwards": "processor", "`GuidedDecoder`, one forward": "ours",
 }  # fmt: skip
 
 
 def test_what_guidance_costs_is_that_of_its_bench():
     table, text = (
         csv("bench/decoding.csv", "dtype", "k", "method", "batch").ratio_to_unguided,
-        section("What guidance costs"),
+        prose(BENCH_PAGE, "Guided decoding on a CPU"),
     )
     for title, method in COSTS.items():
-        quoted = lines_of("What guidance costs")[title]
+        quoted = lines_of(BENCH_PAGE, "Guided decoding on a CPU")[title]
         assert all(
-            quotes(said, table["bfloat16", 2, method, batch]) for batch, said in zip((1, 8, 32), quoted, strict=True)
+            quotes(figures, table["bfloat16", 2, method, batch])
+            for batch, figures in zip((1, 8, 32), quoted, strict=True)
         )
-    said = re.search(r"In float32 `GuidedDecoder` costs (.*?)\. ", text)[1]
-    assert quotes(said, *(table["float32", 2, "ours", batch] for batch in (1, 8, 32)))
+    figures = re.search(r"In float32 `GuidedDecoder` costs (.*?)\. ", text)[1]
+    assert quotes(figures, *(table["float32", 2, "ours", batch] for batch in (1, 8, 32)))
     at_once = csv("bench/sweep.csv", "method")
     assert quotes(re.search(r"takes 1 / ([\d.]+) of the time", text)[1], at_once.ratio_to_at_once["point by point"])
     precision = csv("bench/precision.csv", "point")
     points = precision.drop(index="all")
     assert quotes(re.search(r"on (\d+) steps of real prompts", text)[1], precision.steps["all"])
-    said = re.search(r"by ([\d.]+) nats of KL on average\s+against float32 \((.*?) at the 99th", text)
-    assert quotes(said[1], precision.mean_kl["all"]) and quotes(said[2], points.p99_kl.min(), points.p99_kl.max())
+    figures = re.search(r"by ([\d.]+) nats of KL on average\s+against float32 \((.*?) at the 99th", text)
+    assert quotes(figures[1], precision.mean_kl["all"]) and quotes(figures[2], points.p99_kl.min(), points.p99_kl.max())
 
 
 TRAINED = {
@@ -268,33 +298,37 @@ TRAINED = {
 
 
 def test_what_training_costs_is_that_of_its_bench():
-    table, text = csv("bench/training.csv", "dtype", "trainer", "prompts"), section("What training costs")
+    table, text = csv("bench/training.csv", "dtype", "trainer", "prompts"), prose(BENCH_PAGE, "Training")
     for title, prompts in TRAINED.items():
-        (ratio, memory), ours = lines_of("What training costs")[title], table.loc[("bfloat16", "ours", prompts)]
+        (ratio, memory), ours = lines_of(BENCH_PAGE, "Training")[title], table.loc[("bfloat16", "ours", prompts)]
         assert quotes(ratio, ours.ratio_to_trl, ours.low, ours.high)
         assert quotes(memory, table.peak_mb["bfloat16", "trl", prompts] / 1000, ours.peak_mb / 1000)
-    said = re.search(r"In float32 \(one repetition\) (.*?) times TRL's", text)[1]
-    assert quotes(said, *(table.ratio_to_trl["float32", "ours", prompts] for prompts in TRAINED.values()))
+    figures = re.search(r"In float32 \(one repetition\) (.*?) times TRL's", text)[1]
+    assert quotes(figures, *(table.ratio_to_trl["float32", "ours", prompts] for prompts in TRAINED.values()))
     share = table.peak_mb["float32", "ours", "short"] / table.peak_mb["float32", "trl", "short"]
     assert quotes(re.search(r"is then ([\d.]+) of TRL's", text)[1], share)
-    said = re.search(r"DPO here is (.*?) times TRL's", text)[1]
-    assert quotes(said, *(table.ratio_to_trl["bfloat16", "ours-dpo", prompts] for prompts in ("short", "long")))
+    figures = re.search(r"DPO here is (.*?) times TRL's", text)[1]
+    assert quotes(figures, *(table.ratio_to_trl["bfloat16", "ours-dpo", prompts] for prompts in ("short", "long")))
 
 
 def test_how_fast_files_are_read_is_that_of_the_bench():
-    table, text = csv("bench/prepare.csv", "file"), section("Data")
-    said = re.search(
+    table, text = csv("bench/prepare.csv", "file"), prose("pipeline/data/README.md", "What is checked")
+    figures = re.search(
         r"Lines \((.*?) million rows\) is prepared in (.*?) minutes and (.*?) GiB of memory, "
         r"as Parquet in (.*?) minutes and (.*?) GiB",
         text,
     )
     lines, parquet = table.loc["jsonl"], table.loc["parquet"]
-    assert quotes(said[1], lines.rows / 1e6) and quotes(said[2], lines.seconds / 60) and quotes(said[3], lines.peak_gib)
-    assert quotes(said[4], parquet.seconds / 60) and quotes(said[5], parquet.peak_gib)
+    assert (
+        quotes(figures[1], lines.rows / 1e6)
+        and quotes(figures[2], lines.seconds / 60)
+        and quotes(figures[3], lines.peak_gib)
+    )
+    assert quotes(figures[4], parquet.seconds / 60) and quotes(figures[5], parquet.peak_gib)
 
 
 def test_speeds_on_a_gpu_are_those_of_the_bench():
-    text, table = section("On a GPU"), pd.read_csv(ROOT / "results/bench/gpu.csv")
+    text, table = section(BENCH_PAGE, "Guided decoding on a GPU"), pd.read_csv(ROOT / "results/bench/gpu.csv")
     table = table[(table.model == "7b")]
     lines = {
         "`generate`, unguided": ("unguided", 0), "`GuidedDecoder`, unguided": ("ours", 0),
@@ -304,11 +338,12 @@ def test_speeds_on_a_gpu_are_those_of_the_bench():
     quoted = {cells[0]: cells[1:] for line in text.splitlines() if len(cells := re.split(r" *\| *", line)[1:-1]) == 5}
     for title, (method, k) in lines.items():
         rows = table[(table.method == method) & (table.k == k) & (table.prompt_tokens == 64)].set_index("batch")
-        for batch, said in zip((1, 8, 32, 128), quoted[title], strict=True):
-            assert said == "–" if batch not in rows.index else int(said) == round(rows.tokens_per_s[batch])
+        for batch, figures in zip((1, 8, 32, 128), quoted[title], strict=True):
+            assert figures == "–" if batch not in rows.index else int(figures) == round(rows.tokens_per_s[batch])
+    text = " ".join(text.split())
     steps = table[(table.batch == 1) & (table.prompt_tokens == 64)].set_index(["method", "k"]).step_ms
-    for said in (f"{steps['ours', 0]} ms", f"{steps['ours', 2]} ms", f"{steps['eager', 2]} ms"):
-        assert said in text
+    for figures in (f"{steps['ours', 0]} ms", f"{steps['ours', 2]} ms", f"{steps['eager', 2]} ms"):
+        assert figures in text
     assert f"{steps['ours', 0] / steps['ours', 2]:.2f} of the unguided" in text
     share = table[(table.method == "ours") & (table.k == 0) & (table.batch == 1) & (table.prompt_tokens == 64)]
     assert f"{share.bandwidth_share.item():.2f} of the unguided step" in text
@@ -316,4 +351,4 @@ def test_speeds_on_a_gpu_are_those_of_the_bench():
     for model in ("7b", "1b"):
         for trainer in ("ours", "trl"):
             row = trained.loc[(model, "short", trainer)]
-            assert re.search(rf"{row.pairs_per_s:.1f}[^.]* in {row.peak_gb:.1f} GB", text)
+            assert re.search(rf"{row.pairs_per_s:.1f}[^.]* in {row.peak_gb:.1f} GB", prose(BENCH_PAGE, "Training"))

@@ -5,6 +5,7 @@ Hydra composes conf/ into params.yaml (`make params`); everything below the comm
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
@@ -31,6 +32,7 @@ COLUMNS = (
     "base", "forwards", "finish", "kl", "left_out", "line", "logp", "logp_base", "method", "n_tokens", "point",
     "prompt", "prompt_tokens", "response", "sample", "seed", "stream", "tokens",
 )  # fmt: skip
+_SECRET = re.compile(r"://[^/\s?#]*@|://\S*[?&][\w.-]*(key|token|secret|signature|sig|password)=", re.IGNORECASE)
 _STAGES = (
     "bench", "comparison", "download", "explain", "fetch", "generate", "judge", "pareto", "prepare", "report", "train",
     "tune",
@@ -68,6 +70,11 @@ def to_params(config: Any, origin: str = "the configuration") -> Params:
     except OmegaConfBaseException as error:
         raise UserError(f"{origin}: {str(error).splitlines()[0]}: correct the reference.") from error
     inputs = plain.pop("inputs", None)
+    if secrets := _secrets(plain):  # first: the sentences below show values
+        raise UserError(
+            f"{origin}: {secrets[0]} is an address that holds a password or key: take it out of the configuration and "
+            f"of {origin}, and export an endpoint's key in the variable that judge.api_key_env names."
+        )
     try:
         params = TypeAdapter(Params).validate_json(json.dumps(plain), strict=True)
     except ValidationError as error:
@@ -90,6 +97,14 @@ def _missing(node: Any, path: str = "") -> list[str]:
     return [path] if node == "???" else []
 
 
+def _secrets(node: Any, path: str = "") -> list[str]:
+    """Paths of the texts with an address that holds a user's name, a password or a key."""
+    if isinstance(node, dict | list):
+        items = node.items() if isinstance(node, dict) else enumerate(node)
+        return [found for key, value in items for found in _secrets(value, f"{path}.{key}".lstrip("."))]
+    return [path] if isinstance(node, str) and _SECRET.search(node) else []
+
+
 def _absent(node: Any, path: list[str], parents: str = "") -> list[str]:
     """Which keys a path names that are not there; `*` stands for every key."""
     if not path:
@@ -106,18 +121,18 @@ def _sentence(fault: Any) -> str:
     if path[-1] == "[key]":
         return f"{'.'.join(path[:-2])} names {fault['input']!r}: {reason}."
     tag = 3 if path[:2] == ["comparison", "methods"] else 1 if path[0] == "judge" else len(path)
-    path = [*path[:tag], *path[tag + 1 :]]  # where there are several kinds, pydantic names the kind as well
+    kind, path = path[tag : tag + 1], [*path[:tag], *path[tag + 1 :]]  # of several kinds pydantic names the one as well
     where = ".".join(path)
     if fault["type"] == "unexpected_keyword_argument":
-        close = get_close_matches(path[-1], _known_keys(path[:-1]), n=1, cutoff=0.0)
+        close = get_close_matches(path[-1], _known_keys(path[:-1], kind), n=1, cutoff=0.0)
         return f"unknown key {where}: did you mean {'.'.join([*path[:-1], *close])}?"
     if fault["type"] == "missing":
         return f"{where} is missing: give it a value."
     return f"{where} is {fault['input']!r}: {reason[0].lower()}{reason[1:]}."
 
 
-def _known_keys(path: list[str]) -> list[str]:
-    """The fields of the dataclass at a path such as `sweep.points.base`."""
+def _known_keys(path: list[str], name: list[str]) -> list[str]:
+    """The fields of the dataclass at a path such as `sweep.points.base`; `name` its kind, if there are several."""
     kind: Any = Params
     for part in path:
         if get_origin(kind) is dict:  # the part is the name of an entry, such as a point's
@@ -128,6 +143,7 @@ def _known_keys(path: list[str]) -> list[str]:
             (option for option in get_args(kind) if is_dataclass(option) and get_origin(kind) is not dict), kind
         )
     kinds = get_args(get_args(kind)[0]) if kind in (Method, Judge) else [kind]
+    kinds = [one for one in kinds if len(kinds) == 1 or name[0] in get_args(get_type_hints(one)["kind"])]
     return [known.name for one in kinds for known in fields(one)]
 
 

@@ -403,7 +403,7 @@ class _RubricJudge(_Judge):
 
     rubrics: dict[str, str]  # per objective, a file in pipeline/evaluation/judges/rubrics
     orders: Literal["both", "seeded"] = "both"  # seeded: one order, drawn from the question itself
-    max_calls: Count | None = None  # answers to ask for in one run; what is answered is kept
+    max_calls: Count | None = None  # questions of one run, over card, rows and objectives; what is answered is kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -411,7 +411,9 @@ class LlmJudge(_RubricJudge):
     """A model behind an endpoint that speaks OpenAI's chat protocol."""
 
     kind: Literal["llm"]
-    base_url: str
+    base_url: Annotated[
+        str, _spelled(r"https?://[^\s?#]+", "an address starts with http:// or https://, without ? or #")
+    ]
     model: str
     api_key_env: str  # the environment variable that holds the key
     max_tokens: Count = 200
@@ -421,6 +423,7 @@ class LlmJudge(_RubricJudge):
     concurrency: Count = 4
     timeout: Positive = 60.0  # seconds
     attempts: Count = 6
+    price: tuple[NotNegative, NotNegative] | None = None  # of a million tokens read, and written; null: not reckoned
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Remove generated rows that no recent run asked for from the row stores.
 
-    python -m pipeline.data.stale_rows                      # make gc: says how many there are
-    python -m pipeline.data.stale_rows --days 30 --delete   # make gc FLAGS="--days 30 --delete"
+    python -m pipeline gc                      # make gc: says how many there are
+    python -m pipeline gc --days 30 --delete   # make gc FLAGS="--days 30 --delete"
 
 Every run notes the keys that it asks for below scratch/store/asked; rows without a recent note go, those from before
 there were notes among them. Which rows a commit would ask for cannot be known without its models and prompts, and need
@@ -12,10 +12,9 @@ paid for or small, and stay.
 
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from pipeline.config.errors import guard
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import digest, replacing
 from pipeline.data.row_store import retain
@@ -66,14 +65,12 @@ def remove(folder: Path, days: float, delete: bool) -> dict[Path, tuple[int, int
     return counts
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Say what would go, or let it go."""
-    parser = ArgumentParser(
-        "python -m pipeline.data.stale_rows", description=__doc__, formatter_class=RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser("python -m pipeline gc", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--days", type=float, default=90, help="how long the rows that a run asked for are kept (90)")
     parser.add_argument("--delete", action="store_true", help="remove them")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     counts = remove(Workspace().scratch / "store", options.days, options.delete)
     for file, (kept, dropped) in counts.items():
         print(f"{file}: {kept} rows stay, {dropped} {'are removed' if options.delete else 'would go'}")
@@ -81,8 +78,3 @@ def main() -> None:
         print("no run has asked for rows yet: nothing to remove")
     elif not options.delete:
         print("nothing is changed: add --delete (make gc FLAGS=--delete) to remove them")
-
-
-if __name__ == "__main__":
-    with guard():
-        main()

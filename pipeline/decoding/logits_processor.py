@@ -4,29 +4,31 @@ Shapes: B rows, T tokens so far, V entries of the base's head.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, PreTrainedModel
 
 from pipeline.config.errors import UserError
 from pipeline.config.points import BASE
-from pipeline.decoding.backbone import Backbone
+from pipeline.decoding.backbone import Backbone, plan_backbones
 from pipeline.decoding.cross_tokenizer.bridge import TokenizerBridge, common_vocabulary
 from pipeline.decoding.cross_tokenizer.session import CrossTokenizerSession
 from pipeline.decoding.guidance import cut, guided_logps
 from pipeline.decoding.kv_cache import Lanes
 from pipeline.decoding.static_cache import StaticLanes, lanes_of
+from pipeline.models.loading import Source
 from pipeline.models.prompting import Prompter, ends_of
 from pipeline.models.vocabulary import same_vocabulary
 
 
-class GuidanceProcessor(LogitsProcessor):
+class GuidanceLogitsProcessor(LogitsProcessor):
     """Adds the ARMs' say to the base's scores: log π_base + Σ_i α_i log π_r,i − log Z (GenARM, guided decoding).
 
-        arms = Backbone(model, prompter, {"positivity": Path("models/arms/positivity")}, name=None)
-        guidance = GuidanceProcessor(prompter, {"positivity": 1.0}, arms)
+        arms = {"positivity": Path("models/arms/positivity")}
+        guidance = GuidanceLogitsProcessor.load(model, Path("models/smollm2-135m"), arms, {"positivity": 1.0})
         model.generate(**inputs, do_sample=True, logits_processor=[guidance])
 
     Temperature, top-k, top-p and min-p of `generate` come after it and act on the guided law. It keeps the ARMs' caches
@@ -78,6 +80,37 @@ class GuidanceProcessor(LogitsProcessor):
         # A prompt may begin with the very token that also pads.
         self._begins_with_pad = self._pad is not None and prompter.prompt_ids("a")[0] == self._pad
         self._seen_BT: Tensor | None = None
+
+    @classmethod
+    def load(
+        cls,
+        model: PreTrainedModel,
+        folder: Path,
+        arms: Mapping[str, Path],
+        weights: Mapping[str, float],
+        *,
+        template: str | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> "GuidanceLogitsProcessor":
+        """A processor for ARMs in folders: adapters of the model, or models of its vocabulary.
+
+        Args:
+            model: the base, whose `generate` the processor goes into; adapters share its weights.
+            folder: where the base came from, for its tokenizer.
+            arms: the folder of each ARM.
+            weights: α of each ARM.
+            template: text with {prompt}, as the ARMs were trained on; None: the tokenizer's chat template.
+            attention_mask: as for the processor itself.
+
+        Raises:
+            UserError: as the processor itself; or a folder is missing, damaged, or not made for this model.
+        """
+        source = Source(folder, template)
+        prompter = source.prompter()
+        adapters, others = plan_backbones(source, arms, None, {}, reference=False)
+        backbones = [Backbone(model, prompter, adapters, name=None)] if adapters else []
+        backbones += [other.load(model.device) for other in others]
+        return cls(prompter, weights, *backbones, attention_mask=attention_mask)
 
     @torch.inference_mode()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -1,66 +1,17 @@
-"""What judges say of responses: scores, verdicts kept for good, the judge's own card, and win rates.
+"""What a judge says of responses: scores of rows, the judge's own card, and win rates."""
 
-A pointwise judge scores a response; a pairwise one compares it with the control's to the same prompt, and its score is
-1 where it is better, 0 where the control is, 1/2 where they are equal, and none where the verdict is undetermined.
-"""
-
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import pandas as pd
 
 from pipeline.config.errors import UserError
-from pipeline.config.schema import Judge, LlmJudge, LocalJudge, Objective, OracleJudge, Params, RewardJudge
-from pipeline.config.workspace import Workspace
+from pipeline.config.schema import Judge
 from pipeline.data.files import Row, digest
-from pipeline.data.oracles import scorer
-from pipeline.data.row_store import RowStore
 from pipeline.evaluation.front import bootstrap_mean
-from pipeline.evaluation.judges.reward_model import RewardModelJudge
-from pipeline.evaluation.judges.verdicts import Pair, Verdicts
+from pipeline.evaluation.judges.session import HINT, Control, JudgeSession, Labelled
+from pipeline.evaluation.judges.verdicts import mean_score, reasons_text, undetermined
 from pipeline.evaluation.statistics import share
-
-
-def score_rows(rows: Sequence[Row], objectives: Mapping[str, Objective]) -> list[Row]:
-    """The rows with one score per objective by its own scorer, under the objective's name.
-
-    Raises:
-        UserError: an objective has no scorer.
-    """
-    scorers = _scorers(objectives)
-    return [_scored(row, {name: score(row["response"]) for name, score in scorers.items()}) for row in rows]
-
-
-def _scorers(objectives: Mapping[str, Objective]) -> dict[str, Callable[[str], float]]:
-    scorers = {}
-    for name, objective in objectives.items():
-        if objective.scorer is None:
-            raise UserError(f"objectives.{name} has no scorer, which judge=oracle needs: set objectives.{name}.scorer.")
-        scorers[name] = scorer(objective.scorer)
-    return scorers
-
-
-def check_judge(params: Params, workspace: Workspace) -> None:
-    """Refuse, before anything is generated for it, a judge that lacks what it needs.
-
-    Raises:
-        UserError: an objective has no scorer, reward model or rubric, or the judge has no key.
-    """
-    judge = params.judge
-    if isinstance(judge, OracleJudge):
-        _scorers(params.objectives)
-    elif isinstance(judge, RewardJudge):
-        RewardModelJudge(judge, params, workspace)
-        for name in params.objectives:
-            spec = judge.models[name]
-            if spec.source == "path" and not Path(spec.location).is_dir():
-                raise UserError(
-                    f"judge.models.{name}: there is no folder {spec.location}: train it, or correct the path."
-                )
-    else:
-        for name in params.objectives:
-            Verdicts(judge, params, workspace, name)
 
 
 def responses_of(rows: Sequence[Row], point: str) -> dict[tuple[str, int], str]:
@@ -68,38 +19,22 @@ def responses_of(rows: Sequence[Row], point: str) -> dict[tuple[str, int], str]:
     return {(row["prompt"], row["sample"]): row["response"] for row in rows if row["point"] == point}
 
 
-def judge_rows(
-    rows: Sequence[Row], params: Params, workspace: Workspace, control: Mapping[tuple[str, int], str]
-) -> list[Row]:
-    """The rows with the configured judge's score per objective; None where a verdict is undetermined.
+def judge_rows(rows: Sequence[Row], judge: JudgeSession, control: Control) -> list[Row]:
+    """The rows with the judge's score per objective; None where a verdict is undetermined.
 
     Args:
         rows: each with `prompt`, `response`, and for a pairwise judge `sample`.
-        params: the experiment.
-        workspace: where models and stores are.
+        judge: of the run.
         control: what a pairwise judge compares a response with, by prompt and sample; where the texts are equal it is
             not asked, and the score is 1/2.
 
     Raises:
-        UserError: the judge lacks what it needs, or stopped; verdicts so far are kept.
+        UserError: the judge stopped, or gave no verdict at all on an objective; verdicts so far are kept.
     """
-    judge = params.judge
-    if isinstance(judge, OracleJudge):
-        return score_rows(rows, params.objectives)
-    if isinstance(judge, RewardJudge):
-        found = {name: _rewards(name, rows, judge, params, workspace) for name in params.objectives}
-        return [
-            _scored(row, {name: rewards[place] for name, rewards in found.items()}) for place, row in enumerate(rows)
-        ]
-    pairs = [(row["prompt"], row["response"], control[row["prompt"], row["sample"]]) for row in rows]
-    differing = list(dict.fromkeys(pair for pair in pairs if pair[1] != pair[2]))
-    verdicts = {}
-    for name in params.objectives:
-        given = Verdicts(judge, params, workspace, name).of(differing)
-        verdicts[name] = dict(zip(differing, map(_score, given), strict=True))
+    scores = judge.scores(rows, control)
     return [
-        _scored(row, {name: scores.get(pair, 0.5) for name, scores in verdicts.items()})
-        for row, pair in zip(rows, pairs, strict=True)
+        without_tokens(row) | {name: of_objective[place] for name, of_objective in scores.items()}
+        for place, row in enumerate(rows)
     ]
 
 
@@ -118,87 +53,84 @@ def without_tokens(row: Row) -> Row:
     return {name: value for name, value in row.items() if name != "tokens"}
 
 
-def _scored(row: Row, scores: Row) -> Row:
-    return without_tokens(row) | scores
+def card_pairs(pairs: Labelled, count: int, seed: int) -> dict[str, list[Row]]:
+    """Per objective the pairs that the judge's card is of.
+
+    They are drawn by a hash, so that another number or further pairs leave those that are drawn already.
+
+    Args:
+        pairs: per objective, labelled pairs that nothing was trained on.
+        count: of the pairs of an objective, `judge.card_pairs`.
+        seed: of the run.
+    """
+    return {
+        name: sorted(
+            of_objective, key=lambda pair: digest([seed, pair["prompt"], pair["chosen"], pair["rejected"]])
+        )[:count]
+        for name, of_objective in pairs.items()
+    }  # fmt: skip
 
 
-def judge_card(pairs: Mapping[str, Sequence[Row]], params: Params, workspace: Workspace) -> Row:
+def judge_card(pairs: Labelled, judge: JudgeSession, config: Judge, seed: int) -> Row:
     """How far the judge agrees with held-out labels, for every objective.
 
     Per objective: `accuracy` with its interval over the prompts of pairs with a verdict (a tie agrees with no label),
-    `undetermined` and `ties` as shares of the pairs asked, and of a judge that saw both orders `position_bias`, the
-    share of pairs whose verdict went with the place of a response and not with the response.
+    `undetermined` and `ties` as shares of the pairs asked, `reasons`, which counts the verdicts that are undetermined,
+    and of a judge that saw both orders `position_bias`, the share of pairs whose verdict went with the place of a
+    response and not with the response; of a reward model `truncated`, the share of texts that exceed its context.
 
     Args:
-        pairs: per objective, labelled pairs that nothing was trained on; `judge.card_pairs` of them are drawn by a
-            hash, so that another number or further pairs leave those that are drawn already.
-        params: the experiment.
-        workspace: where models and stores are.
+        pairs: those of `card_pairs`.
+        judge: of the run.
+        config: its configuration.
+        seed: of the intervals.
     """
-    judge, card = params.judge, {}
-    for name, labelled in pairs.items():
-        taken = sorted(labelled, key=lambda pair: _lot(pair, params.seed))[: judge.card_pairs]
-        given = list(_agreement(taken, name, params, workspace))
-        scores = [_score(one) for one in given]
+    every, truncated, card = judge.verdicts(pairs), judge.truncated(pairs), {}
+    for name, verdicts in every.items():
+        scores = [mean_score(one) for one in verdicts]
         decided = [
-            (pair["prompt"], score > 0.5) for pair, score in zip(taken, scores, strict=True) if score is not None
-        ]
+            (pair["prompt"], score > 0.5)
+            for pair, score in zip(pairs[name], scores, strict=True)
+            if score is not None
+        ]  # fmt: skip
         prompts, right = [prompt for prompt, _ in decided], [agrees for _, agrees in decided]
-        told = share(right, prompts, judge.confidence, judge.resamples, params.seed)
-        turned = [one for one in given if len(one) == 2 and None not in one]
+        both = [[one.score for one in each] for each in verdicts if len(each) == 2]
+        turned = [each for each in both if None not in each]
         card[name] = {
-            "accuracy": asdict(told),
+            "accuracy": asdict(share(right, prompts, config.confidence, config.resamples, seed)),
             "ties": _rate(score == 0.5 for score in scores),
             "undetermined": _rate(score is None for score in scores),
-            "position_bias": _rate(one[0] != one[1] and 0.5 not in one for one in turned) if turned else None,
+            "reasons": undetermined(verdicts),
+            "position_bias": _rate(each[0] != each[1] and 0.5 not in each for each in turned) if turned else None,
+            "truncated": truncated[name],
         }
-    return {"kind": judge.kind, "objectives": card}
+    return {"kind": config.kind, "objectives": card}
 
 
-def _lot(pair: Row, seed: int) -> str:
-    return digest([seed, pair["prompt"], pair["chosen"], pair["rejected"]])
+def check_card(card: Row) -> None:
+    """Refuse a judge that gives no verdict, before anything else is asked of it.
+
+    Raises:
+        UserError: all pairs of an objective's card are undetermined.
+    """
+    for name, metrics in card["objectives"].items():
+        if metrics["undetermined"] == 1:
+            raise UserError(
+                f"the judge gives no verdict on {name}: all pairs of its card are undetermined "
+                f"({reasons_text(metrics['reasons'])}): {HINT}."
+            )
 
 
-def _agreement(
-    pairs: Sequence[Row], name: str, params: Params, workspace: Workspace
-) -> Iterator[tuple[float | None, ...]]:
-    """For each pair, the verdicts on the chosen response."""
-    judge = params.judge
-    if isinstance(judge, LlmJudge | LocalJudge):
-        asked: list[Pair] = [(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in pairs]
-        yield from Verdicts(judge, params, workspace, name).of(asked)
-        return
-    rows = [
-        {"prompt": pair["prompt"], "response": pair[side], "finish": finish}
-        for pair in pairs
-        for side in ("chosen", "rejected")
-        for finish in ["eos" if pair.get(f"{side}_ended", True) else "length"]
-    ]
-    if isinstance(judge, RewardJudge):
-        scores = _rewards(name, rows, judge, params, workspace)
-    else:
-        scores = [row[name] for row in score_rows(rows, {name: params.objectives[name]})]
-    for chosen, rejected in zip(scores[::2], scores[1::2], strict=True):
-        yield (0.5 * (1 + (chosen > rejected) - (chosen < rejected)),)
-
-
-def _rewards(name: str, rows: Sequence[Row], judge: RewardJudge, params: Params, workspace: Workspace) -> list[float]:
-    """Rewards of an objective's model, from the store where they are there."""
-    model = RewardModelJudge(judge, params, workspace)
-    origin = model.identity(name)
-    keys = [digest([origin, row["prompt"], row["response"], row.get("finish") == "length"]) for row in rows]
-    store = RowStore(workspace.scratch / "store" / "rewards.jsonl", keys)
-    missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in store}
-    if missing:
-        scores = model.score(name, list(missing.values()))
-        store.add((key, {"reward": score}) for key, score in zip(missing, scores, strict=True))
-    return [store[key]["reward"] for key in keys]
-
-
-def _score(given: Sequence[float | None]) -> float | None:
-    """The mean of the verdicts that were given."""
-    known = [one for one in given if one is not None]
-    return sum(known) / len(known) if known else None
+def card_lines(card: Row) -> list[str]:
+    """The card as it is printed, a line for each objective."""
+    lines = []
+    for name, metrics in card["objectives"].items():
+        accuracy = metrics["accuracy"]["value"]
+        shown = "nothing to agree with" if accuracy is None else f"{accuracy:.3f} of held-out pairs as labelled"
+        why = f" ({reasons_text(metrics['reasons'])})" if metrics["reasons"] else ""
+        cut = f", {metrics['truncated']:.3f} of the texts truncated" if metrics["truncated"] else ""
+        lines.append(f"{card['kind']}: {name}: {shown}, undetermined {metrics['undetermined']:.3f}{why}{cut}")
+    return lines
 
 
 def _rate(true: Iterable[bool]) -> float:

@@ -47,18 +47,17 @@ def lines_of(params: Params) -> dict[str, Line]:
     return found | {f"{best}/{name}": Line(best, name, "", None) for name in params.objectives}
 
 
-def table(params: Params, rows: pd.DataFrame, speeds: dict[tuple[str, str], float]) -> pd.DataFrame:
+def table(params: Params, rows: pd.DataFrame) -> pd.DataFrame:
     """table.csv: one line per base and method, with intervals over prompts.
 
     Args:
         params: the experiment.
         rows: what `generate` made, for all bases.
-        speeds: tokens per second by base and point; a best-of-N row costs N unguided ones.
     """
-    return pd.DataFrame(_lines(params, rows, speeds)).round(4)
+    return pd.DataFrame(_lines(params, rows)).round(4)
 
 
-def _lines(params: Params, rows: pd.DataFrame, speeds: dict[tuple[str, str], float]) -> Iterator[Row]:
+def _lines(params: Params, rows: pd.DataFrame) -> Iterator[Row]:
     judge, seed = params.judge, params.seed
     named = lines_of(params)
     tuned = {line.objective: name for name, line in named.items() if line.method == "dpo"}
@@ -80,7 +79,6 @@ def _lines(params: Params, rows: pd.DataFrame, speeds: dict[tuple[str, str], flo
             }
             for place, column in enumerate(("reward", "ci_low", "ci_high")):
                 row |= {f"{column}_{objective}": found[place] for objective, found in intervals.items()}
-            times = params.weak_to_strong.best_of if line.method.startswith("best_of") else 1
             row["kl"] = mine.kl.mean()
             row["perplexity"] = float(np.exp(-mine.logp_base.sum() / mine.n_tokens.sum()))
             row["distinct_2"] = distinct_2(list(mine.response))
@@ -96,6 +94,4 @@ def _lines(params: Params, rows: pd.DataFrame, speeds: dict[tuple[str, str], flo
                     row["gap_recovered"] = UNDEFINED
                 else:
                     row |= dict(zip(("gap_recovered", "gap_ci_low", "gap_ci_high"), gap, strict=True))
-            speed = speeds[(base, name if times == 1 else params.sweep.control)]
-            row["tokens_per_s"] = round(speed / times, 1)
             yield row

@@ -29,16 +29,13 @@ _MATCHED = ("reward", "ci_low", "ci_high", "difference", "difference_ci_low", "d
 KLS = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])  # nats per response, at which rewards are compared
 
 
-def table(
-    params: Params, rows: pd.DataFrame, speeds: dict[str, float], training: dict[str, tuple[int, float]]
-) -> pd.DataFrame:
+def table(params: Params, rows: pd.DataFrame, training: dict[str, int]) -> pd.DataFrame:
     """table.csv: every line's rewards with their intervals, what they cost in KL, text, computing and training.
 
     Args:
         params: the experiment.
         rows: what `generate` made.
-        speeds: tokens per second by method.
-        training: tokens and seconds by method.
+        training: by method, the tokens that it was trained on.
     """
     judge, lines = params.judge, []
     for entry in entries(params):
@@ -59,9 +56,7 @@ def table(
             "distinct_2": distinct_2(list(mine.response)),
             "words": mine.response.str.split().str.len().mean(),
             "forwards_per_token": mine.forwards.sum() / tokens,
-            "tokens_per_s": speeds[entry.method],
-            "train_tokens": training[entry.method][0],
-            "train_seconds": training[entry.method][1],
+            "train_tokens": training[entry.method],
             "prompts": mine.prompt.nunique(),
         }
         lines.append(line)

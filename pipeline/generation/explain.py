@@ -1,7 +1,7 @@
 """Why this text: the token rewards of a response in the terminal.
 
-    python -m pipeline.generation.explain "Describe a rainy Monday." --weights positivity=1 conciseness=0.5
-    python -m pipeline.generation.explain "Describe a rainy Monday." --response "It rains. Lovely!" --position 2
+    python -m pipeline trace "Describe a rainy Monday." --weights positivity=1 conciseness=0.5
+    python -m pipeline trace "Describe a rainy Monday." --response "It rains. Lovely!" --position 2
 
 Without a response one is generated at the weights. Every ARM of the objectives is shown, whether it guides or not.
 """
@@ -147,23 +147,16 @@ def _weight(text: str) -> tuple[str, float]:
         raise ArgumentTypeError(f"{text} is no weight: write objective=1.0") from error
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Explain a response on the models of params.yaml."""
     parser = ArgumentParser(
-        "python -m pipeline.generation.explain", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+        "python -m pipeline trace", description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
     parser.add_argument("prompt")
     parser.add_argument("--response", help="the text to explain; one is generated without it")
     parser.add_argument("--weights", nargs="*", type=_weight, default=[], metavar="OBJECTIVE=ALPHA")
     parser.add_argument("--position", type=int, help="of the token whose alternatives are shown, from 0")
     parser.add_argument("--top", type=int, default=5, help="alternatives per law")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     trace = explained(load_params(), Workspace(), given.prompt, given.response, dict(given.weights))
     show(trace, Console(), given.position, given.top)
-
-
-if __name__ == "__main__":
-    from pipeline.config.errors import guard
-
-    with guard():
-        main()

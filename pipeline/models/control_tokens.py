@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
@@ -115,19 +115,24 @@ class ControlTokens:
 
 
 def fill_chat_template(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], prompting: bool, control: ControlTokens
-) -> str:
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], prompting: bool, control: ControlTokens,
+    options: Mapping[str, Any] | None = None,
+) -> str:  # fmt: skip
     """A dialogue in the tokenizer's chat template, for `control.ids`.
 
     Args:
         prompting: whether the assistant is to go on from there.
+        options: further variables of the template; texts among them are escaped as the turns are.
 
     Raises:
         UserError: the template does not take these turns.
     """
     escaped = [{"role": turn["role"], "content": control.escape(turn["content"])} for turn in turns]
+    variables: dict[str, Any] = {
+        name: control.escape(value) if isinstance(value, str) else value for name, value in (options or {}).items()
+    }
     try:
-        return str(tokenizer.apply_chat_template(escaped, tokenize=False, add_generation_prompt=prompting))
+        return str(tokenizer.apply_chat_template(escaped, tokenize=False, add_generation_prompt=prompting, **variables))
     except (TemplateError, TypeError, ValueError) as error:
         raise UserError(
             f"{tokenizer.name_or_path}: the chat template does not take the turns {', '.join(t['role'] for t in turns)}"

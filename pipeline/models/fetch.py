@@ -60,7 +60,7 @@ def fetch(name: str, spec: Model, folder: Path) -> None:
 
 def _set_arguments(name: str, spec: Model, arguments: dict[str, Any], folder: Path) -> None:
     """Give a chat template its arguments for good, so that whoever asks the model from its folder asks alike."""
-    template = AutoTokenizer.from_pretrained(folder, local_files_only=True).chat_template
+    template = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).chat_template
     if not isinstance(template, str) or not all(argument.isidentifier() for argument in arguments):
         raise UserError(
             f"models.{name}.template_arguments {arguments}: they are variables of a chat template, "
@@ -82,7 +82,7 @@ def _check_before(name: str, spec: Model, folder: Path) -> None:
     if not (place / "config.json").is_file():
         return
     try:
-        config = AutoConfig.from_pretrained(place, local_files_only=True)
+        config = AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{name}: {place / 'config.json'} cannot be read ({reason}): use another model.") from error
@@ -105,9 +105,9 @@ def write_origin(name: str, spec: Model, folder: Path, **more: Any) -> None:
 
 def shape(folder: Path) -> dict[str, int]:
     """Parameters (shared ones once), layers and vocabulary of a model's folder, without loading its weights."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return {
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "layers": int(text_config(config).num_hidden_layers),
@@ -158,13 +158,17 @@ def _convert_gguf(spec: Model, gguf: Path, folder: Path) -> None:
         if actual != spec.sha256:
             raise UserError(f"{gguf.name} has sha256 {actual}, not {spec.sha256}: reinstall with `make install`.")
     # Said here, since the tokenizer's config tells it, and a digest must not depend on HF_HUB_OFFLINE.
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
-    dequantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, local_files_only=True, trust_remote_code=False
+    )
+    dequantised = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+    )
     # A model read from GGUF stays marked as quantised and refuses to be saved: save an unmarked twin of it.
-    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.load_state_dict(dequantised.state_dict())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -87,7 +87,9 @@ def load_model(
     if quantisation is not None or device_map is not None:
         how["device_map"] = device_map or {"": device}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **how, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, **how, output_loading_info=True, trust_remote_code=False
+        )
     except ImportError as error:
         raise UserError(
             f"{folder} needs a package that is not installed ({str(error).splitlines()[0]}): install the extra "
@@ -141,7 +143,7 @@ class Source:
     @property
     def context(self) -> int:
         """How many tokens it reads at most."""
-        config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         return int(text_config(config).max_position_embeddings)
 
     def identity(self, device: torch.device) -> list[Any]:

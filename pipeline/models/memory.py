@@ -42,7 +42,7 @@ def shape_of(config: Any) -> Shape:
         config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
         packed = packed if isinstance(packed, dict) else packed.to_dict()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     config = text_config(config)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -65,11 +65,11 @@ def config_of(name: str, spec: Model, folder: Path) -> Any:
     places = [folder, *([Path(spec.location)] if spec.source == "path" else [])]
     for place in places:
         if (place / "config.json").is_file():
-            return AutoConfig.from_pretrained(place, local_files_only=True)
+            return AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
     if spec.source != "hub":
         raise UserError(f"{name} has to be fetched before it can be planned with: run `dvc repro fetch@{name}`.")
     try:
-        return AutoConfig.from_pretrained(spec.location, revision=spec.revision)
+        return AutoConfig.from_pretrained(spec.location, revision=spec.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{name}: its config could not be read ({reason}): check the network, or fetch it.") from error

@@ -3,7 +3,7 @@
 Shapes: B rows, T time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +45,7 @@ class Prompter:
             UserError: no end-of-sequence token, no fast tokenizer, neither a template nor a chat template, or a chat
                 template that cannot be filled in.
         """
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if tokenizer.eos_token_id is None:
             raise UserError(f"{folder}: the tokenizer has no end-of-sequence token: set eos_token in its config.")
         if getattr(tokenizer, "backend_tokenizer", None) is None:
@@ -73,13 +73,16 @@ class Prompter:
         """Tokens the tokenizer knows; a model's embedding may be padded beyond it."""
         return len(self.tokenizer)
 
-    def prompt_ids(self, prompt: str) -> list[int]:
+    def prompt_ids(self, prompt: str, options: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of the prompt inside its template, ready for the response's first token.
+
+        Args:
+            options: further variables of a chat template.
 
         Raises:
             UserError: the template has no room for the prompt's turns.
         """
-        return self._ids(self._asked(prompt))
+        return self._ids(self._asked(prompt, options))
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """What each token adds to the text; together they are the text, special tokens by their names.
@@ -118,9 +121,9 @@ class Prompter:
         ids = whole[len(before) :] if joined else self.control.ids(response)
         return [*ids, *([self.eos] if ended else [])]
 
-    def _asked(self, prompt: str) -> str:
+    def _asked(self, prompt: str, options: Mapping[str, Any] | None = None) -> str:
         if self.template is None:
-            return fill_chat_template(self.tokenizer, turns_of(prompt), True, self.control)
+            return fill_chat_template(self.tokenizer, turns_of(prompt), True, self.control, options)
         if is_dialogue(prompt) and self.template != "{prompt}":
             raise UserError(
                 f"the template {self.template!r} has room for one turn, and a prompt is a dialogue: set the model's "

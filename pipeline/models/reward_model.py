@@ -39,8 +39,10 @@ def merged_classifier(folder: Path, base: Path) -> Any:
         folder: of the adapter, as `RewardModel.write` leaves it.
         base: folder of the causal LM that it was trained on.
     """
-    config = AutoConfig.from_pretrained(base, local_files_only=True, num_labels=1)
-    classifier: Any = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    config = AutoConfig.from_pretrained(base, local_files_only=True, num_labels=1, trust_remote_code=False)
+    classifier: Any = AutoModelForSequenceClassification.from_config(
+        config, dtype=torch.float32, trust_remote_code=False
+    )
     causal: Any = load_model(base, torch.float32, torch.device("cpu"))  # its files hold no head of that kind
     classifier.base_model.load_state_dict(causal.base_model.state_dict())
     adapted: Any = PeftModel.from_pretrained(classifier, str(folder))

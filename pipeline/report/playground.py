@@ -1,6 +1,6 @@
 """A local page: type a prompt, move a slider per objective, read the base beside the guided text.
 
-    python -m pipeline.report.playground --port 7860      # what `make playground` runs
+    python -m pipeline playground --port 7860      # what `make playground` runs
 
 The models are those of params.yaml that are below models/. Everything stays on this machine: the page listens on
 loopback alone, asks nobody for anything and counts nothing.
@@ -26,16 +26,13 @@ from pipeline.decoding.token_colours import coloured
 from pipeline.generation.model_set import ModelSet
 
 LONGEST_PROMPT, MOST_TOKENS, QUEUE = 4000, 512, 8
-_CODE = """from pipeline.config.load import load_params
-from pipeline.config.workspace import Workspace
-from pipeline.decoding.request import Request
-from pipeline.generation.model_set import ModelSet
+_CODE = """from pipeline import Request, load_experiment
 
-models = ModelSet(load_params(), Workspace(), {base!r}, {arms!r})  # in the project's folder
+decoder = load_experiment(base={base!r}, arms={arms!r}, device={device!r}, batch_size=2)  # in the project's folder
 prompt = {prompt!r}
-how = {how!r}
-control, guided = Request(prompt, {off!r}, **how), Request(prompt, {weights!r}, **how)
-*_, (plain, steered) = models.decoder({device!r}, 2).stream([control, guided])
+options = {how!r}
+control, guided = Request(prompt, {off!r}, **options), Request(prompt, {weights!r}, **options)
+*_, (plain, steered) = decoder.stream([control, guided])
 print("base:  ", plain.generation.text)
 print("guided:", steered.generation.text)
 """
@@ -180,18 +177,11 @@ def serve(playground: Playground, port: int | None, wait: bool = True) -> gr.Blo
     return blocks
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Serve the page until it is interrupted."""
     parser = ArgumentParser(
-        "python -m pipeline.report.playground", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+        "python -m pipeline playground", description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
     parser.add_argument("--port", type=int, default=7860)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     serve(Playground(load_params(), Workspace()), given.port)
-
-
-if __name__ == "__main__":
-    from pipeline.config.errors import guard
-
-    with guard():
-        main()

@@ -45,7 +45,7 @@ def ladder(table: pd.DataFrame, objectives: Sequence[str]) -> None:
     shown = Table(
         title="Weak to strong: reward \\[interval], share of the gap to DPO recovered, KL in nats per response"
     )
-    for column in ("base", "method", "α", *objectives, "gap recovered", "KL", "tokens/s"):
+    for column in ("base", "method", "α", *objectives, "gap recovered", "KL"):
         shown.add_column(column, justify="left" if column in ("base", "method") else "right")
     for line in table.to_dict("records"):
         rewards = [
@@ -57,7 +57,5 @@ def ladder(table: pd.DataFrame, objectives: Sequence[str]) -> None:
         elif pd.notna(gap):
             told = f"{gap:.2f} [{line['gap_ci_low']:.2f}, {line['gap_ci_high']:.2f}]"
         alpha = f"{line['alpha']:g}" if pd.notna(line["alpha"]) else ""
-        shown.add_row(
-            line["base"], line["method"], alpha, *rewards, told, f"{line['kl']:.1f}", f"{line['tokens_per_s']:.0f}"
-        )
+        shown.add_row(line["base"], line["method"], alpha, *rewards, told, f"{line['kl']:.1f}")
     Console().print(shown)

@@ -1,20 +1,18 @@
 """One file per DVC stage: load params, load files, call the library, write files.
 
-python -m pipeline.stages.train --objective positivity      # what `dvc repro` runs, from the project's folder
+python -m pipeline train --objective positivity      # what `dvc repro` runs, from the project's folder
 """
 
 import logging
 import os
-import sys
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable
+from collections.abc import Sequence
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
 
-from pipeline.config.errors import guard
 from pipeline.config.load import load_params
-from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 
 
@@ -32,25 +30,28 @@ def share_store(here: Path) -> None:
     store.symlink_to(project / "scratch" / "store")
 
 
-def main(stage: Callable[..., None]) -> None:
-    """Run a stage on params.yaml in the current folder; what it takes by name comes from the command line."""
-    module = sys.modules[stage.__module__]
-    name = Path(module.__file__ or "").stem
+def run_stage(name: str, arguments: Sequence[str]) -> None:
+    """Run a stage on params.yaml in the current folder.
+
+    Args:
+        name: of the stage, and of its module here.
+        arguments: of the command line: the names that the stage's `run` takes.
+    """
+    module = import_module(f"pipeline.stages.{name}")
     parser = ArgumentParser(
-        f"python -m pipeline.stages.{name}", description=module.__doc__, formatter_class=RawDescriptionHelpFormatter
+        f"python -m pipeline {name}", description=module.__doc__, formatter_class=RawDescriptionHelpFormatter
     )
-    for parameter in signature(stage).parameters.values():
+    for parameter in signature(module.run).parameters.values():
         if parameter.annotation is str:
             parser.add_argument(f"--{parameter.name}", required=True)
         elif parameter.annotation == str | None:
             parser.add_argument(parameter.name, nargs="?")
-    given = vars(parser.parse_args())
+    options = vars(parser.parse_args(arguments))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    for library in ("lightning", "peft", "transformers"):  # their advice is for us, not for who runs the stage
+    for library in ("lightning", "peft", "transformers"):  # their advice is for developers, not for who runs the stage
         warnings.filterwarnings("ignore", module=library)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    with guard():
-        params: Params = load_params()
-        share_store(Path.cwd())
-        stage(params, Workspace(), **given)
+    params = load_params()
+    share_store(Path.cwd())
+    module.run(params, Workspace(), **options)

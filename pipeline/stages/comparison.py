@@ -1,6 +1,6 @@
 """comparison: every method at every point of the sweep: tables, figures and page, results/comparison/.
 
-python -m pipeline.stages.comparison
+python -m pipeline comparison
 """
 
 from pipeline.config.schema import Params
@@ -8,24 +8,22 @@ from pipeline.config.workspace import Workspace
 from pipeline.data.files import read_jsonl, replacing, write_json, write_jsonl
 from pipeline.evaluation import standings
 from pipeline.evaluation.judging import scored_frame
-from pipeline.generation.comparison import check, generate, tokens_per_second, training_cost
+from pipeline.generation.comparison import generate, open_comparing_judge, training_cost
 from pipeline.generation.rows import prompts_with_room
-from pipeline.report import figures, pages, terminal
-from pipeline.stages import main
+from pipeline.report import figures, markdown, pages, terminal
 
 
 def run(params: Params, workspace: Workspace) -> None:
     """Ask every method of `params.comparison`, and compare."""
     out = workspace.results / "comparison"
     prompts = [row["prompt"] for _, row in read_jsonl(workspace.results / "prepare" / "prompts.jsonl")]
-    check(params, workspace)
+    judge = open_comparing_judge(params, workspace)
     prompts = prompts_with_room(params, workspace, [params.base], prompts[: params.comparison.prompts])
     training = training_cost(params, workspace)  # refuses what is not trained before anything is generated
-    rows = generate(params, workspace, prompts)
-    speeds = tokens_per_second(params, workspace, prompts)
+    rows = generate(params, workspace, prompts, judge)
     scored = scored_frame(rows, params.objectives)
     tables = {
-        "table": standings.table(params, scored, speeds, training),
+        "table": standings.table(params, scored, training),
         "fronts": standings.fronts(params, scored),
         "matched": standings.matched(params, scored),
         "wins": standings.win_rates(params, scored),
@@ -41,9 +39,6 @@ def run(params: Params, workspace: Workspace) -> None:
     drawings[0].save(out / "fronts.png")
     drawings[1].save(out / "reward_kl.png")
     pages.comparison(params, tables, scored, drawings, out / "index.html")
+    markdown.comparison_page(tables, objectives, params.comparison.against, out / "README.md")
     terminal.comparison(tables["fronts"])
     print(f"comparison: open {out / 'index.html'}")
-
-
-if __name__ == "__main__":
-    main(run)

@@ -1,12 +1,11 @@
 """download: a dataset of the Hub as a folder of its files.
 
-python -m pipeline.stages.download --dataset dataset0      # the first of data.download, as DVC counts them
+python -m pipeline download --dataset dataset0      # the first of data.download, as DVC counts them
 """
 
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.data import sources
-from pipeline.stages import main
 
 
 def run(params: Params, workspace: Workspace, dataset: str) -> None:
@@ -14,7 +13,3 @@ def run(params: Params, workspace: Workspace, dataset: str) -> None:
     wanted = params.data.download[int(dataset.removeprefix("dataset"))]
     sources.download(wanted)
     print(f"download: {wanted.repository} is in {wanted.folder}")
-
-
-if __name__ == "__main__":
-    main(run)

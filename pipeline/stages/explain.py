@@ -1,13 +1,12 @@
 """explain: the token rewards of some responses, results/explain/tokens.json.
 
-python -m pipeline.stages.explain
+python -m pipeline explain
 """
 
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import Row, read_jsonl, write_json
 from pipeline.generation import explain
-from pipeline.stages import main
 
 
 def run(params: Params, workspace: Workspace) -> None:
@@ -22,7 +21,3 @@ def run(params: Params, workspace: Workspace) -> None:
     print(f"explain: token rewards of {len(found)} responses")
     if again := sum(trace["retokenised"] for trace in found):
         print(f"explain: {again} of them were stored without their tokens, so that their texts are tokenised again")
-
-
-if __name__ == "__main__":
-    main(run)

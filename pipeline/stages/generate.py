@@ -1,6 +1,6 @@
 """generate: every test prompt at every point of the sweep, results/generate/rows.jsonl.
 
-python -m pipeline.stages.generate shard=3/8   # one of eight processes; `dvc repro` then finds the rows of all
+python -m pipeline generate shard=3/8   # one of eight processes; `dvc repro` then finds the rows of all
 """
 
 from pathlib import Path
@@ -9,7 +9,6 @@ from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import read_jsonl, write_jsonl
 from pipeline.generation.rows import Shard, generate_shard, generate_sweep, prompts_with_room
-from pipeline.stages import main
 
 
 def run(params: Params, workspace: Workspace, shard: str | None = None, *, prompts: Path | None = None) -> None:
@@ -23,7 +22,3 @@ def run(params: Params, workspace: Workspace, shard: str | None = None, *, promp
     else:
         count, store = generate_shard(params, workspace, params.base, asked, Shard.parse(shard))
         print(f"generate: the {count} rows of {shard} are in {store}; when all shards are there, run `dvc repro`")
-
-
-if __name__ == "__main__":
-    main(run)

@@ -1,6 +1,6 @@
 """identify: the digest of a reward model's folder outside the project, results/identify/<objective>.json.
 
-python -m pipeline.stages.identify --objective helpfulness      # where judge=reward_model names such a folder
+python -m pipeline identify --objective helpfulness      # where judge=reward_model names such a folder
 """
 
 from pathlib import Path
@@ -10,7 +10,6 @@ from pipeline.config.schema import Params, RewardJudge
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import write_json
 from pipeline.models.identity import folder_identity
-from pipeline.stages import main
 
 
 def run(params: Params, workspace: Workspace, objective: str) -> None:
@@ -27,7 +26,3 @@ def run(params: Params, workspace: Workspace, objective: str) -> None:
         raise UserError(f"judge.models.{objective}: there is no folder {folder}: correct its location.")
     write_json(workspace.results / "identify" / f"{objective}.json", {"digest": folder_identity(folder)})
     print(f"identify: {objective}: {folder}")
-
-
-if __name__ == "__main__":
-    main(run)

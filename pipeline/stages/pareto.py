@@ -1,6 +1,6 @@
 """pareto: the front as table, metrics and picture, the HTML report, and the W&B runs.
 
-python -m pipeline.stages.pareto
+python -m pipeline pareto
 """
 
 import json
@@ -13,8 +13,7 @@ from pipeline.config.workspace import Workspace
 from pipeline.data.files import read_jsonl, replacing, write_json
 from pipeline.evaluation.front import front_metrics, front_table, long_scores
 from pipeline.evaluation.judging import scored_frame
-from pipeline.report import figures, pages, terminal, tracking
-from pipeline.stages import main
+from pipeline.report import figures, markdown, pages, terminal, tracking
 
 
 def run(params: Params, workspace: Workspace, trained: Path | None = None) -> None:
@@ -42,6 +41,7 @@ def run(params: Params, workspace: Workspace, trained: Path | None = None) -> No
         with replacing(out / name) as stream:
             table.to_csv(stream, index=False)
     write_json(out / "metrics.json", metrics)
+    markdown.front_page(front, objectives, metrics, out / "README.md")
     drawings = [
         figures.front(front, objectives, params.sweep.control),
         figures.reward_kl(front, objectives),
@@ -56,7 +56,3 @@ def run(params: Params, workspace: Workspace, trained: Path | None = None) -> No
     tracking.log_points(params, workspace, group, front.to_dict("records"), scored)
     terminal.front(front, objectives, metrics)
     print(f"pareto: open {page}")
-
-
-if __name__ == "__main__":
-    main(run)

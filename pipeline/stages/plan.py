@@ -1,6 +1,6 @@
 """What a run will need: memory, forwards, time, answers of a judge; and whether it can fit. Nothing is loaded.
 
-python -m pipeline.stages.plan                                                    # of params.yaml
+python -m pipeline plan                                                    # of params.yaml
 make plan EXPERIMENT=pku_saferlhf_65b ARGS="decoding.batch_size=4"         # of any composition
 make plan EXPERIMENT=hh_rlhf PLAN="--tokens-per-second 900 --price 0.15 0.60"
 """
@@ -8,7 +8,9 @@ make plan EXPERIMENT=hh_rlhf PLAN="--tokens-per-second 900 --price 0.15 0.60"
 import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -20,13 +22,12 @@ from pipeline.config.errors import UserError
 from pipeline.config.load import load_params, to_params
 from pipeline.config.schema import LlmJudge, Params
 from pipeline.config.workspace import Workspace
+from pipeline.evaluation.judges.progress import CHARACTERS, token_cost
 from pipeline.evaluation.judges.rubric import RUBRICS
 from pipeline.evaluation.standings import entries
 from pipeline.models import memory
 from pipeline.models.loading import Source, resolve_device, resolve_dtype
 from pipeline.models.memory import PROMPT, Need
-
-_CHARACTERS = 4  # of a token of a rubric
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def calls(judge: LlmJudge, params: Params, rows: Rows) -> tuple[int, int, int]:
         pairs += own * rows.samples
     asked = orders * objectives * (pairs + judge.card_pairs)
     rubrics = [len((RUBRICS / f"{name}.md").read_text(encoding="utf-8")) for name in set(judge.rubrics.values())]
-    question = max(rubrics) // _CHARACTERS + PROMPT + 2 * params.decoding.max_new_tokens
+    question = max(rubrics) // CHARACTERS + PROMPT + 2 * params.decoding.max_new_tokens
     return asked, asked * question, asked * judge.max_tokens
 
 
@@ -103,24 +104,27 @@ def print_plan(
         workspace: where fetched models are.
         console: what it is printed on.
         tokens_per_second: of guided decoding, if it was measured; else the bound that arithmetic sets is printed.
-        price: of a million tokens that the judge reads, and writes.
+        price: of a million tokens that the judge reads, and writes, in the place of `judge.price`.
     """
     rows = Rows.of(params, workspace)
     console.print(f"[bold]{params.base}[/bold] guided by {', '.join(params.objectives)}: {rows}")
     fits = _training(params, workspace, console)
     fits &= _decoding(params, workspace, console, rows, tokens_per_second)
     if isinstance(params.judge, LlmJudge):
-        asked, read, written = calls(params.judge, params, rows)
-        cost = ""
-        if price is not None:
-            cost = f", at most {(read * price[0] + written * price[1]) / 1e6:.2f} at {price[0]:g} and {price[1]:g}"
-        console.print(
-            f"judging: at most {asked} answers of {params.judge.model} (judge.max_calls: {params.judge.max_calls}), "
-            f"{read / 1e6:.3g} M tokens read and {written / 1e6:.3g} M written{cost}"
-        )
+        console.print(_judging(params.judge, *calls(params.judge, params, rows), price or params.judge.price))
     if not fits:
         console.print("[bold]this does not fit, and would be refused before anything is loaded[/bold]")
     return fits
+
+
+def _judging(judge: LlmJudge, asked: int, read: int, written: int, price: tuple[float, float] | None) -> str:
+    most = judge.max_calls
+    runs = "" if most is None else f" in {ceil(asked / most)} runs of at most {most}"
+    shown = f"judging: at most {asked} answers of {judge.model}{runs}, "
+    shown += f"{read / 1e6:.3g} M tokens read and {written / 1e6:.3g} M written"
+    if price is None:
+        return shown
+    return f"{shown}, at most {token_cost(read, written, price):.2f} at {price[0]:g} and {price[1]:g}"
 
 
 def _training(params: Params, workspace: Workspace, console: Console) -> bool:
@@ -196,25 +200,16 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.3g} minutes" if seconds < 7200 else f"{seconds / 3600:.3g} hours"
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Plan params.yaml, or the composition that comes on standard input."""
-    parser = ArgumentParser(
-        "python -m pipeline.stages.plan", description=__doc__, formatter_class=RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser("python -m pipeline plan", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("params", nargs="?", default="params.yaml", help="a file, or - for standard input")
     parser.add_argument("--tokens-per-second", type=float, help="of guided decoding at that batch, as it was measured")
-    parser.add_argument("--price", type=float, nargs=2, metavar=("READ", "WRITTEN"), help="of a million tokens each")
-    given = parser.parse_args()
+    parser.add_argument("--price", type=float, nargs=2, metavar=("READ", "WRITTEN"), help="in the place of judge.price")
+    given = parser.parse_args(arguments)
     if given.params == "-":
         params = to_params(OmegaConf.create(sys.stdin.read()), "the composition")
     else:
         params = load_params(Path(given.params))
     if not print_plan(params, Workspace(), Console(), given.tokens_per_second, given.price):
         raise UserError("this run cannot fit here: see above.")
-
-
-if __name__ == "__main__":
-    from pipeline.config.errors import guard
-
-    with guard():
-        main()

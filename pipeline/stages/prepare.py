@@ -1,6 +1,6 @@
 """prepare: preference rows, one file of pairs per objective, and the prompts to generate from.
 
-python -m pipeline.stages.prepare
+python -m pipeline prepare
 """
 
 import json
@@ -19,7 +19,6 @@ from pipeline.data.preferences import Prompts, read_prompts, read_rows
 from pipeline.data.splits import SPLITS
 from pipeline.generation.rows import generate_stored, with_room
 from pipeline.models.control_tokens import control_names
-from pipeline.stages import main
 
 
 def run(params: Params, workspace: Workspace) -> None:
@@ -45,7 +44,7 @@ def run(params: Params, workspace: Workspace) -> None:
 
 
 def write_pairs(rows: Iterator[Row], params: Params, out: Path, card: DataCard) -> Prompts:
-    """Write rows.jsonl and pairs/<objective>.jsonl as the rows come; their prompts are returned.
+    """Write pairs/<objective>.jsonl as the rows come; their prompts are returned.
 
     Raises:
         UserError: an objective has no pair in some split; nothing is written then.
@@ -53,7 +52,6 @@ def write_pairs(rows: Iterator[Row], params: Params, out: Path, card: DataCard) 
     prompts = Prompts()
     missing = {(name, split) for name in params.objectives for split in SPLITS}
     with ExitStack() as stack:
-        whole = stack.enter_context(replacing(out / "rows.jsonl"))
         files = {name: stack.enter_context(replacing(out / "pairs" / f"{name}.jsonl")) for name in params.objectives}
         for row in rows:
             pairs = {
@@ -62,7 +60,6 @@ def write_pairs(rows: Iterator[Row], params: Params, out: Path, card: DataCard) 
             }
             card.keep(row, pairs)
             prompts.add(row)
-            whole.write(json.dumps(row, ensure_ascii=False) + "\n")
             for name, pair in pairs.items():
                 if pair is not None:
                     missing.discard((name, pair["split"]))
@@ -109,7 +106,3 @@ def sample(
     for (prompt_id, _), row in zip(wanted, rows, strict=True):
         samples[prompt_id].append((row["response"], row["finish"] == "eos"))
     return samples
-
-
-if __name__ == "__main__":
-    main(run)

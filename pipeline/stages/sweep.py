@@ -1,9 +1,9 @@
 """Hydra's entry point: print the composition, or train what it needs and run generate to pareto, for one job or many.
 
-    python -m pipeline.stages.sweep --cfg job --resolve                          # what `make params` writes
-    python -m pipeline.stages.sweep --multirun decoding.temperature=0.7,1.0      # one folder per job
-    python -m pipeline.stages.sweep --multirun objectives.positivity.beta=0.02,0.1 arm.rank=8,16
-    python -m pipeline.stages.sweep --multirun experiment=weak_to_strong base=smollm2-10l,smollm2-20l,smollm2-135m
+    python -m pipeline sweep --cfg job --resolve                          # what `make params` writes
+    python -m pipeline sweep --multirun decoding.temperature=0.7,1.0      # one folder per job
+    python -m pipeline sweep --multirun objectives.positivity.beta=0.02,0.1 arm.rank=8,16
+    python -m pipeline sweep --multirun experiment=weak_to_strong base=smollm2-10l,smollm2-20l,smollm2-135m
 
 Models and data are made by DVC in a copy of the project, scratch/trained/<digest>, one for all jobs whose options agree
 on them. What DVC's cache knows, of the project or of another job, is taken from there and not trained again. Each job
@@ -14,7 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -36,12 +36,14 @@ _LATER = ("base", "comparison", "explain", "sweep", "tracking", "weak_to_strong"
 _OF_JUDGE = ("confidence", "resamples")  # of held-out accuracies
 _OF_DECODING = ("device", "engine")  # of sampled responses
 
+_CONF = Path(__file__).resolve().parents[2] / "conf"
 
-@hydra.main(version_base="1.3", config_path="../../conf", config_name="config")
-def main(config: DictConfig) -> None:
+
+@hydra.main(version_base="1.3", config_path=str(_CONF), config_name="config")
+def _run(config: DictConfig) -> None:
     """Train, generate and judge one composed configuration."""
-    from pipeline.config.errors import guard  # torch only when there is work to do
-    from pipeline.stages import explain, generate, judge, pareto
+    from pipeline.config.errors import guard
+    from pipeline.stages import explain, generate, judge, pareto  # torch only when there is work to do
 
     job, project = Path(HydraConfig.get().runtime.output_dir), Workspace()
     with guard():
@@ -140,5 +142,7 @@ def prepare_copy(params: Params, options: dict[str, Any], copy: Path) -> None:
             (copy / file).symlink_to(here / file)
 
 
-if __name__ == "__main__":
-    main()
+def main(arguments: Sequence[str]) -> None:
+    """Hand the arguments to Hydra, which reads them from `sys.argv`."""
+    sys.argv = ["python -m pipeline sweep", *arguments]
+    _run()

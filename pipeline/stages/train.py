@@ -1,6 +1,6 @@
 """train: one ARM per objective as a PEFT folder or a model of its own, its held-out accuracy and its curve.
 
-python -m pipeline.stages.train --objective positivity
+python -m pipeline train --objective positivity
 """
 
 import shutil
@@ -15,7 +15,6 @@ from pipeline.config.workspace import Workspace
 from pipeline.data.files import digest, file_digest, read_jsonl, replacing, write_json
 from pipeline.models.loading import model_digest
 from pipeline.report import tracking
-from pipeline.stages import main
 from pipeline.training import export, hub
 from pipeline.training.arm import CURVE
 from pipeline.training.fit import Job, train
@@ -52,11 +51,7 @@ def produce(params: Params, workspace: Workspace, job: Job, stage: str, folder: 
         pd.DataFrame(trained.history).to_csv(stream, index=False)
     card = export.model_card(job, params.models[job.start].license, digests, trained)
     export.save(trained.model, job.source.prompter().tokenizer, folder, job.start, card, trained.held_out)
-    told = export.metrics(trained.held_out, trained, job.trainer.epochs, round(time.monotonic() - started, 1))
-    write_json(out / "metrics.json", told)
+    write_json(out / "metrics.json", export.metrics(trained.held_out, trained, job.trainer.epochs))
     shutil.rmtree(trained.checkpoints, ignore_errors=True)
-    print(f"{stage}: {out.name}: {trained.held_out.accuracy} after {trained.steps} steps")
-
-
-if __name__ == "__main__":
-    main(run)
+    took = time.monotonic() - started
+    print(f"{stage}: {out.name}: {trained.held_out.accuracy} after {trained.steps} steps, {took:.0f} s")

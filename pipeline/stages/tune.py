@@ -1,10 +1,9 @@
 """tune: what ARMs are compared with, trained on the same pairs: an adapter of a base, models/arms/rivals/<base>/.
 
-python -m pipeline.stages.tune --base smollm2-135m --rival positivity
+python -m pipeline tune --base smollm2-135m --rival positivity
 """
 
 import shutil
-import time
 
 import pandas as pd
 
@@ -13,7 +12,6 @@ from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import read_jsonl, replacing, write_json
 from pipeline.models.loading import Source
-from pipeline.stages import main
 from pipeline.stages.train import produce
 from pipeline.training import rloo
 from pipeline.training.fit import Job
@@ -31,7 +29,7 @@ def run(params: Params, workspace: Workspace, base: str, rival: str) -> None:
 
 
 def _reinforce(params: Params, workspace: Workspace, base: str, rival: str) -> None:
-    started, source = time.monotonic(), Source.of(params, workspace, base)
+    source = Source.of(params, workspace, base)
     folder, out = workspace.rival(base, rival), workspace.results / "tune" / base / rival
     scratch = workspace.scratch / "train" / f"rloo-{base}-{rival}"
     pairs = workspace.results / "prepare" / "pairs"
@@ -42,10 +40,5 @@ def _reinforce(params: Params, workspace: Workspace, base: str, rival: str) -> N
     history, tokens = rloo.train(params, params.tune.rivals[rival], source, prompts, scratch, folder)
     with replacing(out / "curve.csv") as stream:
         pd.DataFrame(history).to_csv(stream, index=False)
-    seconds = round(time.monotonic() - started, 1)
-    write_json(out / "metrics.json", {"steps": history[-1]["step"], "tokens": tokens, "seconds": seconds})
+    write_json(out / "metrics.json", {"steps": history[-1]["step"], "tokens": tokens})
     shutil.rmtree(scratch, ignore_errors=True)
-
-
-if __name__ == "__main__":
-    main(run)

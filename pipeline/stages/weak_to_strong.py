@@ -1,19 +1,19 @@
 """weak_to_strong: the ARMs on every base of the ladder: table, figure and page, results/<weak_to_strong.name>/.
 
-python -m pipeline.stages.weak_to_strong
+python -m pipeline weak_to_strong
 """
 
 import json
 
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
-from pipeline.data.files import Row, read_jsonl, replacing, write_jsonl
-from pipeline.evaluation.judging import check_judge, scored_frame
+from pipeline.data.files import read_jsonl, replacing, write_jsonl
+from pipeline.evaluation.judges.session import open_judge
+from pipeline.evaluation.judging import scored_frame
 from pipeline.evaluation.ladder import lines_of, table
-from pipeline.generation.ladder import generate, tokens_per_second
+from pipeline.generation.ladder import Sampled, judge_bases, sample
 from pipeline.generation.rows import prompts_with_room
-from pipeline.report import figures, pages, terminal
-from pipeline.stages import main
+from pipeline.report import figures, markdown, pages, terminal
 
 
 def run(params: Params, workspace: Workspace) -> None:
@@ -21,18 +21,15 @@ def run(params: Params, workspace: Workspace) -> None:
     results, out = workspace.results, workspace.results / params.weak_to_strong.name
     prompts = [row["prompt"] for _, row in read_jsonl(results / "prepare" / "prompts.jsonl")]
     bases = params.weak_to_strong.bases
-    check_judge(params, workspace)  # before anything is generated
+    judge = open_judge(params, workspace)  # before anything is generated
     prompts = prompts_with_room(params, workspace, bases, prompts)
     lines_of(params)  # refuses what it cannot compare before anything is generated
-    of_base: dict[str, list[Row]] = {}
-    speeds: dict[tuple[str, str], float] = {}
+    sampled: dict[str, Sampled] = {}
     for base in reversed(bases):  # from the largest, so that what does not fit shows at once
-        of_base[base] = generate(params, workspace, base, prompts)
-        found = tokens_per_second(params, workspace, base, prompts)
-        speeds |= {(base, point): speed for point, speed in found.items()}
-    rows = [row for base in bases for row in of_base[base]]
+        sampled[base] = sample(params, workspace, base, prompts)
+    rows = judge_bases(params, {base: sampled[base] for base in bases}, judge)
     scored = scored_frame(rows, params.objectives)
-    lines = table(params, scored, speeds)
+    lines = table(params, scored)
     write_jsonl(out / "rows.jsonl", rows)
     with replacing(out / "table.csv") as stream:
         lines.to_csv(stream, index=False)
@@ -42,9 +39,6 @@ def run(params: Params, workspace: Workspace) -> None:
     ladder = {name: json.loads((results / "fetch" / f"{name}.json").read_text(encoding="utf-8")) for name in names}
     page = out / "index.html"
     pages.ladder(params, lines, scored, ladder, drawn, page)
+    markdown.ladder_page(lines, list(params.objectives), params.arm.base, out / "README.md")
     terminal.ladder(lines, list(params.objectives))
     print(f"weak_to_strong: open {page}")
-
-
-if __name__ == "__main__":
-    main(run)

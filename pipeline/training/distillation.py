@@ -50,7 +50,7 @@ def pruned(parent: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     config.num_hidden_layers = len(layers)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[layer] for layer in layers]
-    child = AutoModelForCausalLM.from_config(config, dtype=parent.dtype)
+    child = AutoModelForCausalLM.from_config(config, dtype=parent.dtype, trust_remote_code=False)
     place = {f".layers.{old}.": f".layers.{new}." for new, old in enumerate(layers)}
     kept = {}
     for name, weight in parent.state_dict().items():

@@ -55,7 +55,7 @@ def save(
         (unfinished / "README.md").write_text(card, encoding="utf-8")
 
 
-def metrics(found: HeldOut, trained: Trained | None = None, epochs: int = 0, seconds: float = 0.0) -> Row:
+def metrics(found: HeldOut, trained: Trained | None = None, epochs: int = 0) -> Row:
     """metrics.json of an ARM; tokens are those that its training computed, prompts included, each time.
 
     Without a training run, of an ARM that came from elsewhere, what training counts is 0.
@@ -70,7 +70,7 @@ def metrics(found: HeldOut, trained: Trained | None = None, epochs: int = 0, sec
         "truncated_prompts": {split: part.truncated for split, part in splits.items()},
         "tokens": epochs * sum(len(group) for group in splits["train"].groups) if splits else 0,
         "padding": round(trained.padding, 4) if trained else 0.0,
-        "steps": trained.steps if trained else 0, "seconds": seconds,
+        "steps": trained.steps if trained else 0,
     }  # fmt: skip
 
 

@@ -125,7 +125,7 @@ def train(job: Job, rows: Sequence[Row], identity: str, scratch: Path, logger: L
     # What is trained whole, or sharded over devices, keeps float32 master weights and computes in the base's dtype.
     master = torch.float32 if arm.tuning == "full" or sharded else dtype
 
-    shape = memory.shape_of(AutoConfig.from_pretrained(source.folder, local_files_only=True))
+    shape = memory.shape_of(AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False))
     shards = _world_size(config, device) if sharded else 1
     memory.refuse_training_too_large(shape, job.start, dtype, source.quantisation, arm.tuning == "full", shards, device)
 

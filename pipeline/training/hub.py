@@ -1,6 +1,6 @@
 """ARMs to and from the Hugging Face Hub: one that is there already instead of training, one of ours for others.
 
-python -m pipeline.training.hub positivity your-name/arm-positivity      # push; HF_TOKEN says who you are
+python -m pipeline push positivity your-name/arm-positivity      # push; HF_TOKEN says who you are
 make params ARGS="'objectives.positivity.pretrained={source: hub, location: your-name/arm-positivity}'"
 """
 
@@ -78,20 +78,11 @@ def push(folder: Path, repository: str, private: bool) -> str:
         ) from error
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Push the ARM of an objective."""
-    parser = ArgumentParser(
-        "python -m pipeline.training.hub", description=__doc__, formatter_class=RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser("python -m pipeline push", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("objective", help="whose ARM is pushed: models/arms/<objective>")
     parser.add_argument("repository", help="owner/name")
     parser.add_argument("--private", action="store_true", help="where the repository does not exist yet")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     print(f"hub: {push(Workspace().arm(given.objective), given.repository, given.private)}")
-
-
-if __name__ == "__main__":
-    from pipeline.config.errors import guard
-
-    with guard():
-        main()

@@ -11,7 +11,7 @@ values.
 
     unguided     `model.generate` of transformers on the base alone: the floor
     naive        `model.generate` with a plain logits processor: 1 + k models, 1 + k forwards per token
-    processor    `model.generate` with `GuidanceProcessor`: base and ARMs are two forwards
+    processor    `model.generate` with `GuidanceLogitsProcessor`: base and ARMs are two forwards
     ours         `GuidedDecoder`: base and ARMs are one forward
 """
 
@@ -44,7 +44,7 @@ from pipeline.decoding import batch as batch_step
 from pipeline.decoding.backbone import Backbone
 from pipeline.decoding.decoder import GuidedDecoder, Request
 from pipeline.decoding.guidance import kl_divergence
-from pipeline.decoding.logits_processor import GuidanceProcessor
+from pipeline.decoding.logits_processor import GuidanceLogitsProcessor
 from pipeline.generation.rows import point_requests
 from pipeline.models.loading import Source, load_model, resolve_device, resolve_dtype
 from pipeline.models.prompting import Prompter, left_pad
@@ -117,7 +117,7 @@ class Bench:
 
     def processor(self, k: int, prompts: list[str]) -> int:
         weights = dict.fromkeys(self.names[:k], 1 / k)
-        return self.generate(prompts, lambda _: [GuidanceProcessor(self.prompter, weights, self.arms)])
+        return self.generate(prompts, lambda _: [GuidanceLogitsProcessor(self.prompter, weights, self.arms)])
 
     def ours(self, k: int, prompts: list[str]) -> int:
         self.seed += 1

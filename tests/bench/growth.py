@@ -71,7 +71,7 @@ def furnish(folder: Path, count: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     composed = subprocess.run(
-        [sys.executable, "-m", "pipeline.stages.sweep", "--cfg", "job", "--resolve", "tracking=disabled", *FIVE_POINTS],
+        [sys.executable, "-m", "pipeline", "sweep", "--cfg", "job", "--resolve", "tracking=disabled", *FIVE_POINTS],
         capture_output=True, text=True, check=True, cwd=ROOT,
     )  # fmt: skip
     (folder / "params.yaml").write_text(composed.stdout, encoding="utf-8")
@@ -126,7 +126,7 @@ if __name__ == "__main__":
     for count in [small] if small else SIZES:
         furnish(SCRATCH / "run", count)
         for stage in ("judge", "pareto"):
-            found.append(measured(stage, count, ["-m", f"pipeline.stages.{stage}"], SCRATCH / "run"))
+            found.append(measured(stage, count, ["-m", "pipeline", stage], SCRATCH / "run"))
     stored = small or STORED
     write_store(SCRATCH / "store.jsonl", stored)
     found.append(measured("open a store", stored, ["-c", OPEN, "store.jsonl", str(stored)], SCRATCH))

@@ -68,12 +68,12 @@ def measured(path: Path) -> dict[str, float]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     composed = subprocess.run(
-        [sys.executable, "-m", "pipeline.stages.sweep", "--cfg", "job", "--resolve", *overrides],
+        [sys.executable, "-m", "pipeline", "sweep", "--cfg", "job", "--resolve", *overrides],
         capture_output=True, text=True, check=True, cwd=ROOT,
     )  # fmt: skip
     tiny_tokenizer().save_pretrained(folder / "models" / "smollm2-135m")  # whose control tokens are looked for
     (folder / "params.yaml").write_text(composed.stdout, encoding="utf-8")
-    command, started = [sys.executable, "-m", "pipeline.stages.prepare"], time.monotonic()
+    command, started = [sys.executable, "-m", "pipeline", "prepare"], time.monotonic()
     stage = subprocess.Popen(command, cwd=folder, env={"PYTHONPATH": str(ROOT), "PATH": ""})
     _, status, usage = os.wait4(stage.pid, 0)  # of this process alone, not of all that ran before
     assert status == 0, "the stage failed"

@@ -1,12 +1,16 @@
-"""The server under load: 64 guided requests at once with mixed weights, then 2,000 one after the other.
+"""The server under load: 64 requests at once, then 20,000 with 64 of them at any time.
 
-    .venv-vllm/bin/python -m tests.bench.serve    # after `make repro` and `make vllm`; writes results/bench/serve.csv
+    make soak    # after `make repro`; hours on two cores; writes results/bench/serve.csv; FLAGS="--many 2000"
 
-An answer is whole if it ended by itself or has all the tokens that were asked for. Every 200 requests, what the
-server's processes hold in memory.
+A quarter of the requests are malformed (`tests.decoding.fuzz`); the others are guided or not, whole or streamed, and
+some clients leave after the first piece. An answer is whole if it ended by itself or has all the tokens it may have.
+Times are a client's: to the first piece of a stream, and from piece to piece. In the end nothing may be lost, no
+malformed body may have been an internal error, and memory may not have grown over the second half.
 """
 
+import argparse
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -14,14 +18,124 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
+import httpx
+import numpy as np
 import pandas as pd
 import psutil
-from openai import AsyncOpenAI
-from tqdm.asyncio import tqdm
 
-PORT, AT_ONCE, MANY, EVERY = 8017, 64, 2000, 200
+from tests.decoding.fuzz import fuzzed
+
+PORT, AT_ONCE, MANY, WINDOWS = 8017, 64, 20_000, 10
 WEIGHTS = [{"positivity": step / 4, "conciseness": (4 - step) / 40} for step in range(5)]
+KINDS = ["guided", "streamed", "unguided", "malformed", "guided", "left", "streamed", "malformed"]
+ANSWERS = {200, 400, 404, 413, 422}  # that a malformed body may get
+
+
+@dataclass
+class Window:
+    """What happened to some requests in a row."""
+
+    answers: int = 0  # to requests that are in order, and whose clients stayed
+    whole: int = 0
+    malformed: int = 0
+    internal_errors: int = 0  # that a malformed body got
+    tokens: int = 0
+    first: list[float] = field(default_factory=list)  # seconds to the first piece
+    gaps: list[float] = field(default_factory=list)  # seconds from piece to piece
+
+    def line(self, name: str, seconds: float, memory: float) -> dict[str, Any]:
+        """As a line of the table."""
+        times = {
+            f"{what}_p{share}_ms": 1000 * float(np.percentile(values, share)) if values else np.nan
+            for what, values in (("first_token", self.first), ("per_token", self.gaps))
+            for share in (50, 99)
+        }
+        return {
+            "requests": name, "answers": self.answers, "whole": self.whole, "malformed": self.malformed,
+            "internal_errors": self.internal_errors, "tokens": self.tokens, "seconds": seconds,
+            "tokens_per_s": self.tokens / seconds, **times, "memory_gib": memory,
+        }  # fmt: skip
+
+
+class Load:
+    """Clients of a server.
+
+    Args:
+        address: of the server, up to `/v1`.
+        model: the base's name.
+        key: the server's API key.
+        size: tokens of an answer.
+    """
+
+    def __init__(self, address: str, model: str, key: str = "none", size: int = 8) -> None:
+        self._address, self._model, self._size = address, model, size
+        limits = httpx.Limits(max_connections=AT_ONCE)
+        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        self._client = httpx.AsyncClient(timeout=600, limits=limits, headers=headers)
+
+    async def run(self, numbers: range, window: Window) -> None:
+        """Send the requests of these numbers, `AT_ONCE` at any time."""
+        waiting = iter(numbers)
+
+        async def client() -> None:
+            for number in waiting:
+                await self._send(number, window)
+
+        async with asyncio.TaskGroup() as clients:
+            for _ in range(min(AT_ONCE, len(numbers))):
+                clients.create_task(client())
+
+    async def close(self) -> None:
+        """Leave."""
+        await self._client.aclose()
+
+    async def _send(self, number: int, window: Window) -> None:
+        kind = KINDS[number % len(KINDS)]
+        path = f"{self._address}/chat/completions"
+        if kind == "malformed":
+            window.malformed += 1
+            answer = await self._client.post(path, content=fuzzed(number, self._model))
+            window.internal_errors += answer.status_code not in ANSWERS
+            return
+        body: dict[str, Any] = {
+            "model": self._model, "max_tokens": self._size, "seed": number,
+            "messages": [{"role": "user", "content": f"Describe a rainy Monday morning, number {number}."}],
+        }  # fmt: skip
+        if kind != "unguided":
+            body["guidance"] = {"weights": WEIGHTS[number % len(WEIGHTS)]}
+        if kind in ("streamed", "left"):
+            await self._stream(path, body, window, leave=kind == "left")
+            return
+        window.answers += 1
+        answer = (await self._client.post(path, json=body)).json()
+        self._count(window, answer["choices"][0]["finish_reason"], answer["usage"]["completion_tokens"])
+
+    async def _stream(self, path: str, body: dict[str, Any], window: Window, leave: bool) -> None:
+        begun, before, finish, tokens = time.perf_counter(), None, None, 0
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        async with self._client.stream("POST", path, json=body) as answer:
+            async for line in answer.aiter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                piece, now = json.loads(line.removeprefix("data: ")), time.perf_counter()
+                tokens = (piece.get("usage") or {}).get("completion_tokens", tokens)
+                for choice in piece.get("choices", []):
+                    finish = choice.get("finish_reason") or finish
+                    if choice["delta"].get("content"):
+                        (window.first if before is None else window.gaps).append(now - (before or begun))
+                        before = now
+                if leave and before is not None:
+                    return
+        window.answers += not leave
+        if not leave:
+            self._count(window, finish, tokens)
+
+    def _count(self, window: Window, finish: str | None, tokens: int) -> None:
+        window.tokens += tokens
+        window.whole += finish == "stop" or tokens == self._size
 
 
 @contextmanager
@@ -31,7 +145,7 @@ def server() -> Iterator[psutil.Process]:
     # Pages of the cache count once they are written to: a small one is soon all there, and what grows then is not it.
     flags += ["--num-gpu-blocks-override", "200"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "2", **os.environ}
-    with subprocess.Popen([sys.executable, "-m", "pipeline.decoding.vllm.serve", *flags], env=environment) as process:
+    with subprocess.Popen([sys.executable, "-m", "pipeline", "serve", *flags], env=environment) as process:
         try:
             while process.poll() is None:
                 try:
@@ -44,53 +158,49 @@ def server() -> Iterator[psutil.Process]:
             process.terminate()
 
 
-async def ask(client: AsyncOpenAI, number: int, size: int) -> tuple[str, int, str]:
-    """One guided answer: its text, how many tokens it has, and why it ended."""
-    said = await client.chat.completions.create(
-        model="smollm2-135m", max_tokens=size, seed=number,
-        messages=[{"role": "user", "content": f"Describe a rainy Monday morning, number {number}."}],
-        extra_body={"guidance": {"weights": WEIGHTS[number % len(WEIGHTS)]}},
-    )  # fmt: skip
-    return said.choices[0].message.content, said.usage.completion_tokens, said.choices[0].finish_reason
-
-
 def held(process: psutil.Process) -> float:
     """GiB of memory that the server's processes hold."""
     return sum(each.memory_info().rss for each in (process, *process.children(recursive=True))) / 2**30
 
 
-async def load(process: psutil.Process) -> pd.DataFrame:
+async def soak(process: psutil.Process, address: str, model: str, many: int, key: str = "none") -> pd.DataFrame:
     """Both loads, as the lines of a table."""
-    client = AsyncOpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", timeout=600, max_retries=0)
     lines = []
+    windows = [("64 at once", range(many, many + AT_ONCE), 48)]
+    every = max(1, many // WINDOWS)
+    windows += [(f"{start + 1} to {start + every}", range(start, start + every), 8) for start in range(0, many, every)]
+    for name, numbers, size in windows:
+        load, window, begun = Load(address, model, key, size), Window(), time.perf_counter()
+        await load.run(numbers, window)
+        await load.close()
+        lines.append(window.line(name, time.perf_counter() - begun, held(process)))
+        print(pd.DataFrame(lines[-1:]).round(2).to_string(index=False), flush=True)
+    return pd.DataFrame(lines).round(2)
 
-    def note(what: str, answers: list[tuple[str, int, str]], started: float) -> None:
-        seconds, tokens = time.perf_counter() - started, sum(size for _, size, _ in answers)
-        right = sum(finish == "stop" or size == wanted for _, size, finish in answers)
-        lines.append((what, len(answers), right, tokens, seconds, tokens / seconds, held(process)))
 
-    wanted, started = 48, time.perf_counter()
-    note("64 at once", await asyncio.gather(*(ask(client, number, wanted) for number in range(AT_ONCE))), started)
-    wanted, room = 8, asyncio.Semaphore(AT_ONCE)
-
-    async def soon(number: int) -> tuple[str, int, str]:
-        async with room:
-            return await ask(client, number, wanted)
-
-    for begun in range(0, MANY, EVERY):
-        started = time.perf_counter()
-        answers = await tqdm.gather(*(soon(number) for number in range(begun, begun + EVERY)), desc=f"{begun}")
-        note(f"{begun + 1} to {begun + EVERY}", answers, started)
-    columns = ["requests", "answers", "whole", "tokens", "seconds", "tokens_per_s", "memory_gib"]
-    return pd.DataFrame(lines, columns=columns).round(2)
+def faults(table: pd.DataFrame) -> list[str]:
+    """What must not have happened, each as a sentence."""
+    found = []
+    if lost := int((table.answers - table.whole).sum()):
+        found.append(f"{lost} answers are not whole.")
+    if errors := int(table.internal_errors.sum()):
+        found.append(f"{errors} malformed bodies were internal errors.")
+    half = table.memory_gib[1:].tolist()[(len(table) - 1) // 2 :]
+    if max(half) > 1.02 * half[0]:
+        found.append(f"memory grew from {half[0]} to {max(half)} GiB over the second half.")
+    return found
 
 
 def main() -> None:
     """Start, load, write the table."""
+    parser = argparse.ArgumentParser("python -m tests.bench.serve")
+    parser.add_argument("--many", type=int, default=MANY, help="requests behind the 64 at once")
+    options = parser.parse_args()
     with server() as process:
-        table = asyncio.run(load(process))
-    print(table.to_string(index=False))
+        table = asyncio.run(soak(process, f"http://127.0.0.1:{PORT}/v1", "smollm2-135m", options.many))
     table.to_csv("results/bench/serve.csv", index=False)
+    if found := faults(table):
+        raise SystemExit("\n".join(found))
 
 
 if __name__ == "__main__":

@@ -115,6 +115,7 @@ def test_load_params_reads_what_compose_makes(compose_params, tmp_path):
         ("+data.sampling.temprature=1.0", "data.sampling.temperature"),
         ("+traner={lr: 0.1}", "trainer"),
         ("+sweep.contrl=base", "sweep.control"),
+        ("+judge.max_calls=3", "judge.card_pairs"),  # which judges of another kind have
     ],
 )
 def test_an_unknown_key_is_refused_with_the_closest_known_one(compose_params, override, closest):
@@ -277,10 +278,10 @@ def test_no_name_reaches_a_shell_but_quoted(tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
     with Repo.init(no_scm=True) as repo:
         commands = [shlex.split(stage.cmd) for stage in repo.index.stages]
-    words = {command[2].rpartition(".")[2]: command[3:] for command in commands if command[4:] != ["positivity"]}
+    words = {command[3]: command[4:] for command in commands if command[5:] != ["positivity"]}
     assert words["fetch"] == ["--model", hostile]
     assert words["tune"] == ["--base", hostile, "--rival", hostile]
-    assert ["--objective", hostile] in [command[3:] for command in commands]
+    assert ["--objective", hostile] in [command[4:] for command in commands]
     assert words["download"] == ["--dataset", "dataset0"]
     assert all(word == hostile or "touch" not in word for command in commands for word in command)
 
@@ -299,7 +300,7 @@ def hidden(value, kind, path=""):
     for name, of in get_type_hints(kinds[0]).items() if kinds else ():
         if name not in value:
             yield f"{path}.{name}"
-        elif path + name not in (".sweeppoints", ".tunerivals", ".comparisonmethods"):  # which people write themselves
+        elif path + name != ".sweeppoints":  # which people write themselves
             yield from hidden(value[name], of, f"{path}.{name}")
 
 
@@ -309,7 +310,12 @@ GROUPS = [(group, option) for group, option in OPTIONS if group not in ("models"
 @pytest.mark.parametrize(("group", "option"), [*GROUPS, ("seed", "0")])
 def test_every_option_can_be_set_by_its_name(group, option):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = compose("config", overrides=[f"{group}={option}", *NEEDED.get((group, option), ())])
+        rloo = (
+            ["comparison=default", "methods@comparison.methods=[genarm,rloo]"]
+            if (group, option) == ("tune", "rloo")
+            else []
+        )
+        composed = compose("config", overrides=[f"{group}={option}", *NEEDED.get((group, option), ()), *rloo])
     lora = {f".arm.{name}" for name in ("rank", "lora_alpha", "dropout", "targets", "quantisation")}
     paths = set(hidden(OmegaConf.to_container(composed), Params))
     assert paths == (lora if (group, option) == ("arm", "full") else set())
@@ -507,3 +513,13 @@ def test_inputs_that_belong_to_other_models_are_refused():
     config["models"]["smollm2-135m"] |= {"source": "path", "location": "/models/mine"}  # by hand, in params.yaml
     with pytest.raises(UserError, match=r"inputs does not follow from the other sections: .* `make params`"):
         to_params(OmegaConf.create(config))
+
+
+JUDGES = sorted(path.stem for path in (CONF / "judge").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_takes_every_judge(compose_params, experiment):
+    for judge in JUDGES:
+        params = compose_params(f"experiment={experiment}", f"judge={judge}")
+        assert getattr(params.judge, "rubrics", params.objectives).keys() >= params.objectives.keys(), judge

@@ -20,7 +20,7 @@ from pipeline.config.schema import Model, Point, Sweep
 from pipeline.decoding.backbone import Backbone
 from pipeline.decoding.cross_tokenizer.spelling import Spelling
 from pipeline.decoding.decoder import GuidedDecoder, Request
-from pipeline.decoding.logits_processor import GuidanceProcessor
+from pipeline.decoding.logits_processor import GuidanceLogitsProcessor
 from pipeline.generation.rows import generate_sweep
 from pipeline.models.fetch import fetch
 from pipeline.models.loading import load_model
@@ -279,7 +279,7 @@ def test_only_candidates_are_drawn_and_the_rest_is_told(across):
 def test_the_processor_of_transformers_draws_from_the_same_law(across, arm):
     tokenizer = sentencepiece()
     prompter, model = Prompter(tokenizer, None), foreign_model(len(tokenizer))
-    guidance = GuidanceProcessor(prompter, {"one": 1.0, REFERENCE: -1.0}, arm, prompts=["Tips?"])
+    guidance = GuidanceLogitsProcessor(prompter, {"one": 1.0, REFERENCE: -1.0}, arm, prompts=["Tips?"])
     guidance._interpreter.candidates = 10**9
     ids = torch.tensor([prompter.prompt_ids("Tips?")])
     found = model.generate(ids, do_sample=False, max_new_tokens=10, logits_processor=[guidance], pad_token_id=0)
@@ -287,7 +287,7 @@ def test_the_processor_of_transformers_draws_from_the_same_law(across, arm):
     [(_, row)] = across.generate([request])
     assert found[0, ids.shape[1] :].tolist()[: len(row.tokens)] == row.tokens
     with pytest.raises(UserError, match="cannot read the base's prompts"):
-        GuidanceProcessor(prompter, {"one": 1.0}, arm)
+        GuidanceLogitsProcessor(prompter, {"one": 1.0}, arm)
 
 
 def test_the_user_is_told_once_and_a_reference_is_asked_for(tiny, prompter, arms):

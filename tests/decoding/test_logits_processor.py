@@ -1,5 +1,3 @@
-import re
-
 import numpy as np
 import pytest
 import torch
@@ -9,10 +7,10 @@ from transformers import AutoTokenizer
 from pipeline.config.errors import UserError
 from pipeline.decoding.backbone import Backbone
 from pipeline.decoding.decoder import GuidedDecoder, Request
-from pipeline.decoding.logits_processor import GuidanceProcessor
+from pipeline.decoding.logits_processor import GuidanceLogitsProcessor
 from pipeline.models.prompting import Prompter, left_pad
 from tests.reference import Reference
-from tests.tiny import ROOT, tiny_model
+from tests.tiny import tiny_model
 
 PROMPTS = ["Describe a rainy Monday.", "Tips?", "Write a review of the corner bakery near the station."]
 WEIGHTS = {"one": 0.5, "two": 0.4}
@@ -20,7 +18,7 @@ WEIGHTS = {"one": 0.5, "two": 0.4}
 
 @pytest.fixture
 def guidance(base, prompter, arms):
-    return lambda weights=WEIGHTS: GuidanceProcessor(prompter, weights, Backbone(base, prompter, arms, name=None))
+    return lambda weights=WEIGHTS: GuidanceLogitsProcessor(prompter, weights, Backbone(base, prompter, arms, name=None))
 
 
 def inputs(prompter, prompts=PROMPTS):
@@ -86,7 +84,9 @@ def test_no_weight_leaves_the_base_s_law(base, prompter, guidance):
 def test_the_padding_of_a_base_s_head_gets_no_mass(prompter):
     wide = tiny_model(prompter.vocab_size + 13).eval()
     arm = Backbone(tiny_model(prompter.vocab_size, seed=2).eval(), prompter, name="arm")
-    found = GuidanceProcessor(prompter, {"arm": 1.0}, arm)(torch.tensor([[5]]), wide(torch.tensor([[5]])).logits[:, -1])
+    found = GuidanceLogitsProcessor(prompter, {"arm": 1.0}, arm)(
+        torch.tensor([[5]]), wide(torch.tensor([[5]])).logits[:, -1]
+    )
     assert found.shape == (1, prompter.vocab_size + 13)
     assert found[0, prompter.vocab_size :].tolist() == [-torch.inf] * 13
 
@@ -94,7 +94,7 @@ def test_the_padding_of_a_base_s_head_gets_no_mass(prompter):
 def test_a_pad_token_that_also_begins_the_prompt_is_kept(tiny, base, arms):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.pad_token = "<user>"  # with which the chat template begins
-    guidance = GuidanceProcessor(
+    guidance = GuidanceLogitsProcessor(
         Prompter(tokenizer, None), WEIGHTS, Backbone(base, Prompter(tokenizer, None), arms, name=None)
     )
     pad, scores = tokenizer.pad_token_id, torch.zeros(1, 500)
@@ -106,9 +106,11 @@ def test_a_pad_token_that_also_begins_the_prompt_is_kept(tiny, base, arms):
 def test_an_attention_mask_says_what_is_padding(base, prompter, arms):
     ids, mask = torch.tensor([[0, 0, 7, 8], [0, 9, 7, 8]]), torch.tensor([[0, 1, 1, 1], [0, 1, 1, 1]])
     backbone, scores = Backbone(base, prompter, arms, name=None), torch.zeros(4, 500)
-    found = GuidanceProcessor(prompter, WEIGHTS, backbone, attention_mask=mask)(ids.repeat_interleave(2, 0), scores)
+    found = GuidanceLogitsProcessor(prompter, WEIGHTS, backbone, attention_mask=mask)(
+        ids.repeat_interleave(2, 0), scores
+    )
     for row, prompt in ((0, [0, 7, 8]), (2, [9, 7, 8])):
-        alone = GuidanceProcessor(prompter, WEIGHTS, backbone, attention_mask=torch.ones(1, 3))
+        alone = GuidanceLogitsProcessor(prompter, WEIGHTS, backbone, attention_mask=torch.ones(1, 3))
         torch.testing.assert_close(found[row : row + 1], alone(torch.tensor([prompt]), scores[:1]), atol=1e-5, rtol=0)
         assert torch.equal(found[row], found[row + 1])
 
@@ -117,7 +119,7 @@ def test_several_rows_without_a_pad_token_need_a_mask(tiny, base, arms):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.pad_token = None
     prompter = Prompter(tokenizer, None)
-    guidance = GuidanceProcessor(prompter, WEIGHTS, Backbone(base, prompter, arms, name=None))
+    guidance = GuidanceLogitsProcessor(prompter, WEIGHTS, Backbone(base, prompter, arms, name=None))
     assert guidance(torch.tensor([[7, 8]]), torch.zeros(1, 500)).isfinite().all()
     with pytest.raises(UserError, match="attention_mask"):
         guidance(torch.tensor([[7, 8, 9], [7, 7, 9]]), torch.zeros(2, 500))
@@ -125,12 +127,12 @@ def test_several_rows_without_a_pad_token_need_a_mask(tiny, base, arms):
 
 def test_two_processors_may_share_a_backbone(base, prompter, arms):
     shared = Backbone(base, prompter, arms, name=None)
-    one, two = (GuidanceProcessor(prompter, {name: 1.0}, shared) for name in ("one", "two"))
+    one, two = (GuidanceLogitsProcessor(prompter, {name: 1.0}, shared) for name in ("one", "two"))
     ids, scores, turns = [torch.tensor([[7, 8]]), torch.tensor([[7, 9]])], torch.zeros(1, 500), []
     for _ in range(3):
         turns.append([guidance(given, scores) for guidance, given in zip((one, two), ids, strict=True)])
         ids = [torch.cat([given, given[:, -1:]], 1) for given in ids]
-    fresh = [GuidanceProcessor(prompter, {name: 1.0}, shared) for name in ("one", "two")]
+    fresh = [GuidanceLogitsProcessor(prompter, {name: 1.0}, shared) for name in ("one", "two")]
     for last, given, guidance in zip(turns[-1], ids, fresh, strict=True):
         torch.testing.assert_close(last, guidance(given[:, :-1], scores), atol=1e-5, rtol=0)
 
@@ -153,20 +155,3 @@ def test_beams_are_refused(base, prompter, guidance):
 def test_unknown_arm_is_refused(guidance):
     with pytest.raises(UserError, match="weights name four, but the ARMs are one, two, three"):
         guidance({"four": 1.0})
-
-
-def test_the_example_of_the_docs_runs(tiny, arms, monkeypatch, tmp_path, capsys):
-    """The README's Python examples, on a tiny model instead of the embedded one."""
-    (tmp_path / "models" / "arms").mkdir(parents=True)
-    (tmp_path / "models" / "smollm2-135m").symlink_to(tiny)
-    for name, arm in {"positivity": "one", "conciseness": "two"}.items():
-        (tmp_path / "models" / "arms" / name).symlink_to(arms[arm])
-    monkeypatch.chdir(tmp_path)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    examples = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    examples = [example for example in examples if "openai" not in example]  # that one wants a server: see test_serve
-    assert len(examples) == 2
-    for example in examples:
-        assert len([line for line in example.splitlines() if line.strip()]) <= 15
-        exec(compile(example, "README.md", "exec"), {})
-        assert capsys.readouterr().out.strip()

@@ -15,7 +15,7 @@ from pipeline.decoding.backbone import Backbone, has_fixed_shapes
 from pipeline.decoding.batch import Batch, guided_logps
 from pipeline.decoding.cuda_graphs import ReplayedStep, fused_elementwise
 from pipeline.decoding.decoder import GuidedDecoder, Request
-from pipeline.decoding.logits_processor import GuidanceProcessor
+from pipeline.decoding.logits_processor import GuidanceLogitsProcessor
 from pipeline.decoding.static_cache import StaticLanes, _rounded_columns, _rounded_slots
 from pipeline.models.loading import load_model
 from tests.decoding.test_kv_cache import SMALL
@@ -111,7 +111,7 @@ def test_a_processor_steps_in_fixed_shapes(base, prompter, arms):
     for fixed_shapes in (False, True):
         backbone = Backbone(base, prompter, arms, name=None)
         backbone.static = fixed_shapes
-        guidance = GuidanceProcessor(prompter, {"one": 0.5, "two": 0.5}, backbone)
+        guidance = GuidanceLogitsProcessor(prompter, {"one": 0.5, "two": 0.5}, backbone)
         how = {"do_sample": False, "max_new_tokens": 12, "logits_processor": [guidance]}
         made.append(base.generate(**inputs(prompter, PROMPTS), **how))
     assert torch.equal(*made)

@@ -1,4 +1,5 @@
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,8 @@ from pipeline.evaluation.front import (
     non_dominated,
     rank_correlation,
 )
-from pipeline.evaluation.judging import score_rows, win_rates
+from pipeline.evaluation.judges.session import open_judge
+from pipeline.evaluation.judging import judge_rows, win_rates
 from pipeline.evaluation.statistics import hypervolume
 
 QUICK = settings(max_examples=50, deadline=None, derandomize=True)
@@ -229,15 +231,16 @@ def test_a_bootstrap_of_many_prompts_fits_into_little_memory():
     assert peak < 60e6  # bytes; all at once are 160 million
 
 
-def test_rows_are_scored_under_the_names_of_their_objectives():
+def test_rows_are_scored_under_the_names_of_their_objectives(smoke_params, workspace):
     objectives = {"brief": Objective(label="x", scorer="conciseness")}
-    assert score_rows([{"response": "one two"}], objectives) == [{"response": "one two", "brief": 0.95}]
-    assert score_rows([{"response": "a", "tokens": [7]}], objectives)[0].keys() == {"response", "brief"}
+    judge = open_judge(replace(smoke_params, objectives=objectives), workspace)
+    assert judge_rows([{"response": "one two"}], judge, {}) == [{"response": "one two", "brief": 0.95}]
+    assert judge_rows([{"response": "a", "tokens": [7]}], judge, {})[0].keys() == {"response", "brief"}
 
 
-def test_an_objective_without_a_scorer_cannot_be_judged():
+def test_an_objective_without_a_scorer_cannot_be_judged(smoke_params, workspace):
     with pytest.raises(UserError, match=r"objectives\.brief has no scorer"):
-        score_rows([{"response": "one"}], {"brief": Objective(label="x")})
+        open_judge(replace(smoke_params, objectives={"brief": Objective(label="x")}), workspace)
 
 
 @pytest.fixture

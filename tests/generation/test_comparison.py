@@ -52,7 +52,7 @@ def human(smoke_params, workspace, tiny, arms):
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.symlink_to(arms[name])
     for where in ("train/human_preference", "tune/tiny/human_preference"):
-        write_json(workspace.results / where / "metrics.json", {"tokens": 10, "seconds": 1.0})
+        write_json(workspace.results / where / "metrics.json", {"tokens": 10})
     facts = dict.fromkeys(("layers", "parameters", "perplexity", "parent_perplexity", "kl"), 2)
     write_json(workspace.results / "fetch/tiny.json", facts)
     prompts = [{"prompt": prompt} for prompt in ("Why?", "Tell me about tea.", "Any tips?")]

@@ -11,8 +11,9 @@ from pipeline.config.errors import UserError
 from pipeline.config.points import point_weights
 from pipeline.config.schema import Point
 from pipeline.evaluation.front import gap_recovered
+from pipeline.evaluation.judges.session import open_judge
 from pipeline.evaluation.ladder import UNDEFINED, lines_of, table
-from pipeline.generation.ladder import generate
+from pipeline.generation.ladder import judge_bases, sample
 from pipeline.generation.rows import point_requests
 
 SURE = (0.95, 500, 0)
@@ -132,11 +133,10 @@ def judged(params, values):
 
 def test_the_table_has_one_line_per_base_and_method(params):
     values = dict.fromkeys(lines_of(params), 0.0) | {"dpo": 0.4, "p100": 0.3, "best_of_4/positivity": 0.2}
-    speeds = {("smollm2-135m", point): 40.0 for point in params.sweep.points}
-    lines = table(params, judged(params, values), speeds)
+    lines = table(params, judged(params, values))
     wanted = (
         "base, method, arm, alpha, reward_positivity, ci_low_positivity, ci_high_positivity, kl, perplexity, "
-        "distinct_2, gap_recovered, gap_ci_low, gap_ci_high, tokens_per_s"
+        "distinct_2, gap_recovered, gap_ci_low, gap_ci_high"
     )
     assert ", ".join(lines.columns) == wanted
     guided = lines[(lines.method == "genarm") & (lines.alpha == 1.0)].iloc[0]
@@ -145,14 +145,13 @@ def test_the_table_has_one_line_per_base_and_method(params):
     )
     assert guided.gap_recovered == pytest.approx(0.75) and guided.perplexity == pytest.approx(math.exp(2), abs=1e-3)
     best = lines[lines.method == "best_of_4"].iloc[0]
-    assert best.gap_recovered == pytest.approx(0.5) and best.tokens_per_s == 10.0
+    assert best.gap_recovered == pytest.approx(0.5)
     assert lines[lines.method.isin(["control", "dpo"])].gap_recovered.isna().all()
 
 
 def test_a_gap_that_includes_nothing_says_so(params):
-    speeds = {("smollm2-135m", point): 40.0 for point in params.sweep.points}
     rows = judged(params, dict.fromkeys(lines_of(params), 0.0))
-    lines = table(params, rows, speeds)
+    lines = table(params, rows)
     assert set(lines[~lines.method.isin(["control", "dpo"])].gap_recovered) == {UNDEFINED}
 
 
@@ -165,7 +164,8 @@ def test_best_of_n_is_the_best_of_its_own_samples(smoke_params, tiny, workspace)
         decoding=dataclasses.replace(smoke_params.decoding, samples_per_prompt=2, max_new_tokens=6),
         weak_to_strong=dataclasses.replace(smoke_params.weak_to_strong, best_of=3),
     )
-    rows = generate(params, workspace, "tiny", ["Why?", "Tell me about tea."])
+    sampled = {"tiny": sample(params, workspace, "tiny", ["Why?", "Tell me about tea."])}
+    rows = judge_bases(params, sampled, open_judge(params, workspace))
     by_point = pd.DataFrame(rows).groupby("point")
     assert by_point.size().to_dict() == {"base": 4, "best_of_3/positivity": 4, "best_of_3/conciseness": 4}
     for _, row in by_point.get_group("best_of_3/positivity").iterrows():

@@ -7,7 +7,7 @@ import torch
 from pipeline.config.points import REFERENCE
 from pipeline.decoding.backbone import Backbone
 from pipeline.decoding.decoder import GuidedDecoder, Request
-from pipeline.decoding.logits_processor import GuidanceProcessor
+from pipeline.decoding.logits_processor import GuidanceLogitsProcessor
 from pipeline.models.loading import load_model
 from pipeline.models.prompting import Prompter
 from tests.decoding import test_logits_processor
@@ -75,7 +75,7 @@ def test_generate_and_the_decoder_choose_the_same_tokens(tiny, prompter, arms, d
     arm.static = base.static = static
     given = test_logits_processor.inputs(prompter)
     given |= {name: given[name].to(device) for name in ("input_ids", "attention_mask")}
-    guidance = GuidanceProcessor(prompter, test_logits_processor.WEIGHTS, arm)
+    guidance = GuidanceLogitsProcessor(prompter, test_logits_processor.WEIGHTS, arm)
     found = model.generate(**given, do_sample=False, max_new_tokens=12, logits_processor=[guidance])
     wanted = [
         Request(prompt, test_logits_processor.WEIGHTS, temperature=0.0, max_new_tokens=12)
@@ -92,7 +92,7 @@ def test_generate_is_guided_across_tokenizers_too(backbone_of, device, static):
     base, arm = Backbone(model, prompter), backbone_of(static=static, name=REFERENCE)
     base.static = static
     weights = {"one": 1.0, REFERENCE: -1.0}
-    guidance = GuidanceProcessor(prompter, weights, arm, prompts=["Tips?"])
+    guidance = GuidanceLogitsProcessor(prompter, weights, arm, prompts=["Tips?"])
     ids = torch.tensor([prompter.prompt_ids("Tips?")], device=device)
     found = model.generate(ids, do_sample=False, max_new_tokens=10, logits_processor=[guidance], pad_token_id=0)
     (row,) = run(GuidedDecoder(base, arm), [Request("Tips?", weights, temperature=0.0, max_new_tokens=10)])

@@ -1,14 +1,10 @@
 import dataclasses
-import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig
 
 from pipeline.config.errors import UserError
-from pipeline.config.schema import GenArm
-from pipeline.generation import comparison
 from pipeline.generation.model_set import ModelSet
 from pipeline.models import loading, memory
 from pipeline.models.loading import load_model, resolve_dtype
@@ -121,32 +117,6 @@ def test_the_check_counts_what_is_loaded_for_the_rows_that_are_asked_for(checked
     assert [need.cache for need in needs] == [2 * 2 * row, 2 * row], (
         "two rows: the base and an adapter, and a whole ARM"
     )
-
-
-def test_a_comparison_holds_the_base_and_one_method_at_a_time(smoke_params, workspace, monkeypatch):
-    """Decoders are counted while any method is timed; nothing is loaded."""
-    alive = weakref.WeakSet()
-
-    class Timed:
-        def generate(self, requests):
-            assert len(alive) <= 2
-            return iter([(0, SimpleNamespace(tokens=[1]))])
-
-    def loading(*_):
-        decoder = Timed()
-        alive.add(decoder)
-        return decoder
-
-    class Method:
-        def __init__(self, *_):
-            self.decoder, self.request = loading, lambda *_: None
-
-    monkeypatch.setattr(comparison, "ModelSet", Method)
-    monkeypatch.setattr(comparison, "Contender", Method)
-    methods = {name: GenArm(kind="genarm") for name in ("one", "two", "three")}
-    compared = dataclasses.replace(smoke_params.comparison, methods=methods)
-    speeds = comparison.tokens_per_second(dataclasses.replace(smoke_params, comparison=compared), workspace, ["Why?"])
-    assert list(speeds) == ["base", *methods]
 
 
 def test_training_a_whole_model_counts_its_optimizer(monkeypatch):

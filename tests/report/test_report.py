@@ -58,10 +58,13 @@ def page(smoke_params, front, scored, tmp_path):
     arm = {
         "accuracy": 0.7, "ci_low": 0.6, "ci_high": 0.8, "pairs": 9, "prompts": 3,
         "length_matched": share, "chosen_longer": share,
-        "length_correlation": -0.2, "dropped_pairs": {}, "truncated_prompts": {}, "steps": 3, "tokens": 9, "seconds": 1,
+        "length_correlation": -0.2, "dropped_pairs": {}, "truncated_prompts": {}, "steps": 3, "tokens": 9,
     }  # fmt: skip
     names = list(smoke_params.objectives)
-    told = {"accuracy": share, "ties": 0.0, "undetermined": 0.0, "position_bias": None}
+    told = {
+        "accuracy": share, "ties": 0.0, "undetermined": 0.1, "reasons": {"<b>length</b>": 2}, "position_bias": None,
+        "truncated": 0.25,
+    }  # fmt: skip
     metrics = {
         "hypervolume": 0.5, "hypervolume_controls": 0.1, "reference": dict.fromkeys(names, 0.0), "mip": {"genarm": 0.4},
         "spearman": {"genarm": dict.fromkeys(names, 1.0)}, "arms": dict.fromkeys(names, arm),
@@ -96,6 +99,7 @@ def test_the_page_needs_nothing_else_and_runs_nothing_that_it_shows(page):
     assert "default-src 'none'" in html and "http" not in html.replace("http-equiv", "")
     assert "All rows, whole, are" in html and "../judge/scores.jsonl" in html
     assert "<img" not in html and NASTY not in html and "&lt;i&gt;line 3" in html
+    assert "undetermined: &lt;b&gt;length" in html and "texts beyond its context" in html
 
 
 def test_every_point_of_a_figure_says_what_it_is(front):

@@ -37,7 +37,6 @@ def test_every_method_has_its_lines_and_its_cost(compared):
     assert mixed["genarm"] == mixed["mod"] == mixed["log_ratio"] == 3 and mixed["soup"] == 2, "the base computes all"
     trained = found.groupby("method").train_tokens.first()
     assert trained["base"] == 0 and trained["morl"] > trained["mod"] > 0 and trained["mod"] == trained["soup"]
-    assert (found.tokens_per_s > 0).all()
     assert found[found.method == "cards"].kl.isna().all() and found[found.method != "cards"].kl.notna().all()
     assert set(found.prompts) == {2, 3, found.prompts.max()}
 

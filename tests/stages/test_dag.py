@@ -34,7 +34,7 @@ def run(copy, *command, check=True):
 
 
 def compose(copy, *overrides):
-    text = run(copy, sys.executable, "-m", "pipeline.stages.sweep", "--cfg", "job", "--resolve", *overrides)
+    text = run(copy, sys.executable, "-m", "pipeline", "sweep", "--cfg", "job", "--resolve", *overrides)
     (copy / "params.yaml").write_text(text, encoding="utf-8")
 
 
@@ -122,7 +122,7 @@ def test_generate_killed_and_run_again_equals_an_uninterrupted_run(copy):
     store, output = copy / "scratch/store/generate.jsonl", copy / "results/generate/rows.jsonl"
     before = output.read_bytes()
     store.unlink()
-    command = [sys.executable, "-m", "pipeline.stages.generate"]
+    command = [sys.executable, "-m", "pipeline", "generate"]
     killed(copy, command, lambda: store.exists() and store.read_bytes().count(b"\n") >= 3)
     left = store.read_bytes().count(b"\n")
     assert 3 <= left < 42
@@ -137,7 +137,7 @@ def test_train_killed_and_run_again_equals_an_uninterrupted_run(copy):
         for name in ("models/arms/positivity/adapter_model.safetensors", "results/train/positivity/curve.csv")
     ]
     before = [file.read_bytes() for file in files]
-    command = [sys.executable, "-m", "pipeline.stages.train", "--objective", "positivity"]
+    command = [sys.executable, "-m", "pipeline", "train", "--objective", "positivity"]
     killed(copy, command, lambda: any(map(newest_checkpoint, copy.glob("scratch/train/positivity-*"))))
     assert "going on from" in run(copy, *command)
     assert [file.read_bytes() for file in files] == before
@@ -161,7 +161,7 @@ def fronts_of(copy, folder, *launcher):
     """
     (copy / "scratch/store/generate.jsonl").rename(copy / "scratch/known.jsonl")
     printed = run(
-        copy, sys.executable, "-m", "pipeline.stages.sweep", "--multirun", "experiment=smoke",
+        copy, sys.executable, "-m", "pipeline", "sweep", "--multirun", "experiment=smoke",
         "decoding.temperature=0.8,1.0", f"hydra.sweep.dir=scratch/{folder}", "+models.tiny.dtype=float32", *launcher,
     )  # fmt: skip
     (copy / "scratch/known.jsonl").replace(copy / "scratch/store/generate.jsonl")
@@ -192,14 +192,8 @@ def test_jobs_of_a_sweep_in_two_workers_equal_those_one_after_the_other(copy, se
 def test_each_job_of_a_sweep_trains_what_it_needs_and_only_once(copy):
     """One job's ARMs are the project's own; of the other one ARM is new, which a further job then shares."""
     compose(copy, "experiment=smoke")
-    sweep = [
-        sys.executable,
-        "-m",
-        "pipeline.stages.sweep",
-        "--multirun",
-        "experiment=smoke",
-        "hydra.sweep.dir=scratch/betas",
-    ]
+    options = ["experiment=smoke", "hydra.sweep.dir=scratch/betas"]
+    sweep = [sys.executable, "-m", "pipeline", "sweep", "--multirun", *options]
     printed = run(copy, *sweep, "objectives.positivity.beta=0.02,0.5")
     assert printed.count("Running stage 'train@positivity'") == 1 and "Running stage 'train@conciseness'" not in printed
     written = (copy / "scratch/betas").glob("*/pareto/front.csv")
@@ -260,16 +254,9 @@ def test_notebooks_run_on_the_results(copy, name, monkeypatch):
 def test_a_broken_params_file_is_one_sentence(copy):
     text = (copy / "params.yaml").read_text()
     (copy / "params.yaml").write_text(text.replace("max_new_tokens", "max_new_token", 1))
-    printed = run(copy, sys.executable, "-m", "pipeline.stages.judge", check=False)
+    printed = run(copy, sys.executable, "-m", "pipeline", "judge", check=False)
     (copy / "params.yaml").write_text(text)
     assert "error: params.yaml: unknown key" in printed and "Traceback" not in printed
-
-
-def test_the_library_example_of_the_readme_runs(copy):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    example = text.split("```python\n")[1].split("```")[0].replace("smollm2-135m", "tiny")
-    (copy / "example.py").write_text(example, encoding="utf-8")
-    assert run(copy, sys.executable, "example.py").strip()
 
 
 def test_an_experiment_composes_runs_and_shows(copy):

@@ -1,52 +1,96 @@
 import os
-import runpy
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
+from pipeline.__main__ import STAGES, TOOLS, main
 from pipeline.data.row_store import RowStore
 from pipeline.stages import share_store
 from tests.tiny import ROOT
 
-MODULES = sorted(
-    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
-    for file in (ROOT / "pipeline").rglob("*.py")
-    if '__name__ == "__main__"' in file.read_text(encoding="utf-8")
-)
+COMMANDS = [*STAGES, *TOOLS]
 
 
-def test_every_stage_and_tool_is_looked_at():
-    assert {
-        "pipeline.generation.explain",
-        "pipeline.report.playground",
-        "pipeline.report",
-        "pipeline.stages.train",
-    } <= set(MODULES)
-
-
-def ended(module, monkeypatch, *arguments):
-    """Run a module as a command does; return its exit code."""
+def run(monkeypatch, *arguments):
+    """Run the command line in this process, in the project's folder; return its exit code."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", [module, *arguments])
-    with monkeypatch.context() as context:
-        context.delitem(sys.modules, module, raising=False)
-        try:
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-        except SystemExit as end:
-            return end.code
+    monkeypatch.setattr(sys, "argv", ["pipeline", *arguments])
+    try:
+        main(arguments)
+    except SystemExit as end:
+        return end.code
     return 0
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_help_shows_an_example_that_can_be_typed(module, monkeypatch, capsys):
-    if module == "pipeline.report.playground":
+def test_the_help_lists_every_command_without_loading_what_they_need():
+    script = "import runpy, sys; sys.argv = ['pipeline', '--help']; runpy.run_module('pipeline', run_name='__main__');"
+    script += "print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"torch", "hydra", "pydantic", "pandas", "dvc"} & set(done.stderr.split())
+    for command in COMMANDS:
+        assert re.search(rf"^  {command} +\S", done.stdout, flags=re.MULTILINE), command
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example_that_can_be_typed(command, monkeypatch, capsys):
+    if command == "playground":
         pytest.importorskip("gradio", reason="gradio is not installed")
-    assert not ended(module, monkeypatch, "--help")
+    assert not run(monkeypatch, command, "--help")
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    assert any(line.startswith(f"python -m {module}") for line in lines)
+    assert any(line.startswith(f"python -m pipeline {command}") for line in lines)
+
+
+def test_every_file_of_the_stages_package_is_a_command_and_there_is_no_other_entry():
+    stages = [file for file in (ROOT / "pipeline/stages").glob("*.py") if "def run(params" in file.read_text("utf-8")]
+    assert {file.stem for file in stages} == set(STAGES)
+    mains = [file for file in (ROOT / "pipeline").rglob("*.py") if '__name__ == "__main__"' in file.read_text("utf-8")]
+    assert mains == [ROOT / "pipeline" / "__main__.py"]
+
+
+COMMAND = re.compile(r"-m pipeline(?:\.(\w+))? ?([\w-]*)")
+
+
+@pytest.mark.parametrize("name", ["Makefile", "dvc.yaml", ".ci/run", "conf/config.yaml"])
+def test_commands_that_other_files_call_are_there(name):
+    calls = COMMAND.findall((ROOT / name).read_text(encoding="utf-8"))
+    assert calls or name == ".ci/run"
+    assert all(not module and command in COMMANDS for module, command in calls), calls
+
+
+def test_commands_that_texts_show_are_there():
+    files = subprocess.run(
+        ["git", "ls-files", "*.md", "*.py", "*.j2", "*.ipynb"], cwd=ROOT, capture_output=True, text=True
+    )
+    shown = 0
+    for name in files.stdout.splitlines():
+        if name == "CHANGELOG.md" or name.startswith("tests/"):
+            continue
+        for module, command in COMMAND.findall((ROOT / name).read_text(encoding="utf-8")):
+            assert not module and (command in COMMANDS or not command or command == "--help"), name
+            shown += 1
+    assert shown > 20
+
+
+def test_dvc_runs_every_stage():
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    assert {shlex.split(stage["cmd"])[3] for stage in stages.values()} == set(STAGES)
+
+
+def test_a_mistyped_command_is_named_with_the_closest_one(monkeypatch):
+    assert "there is no command trian: did you mean train?" in run(monkeypatch, "trian")
+
+
+def test_the_composition_needs_no_torch():
+    script = "import sys; from pipeline.__main__ import main; main(['sweep', '--cfg', 'job']);"
+    script += "assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
 
 
 def test_an_experiment_in_a_copy_of_the_project_knows_its_finished_rows(tmp_path):
@@ -78,5 +122,40 @@ def test_a_zip_download_without_git_is_run_by_dvc(tmp_path):
 
 
 def test_a_missing_argument_is_named(monkeypatch, capsys):
-    assert ended("pipeline.stages.train", monkeypatch) == 2
+    assert run(monkeypatch, "train") == 2
     assert "required: --objective" in capsys.readouterr().err
+
+
+def test_what_a_user_can_mend_is_one_sentence(monkeypatch, tmp_path):
+    def elsewhere(*arguments):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        return end.value.code
+
+    for command in (["prepare"], ["plan"], ["trace", "Tips?"]):
+        assert elsewhere(*command) == (
+            "error: params.yaml is missing: write it with `make params`, in the project's folder."
+        )
+
+
+def test_the_image_of_the_server_copies_what_is_there_and_runs_a_command():
+    text, ignored = (ROOT / "Dockerfile").read_text("utf-8"), (ROOT / ".dockerignore").read_text("utf-8").splitlines()
+    copied = [name for line in re.findall(r"^COPY (.*) \S+$", text, flags=re.MULTILINE) for name in line.split()]
+    assert "pipeline" in copied
+    for name in copied:
+        assert (ROOT / name).exists() and f"!{name}" in ignored, f"{name} is not in the build context"
+    (command,) = re.findall(r'^ENTRYPOINT \["python", "-m", "pipeline", "(\w+)"\]$', text, flags=re.MULTILINE)
+    assert command in TOOLS
+
+
+def test_the_version_is_one():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))["version"] == version
+    assert f"\n## {version}\n" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+def test_the_workflow_runs_what_every_change_must_pass():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text("utf-8"))
+    steps = [step.get("run") for job in workflow["jobs"].values() for step in job["steps"]]
+    assert [step for step in steps if step] == [".ci/run"] and os.access(ROOT / ".ci/run", os.X_OK)

@@ -23,7 +23,7 @@ def test_the_table_the_figure_and_the_page_cover_every_base(ladder):
     assert set(table.method) == {
         "control", "sharpened", "genarm", "genarm_log_ratio", "arm", "dpo", "best_of_2"
     }  # fmt: skip
-    assert (table[table.method == "control"].kl == 0).all() and (table.tokens_per_s > 0).all()
+    assert (table[table.method == "control"].kl == 0).all()
     assert (ladder / "results/weak_to_strong/figure.png").read_bytes().startswith(b"\x89PNG")
     html = (ladder / "results/weak_to_strong/index.html").read_text()
     assert "http://" not in html and "https://" not in html and "tiny-1l" in html
@@ -43,7 +43,7 @@ def test_another_base_trains_no_arm_and_heals_nothing(ladder):
 
 def test_multirun_runs_the_ladder(ladder):
     run(
-        ladder, sys.executable, "-m", "pipeline.stages.sweep", "--multirun", "experiment=smoke_weak_to_strong",
+        ladder, sys.executable, "-m", "pipeline", "sweep", "--multirun", "experiment=smoke_weak_to_strong",
         "base=tiny-1l,tiny", "hydra.sweep.dir=scratch/sweep",
     )  # fmt: skip
     fronts = [pd.read_csv(path) for path in sorted((ladder / "scratch/sweep").glob("*/pareto/front.csv"))]

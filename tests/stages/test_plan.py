@@ -48,6 +48,10 @@ def test_time_and_judges_are_reckoned_from_rows(compose_params, workspace):
     assert calls == 2 * 300 + 50, "two points beside the control, and the card; one order each"
     assert f"at most {calls} answers of gpt-4o-mini" in told
     assert f"at most {(read + 10 * written) / 1e6:.2f} at 1 and 10" in told
+    priced = dataclasses.replace(params.judge, price=(1.0, 10.0), max_calls=300)
+    _, told = printed(dataclasses.replace(params, judge=priced), workspace, 900.0)
+    assert f"answers of gpt-4o-mini in 3 runs of at most 300, {read / 1e6:.3g} M" in told
+    assert f"at most {(read + 10 * written) / 1e6:.2f} at 1 and 10" in told
     both = dataclasses.replace(params.judge, orders="both")
     assert plan.calls(both, params, Rows.of(params, workspace))[0] == 2 * calls
 

@@ -113,6 +113,13 @@ def prepared(folder, overrides):
     (folder / "params.yaml").write_text(yaml.safe_dump(composed, sort_keys=False), encoding="utf-8")
 
 
+def command_of(stage):
+    """The name of the stage that a command runs, and its arguments."""
+    python, dash_m, package, name, *words = shlex.split(stage.cmd)
+    assert (python, dash_m, package) == ("python", "-m", "pipeline")
+    return name, {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
+
+
 def traced_run(folder, monkeypatch):
     """Run every stage in DVC's order in this process; what each one read."""
     monkeypatch.chdir(folder)
@@ -123,11 +130,10 @@ def traced_run(folder, monkeypatch):
         ordered = list(networkx.topological_sort(repo.index.graph.reverse()))
         outs = {stage.addressing: [out.def_path for out in stage.outs] for stage in ordered}
         for stage in ordered:
-            _, _, module, *words = shlex.split(stage.cmd)
-            arguments = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
+            name, arguments = command_of(stage)
             traced, trace = Traced(load_params()), Trace()
             with traced.watching(trace, monkeypatch):
-                importlib.import_module(module).run(traced.params, Workspace(), **arguments)
+                importlib.import_module(f"pipeline.stages.{name}").run(traced.params, Workspace(), **arguments)
             stages.append(
                 Stage(
                     name=stage.addressing,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.decoding.vllm.settings import ENVIRONMENT, EXTRA, ROOM, ends_and_marks, settings
+from pipeline.decoding.vllm.settings import ENVIRONMENT, ROOM, ends_and_marks, settings
 
 os.environ |= ENVIRONMENT
 os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
@@ -23,13 +23,14 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process wher
 
 import vllm
 from tqdm import tqdm
-from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
 from pipeline.config.errors import UserError
+from pipeline.config.points import BASE
 from pipeline.decoding.backbone import plan_backbones
 from pipeline.decoding.request import Generation, Request, until_stop
+from pipeline.decoding.vllm.lanes import Shaping, lane_params
 from pipeline.models.loading import Source
 
 _ROUNDS = 4  # batches' worth of rows that are planned together, as in `GuidedDecoder`
@@ -79,7 +80,7 @@ class VllmDecoder:
         engine: further arguments of `vllm.LLM`, such as `tensor_parallel_size`.
 
     Raises:
-        UserError: vLLM is of a version whose processors are another interface, or an ARM does not fit the base.
+        UserError: an ARM does not fit the base.
     """
 
     def __init__(
@@ -94,13 +95,12 @@ class VllmDecoder:
         }
         self._guides = [name for one in beside for name in one.names]
         self._batch_size = batch_size
-        ledger = {"worker_extension_cls": "pipeline.decoding.vllm.processor.Ledger", "disable_log_stats": True}
-        self._llm = vllm.LLM(**settings(base, adapters, beside, batch_size) | ledger | engine)
+        self._llm = vllm.LLM(**settings(base, adapters, beside, batch_size) | {"disable_log_stats": True} | engine)
         self._engine = self._llm.llm_engine
         config = self._engine.vllm_config
         self._contexts = [config.model_config.max_model_len, *(one.source.context for one in beside)]
         self._budget = config.scheduler_config.max_num_batched_tokens
-        self._ends, [self._mark, _] = ends_and_marks(base)
+        self._ends, [self._mark, *_] = ends_and_marks(base)
 
     def plan(self, requests: Sequence[Request]) -> list[list[int]]:
         """The chunks that `generate` works off one after the other, as indices into `requests`."""
@@ -146,7 +146,7 @@ class VllmDecoder:
     def _lanes(self, request: Request) -> dict[str, float]:
         """The lanes of a request inside the engine and their α; the base's has no adapter."""
         return {
-            "": request.base_weight,
+            BASE: request.base_weight,
             **{name: alpha for name, alpha in request.arms.items() if name in self._adapters},
         }
 
@@ -194,29 +194,19 @@ class VllmDecoder:
         group.part += 1
         group.live, group.ended, group.stopped = {}, {}, None
         request = group.request
-        lanes = self._lanes(request)
-        facts = {
-            "group": group.name, "lanes": len(lanes), "mark": self._mark, "sums": True, "stream": request.stream,
-            "first": len(group.tokens), "last": request.max_new_tokens, "temperature": request.temperature,
-            "top_k": request.top_k, "top_p": request.top_p, "min_p": request.min_p,
-        }  # fmt: skip
-        of_guides = {
-            "prompts": [[*ids, *group.tokens] for ids in group.prompts[1:]],
-            "guides": {name: alpha for name, alpha in request.arms.items() if name in self._guides},
-        }
-        for lane, (name, alpha) in enumerate(lanes.items()):
-            params = SamplingParams(
-                temperature=0.0, max_tokens=request.max_new_tokens - len(group.tokens), ignore_eos=True,
-                stop_token_ids=[*self._ends, self._mark], detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY if lane or not request.stop else RequestOutputKind.CUMULATIVE,
-                extra_args={EXTRA: {**facts, **({} if lane else of_guides), "lane": lane, "alpha": alpha}},
-            )  # fmt: skip
-            name_of_lane = f"{group.name}.{lane}"
-            self._engine.add_request(
-                name_of_lane, {"prompt_token_ids": [*group.ids, *group.tokens]}, params,
-                lora_request=self._adapters.get(name),
-            )  # fmt: skip
-            group.live[name_of_lane] = lane
+        alphas = self._lanes(request)
+        lanes = lane_params(
+            group.name, request, alphas, Shaping(stop_token_ids=tuple(self._ends)), mark=self._mark,
+            first=len(group.tokens), sums=True,
+            guides={name: alpha for name, alpha in request.arms.items() if name in self._guides},
+            prompts=[[*ids, *group.tokens] for ids in group.prompts[1:]],
+            output=RequestOutputKind.CUMULATIVE if request.stop else RequestOutputKind.FINAL_ONLY,
+        )  # fmt: skip
+        for lane, (model, params) in enumerate(zip(alphas, lanes, strict=True)):
+            name = f"{group.name}.{lane}"
+            prompt: Any = {"prompt_token_ids": [*group.ids, *group.tokens]}
+            self._engine.add_request(name, prompt, params, lora_request=self._adapters.get(model))
+            group.live[name] = lane
         return list(group.live)
 
     def _take(self, group: _Group, output: Any) -> None:

@@ -19,7 +19,7 @@ from pipeline.decoding.kv_cache import Lanes
 from pipeline.models.loading import Source
 
 
-def told(beside: Sequence[SideBackbone]) -> list[dict[str, Any]]:
+def to_json(beside: Sequence[SideBackbone]) -> list[dict[str, Any]]:
     """The guides as JSON, for vLLM to hand to its processes."""
     return [
         {
@@ -31,10 +31,11 @@ def told(beside: Sequence[SideBackbone]) -> list[dict[str, Any]]:
     ]
 
 
-def read(said: Mapping[str, Any]) -> SideBackbone:
-    """One of what was `told`."""
-    source = Source(**{**said["source"], "folder": Path(said["source"]["folder"])})
-    return SideBackbone(source, {name: Path(folder) for name, folder in said["adapters"].items()}, said["name"])
+def from_json(described: Mapping[str, Any]) -> SideBackbone:
+    """One of the models that `to_json` described."""
+    source = Source(**{**described["source"], "folder": Path(described["source"]["folder"])})
+    adapters = {name: Path(folder) for name, folder in described["adapters"].items()}
+    return SideBackbone(source, adapters, described["name"])
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Guided:
 class Guides:
     """The models, and where each group stands in them."""
 
-    def __init__(self, said: Sequence[Mapping[str, Any]], device: torch.device) -> None:
-        backbones = [read(one).load(device) for one in said]
+    def __init__(self, described: Sequence[Mapping[str, Any]], device: torch.device) -> None:
+        backbones = [from_json(one).load(device) for one in described]
         self.vocab_sizes = [backbone.vocab_size for backbone in backbones]
         self._lanes, self._device = [Lanes(backbone) for backbone in backbones], device
         self._stands: dict[str, int] = {}  # per group, in the order of rows: the tokens that it has been given
@@ -79,13 +80,13 @@ class Guides:
             for name in {name for group in groups for name in group.alphas}
         }
 
-    def read(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Let all read the groups' last tokens: per lane the groups it guides, its α over T there, its logits there."""
+    def read(self) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+        """Let all read the groups' last tokens: per ARM its name, its groups, its α over T there, its logits there."""
         for lanes in self._lanes:
             if lanes.rows:
                 lanes.step(self._last_G)
             for name, rows_g in lanes.rows.items():
-                yield rows_g, self._alphas[name][rows_g], lanes.logits(name)
+                yield name, rows_g, self._alphas[name][rows_g], lanes.logits(name)
 
     def append(self, tokens_G: Tensor) -> None:
         """Make these the groups' last tokens."""

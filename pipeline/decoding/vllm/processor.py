@@ -11,18 +11,19 @@ ARMs that are no adapters of the base have no lane here, but a row in `guides`, 
 
 A lane can be missing all the same (scheduled later, preempted, aborted). Those present then must not go on with what is
 no guided law: they are given the *mark*, a token that ends them at once and that tells the frontend to go on from the
-last good token. Nothing but tokens passes between processor and frontend, so they may be on different machines.
+last good token. Tokens pass between processor and frontend as vLLM's own; sums and log-probabilities are fetched by
+vLLM's `collective_rpc`. So they may be on different machines.
+
+vLLM also runs processors while a prompt is computed in pieces, and throws away what is drawn then. A lane's list of
+tokens does not grow by such a draw, which is how it is noticed here: nothing of it is kept.
 
 Shapes: B rows of the batch, N of them in whole groups, G groups, V vocabulary.
 """
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,51 +31,14 @@ from torch.nn.utils.rnn import pad_sequence
 from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from pipeline.decoding.guidance import cut, draw, kl_divergence, normalised, random_stream, truncate
+from pipeline.decoding.guidance import cut, draw, kl_divergence, normalised, truncate
 from pipeline.decoding.vllm.guides import Guided, Guides
-from pipeline.decoding.vllm.settings import EXTRA
+from pipeline.decoding.vllm.lanes import check_seal, facts_of
+from pipeline.decoding.vllm.logprobs import TokenLogprobs, token_logprobs
+from pipeline.decoding.vllm.rows import Lane, Plan, lane_of
+from pipeline.decoding.vllm.settings import EXTRA, SCHEDULER
 
-
-@dataclass(frozen=True)
-class Lane:
-    """One lane's row of the batch."""
-
-    group: str
-    lane: int  # 0 is the base
-    lanes: int  # of the group
-    alpha: float
-    mark: int
-    sums: bool
-    temperature: float  # 0 is greedy
-    top_k: int
-    top_p: float
-    min_p: float
-    prompts: Sequence[Sequence[int]]  # of the guides
-    guides: Mapping[str, float]  # their α
-    uniforms: np.ndarray  # that draw the group's tokens, from this part's first on
-    output: Sequence[int]  # vLLM's own list: it grows as tokens are drawn
-
-
-@dataclass
-class _Plan:
-    """The index tensors of a batch, until it changes."""
-
-    rows_N: Tensor  # group by group, the base's lane first
-    group_N: Tensor
-    alpha_N: Tensor  # over the temperature
-    starts_G: Tensor  # where each group begins in these
-    base_G: Tensor  # rows of the base lanes
-    names: list[str | None]  # of groups whose sums are kept
-    top_k_G: Tensor
-    top_p_G: Tensor
-    min_p_G: Tensor
-    cutting: bool
-    uniforms_GT: Tensor
-    steps: int
-    sums_G3: Tensor
-    mark_G: Tensor
-    lost: Tensor  # rows whose group is not whole
-    marks: Tensor
+_KEPT = 4096  # groups whose log-probabilities are kept until they are fetched
 
 
 class LaneProcessor(LogitsProcessor):
@@ -86,38 +50,30 @@ class LaneProcessor(LogitsProcessor):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         scheduler = vllm_config.scheduler_config
-        if scheduler.enable_chunked_prefill:
-            raise ValueError("guided lanes need whole prompts: start vLLM with --no-enable-chunked-prefill.")
+        if scheduler.enable_chunked_prefill and scheduler.scheduler_cls != SCHEDULER:
+            raise ValueError(f"lanes whose prompts are computed in pieces need vLLM's --scheduler-cls {SCHEDULER}.")
         if scheduler.async_scheduling:
             raise ValueError("guided lanes need each token in time: start vLLM with --no-async-scheduling.")
-        told = vllm_config.additional_config[EXTRA]
+        config = vllm_config.additional_config[EXTRA]
         self._device = device
-        self._guides = Guides(told["guides"], device)
-        self._vocab_size = min([int(told["vocab_size"]), *self._guides.vocab_sizes])
+        self._guides = Guides(config["guides"], device)
+        self._vocab_size = min([int(config["vocab_size"]), *self._guides.vocab_sizes])
         self._rows: dict[int, Lane] = {}
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
         self._changed = False
         self.sums: dict[str, list[float]] = {}
+        self.records: dict[str, dict[int, TokenLogprobs]] = {}  # per group, by position in the response
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Refuse lanes that are not spelled as the frontend spells them.
+        """Refuse lanes that this process did not write, and so every number that was not checked.
 
         Raises:
-            ValueError: a fact is missing or of the wrong type, or vLLM is to sample by itself.
+            ValueError: the seal is missing.
         """
-        told = (sampling_params.extra_args or {}).get(EXTRA)
-        if told is None:
-            return
-        try:
-            _lane(told, ())
-            most = int(facts(told)["last"]) - int(facts(told)["first"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"extra_args[{EXTRA!r}] is no lane of a guided request: {error!r}") from error
-        if sampling_params.temperature != 0:
-            raise ValueError("a guided lane is greedy to vLLM: its temperature belongs into extra_args.")
-        if sampling_params.max_tokens is None or sampling_params.max_tokens > most:
-            raise ValueError(f"a guided lane has max_tokens={sampling_params.max_tokens}, and its group draws {most}.")
+        facts = facts_of(sampling_params)
+        if facts is not None:
+            check_seal(facts)
 
     def is_argmax_invariant(self) -> bool:
         """No: it says which token is the likeliest."""
@@ -130,10 +86,10 @@ class LaneProcessor(LogitsProcessor):
         self.settle()
         for index in batch_update.removed:
             self._rows.pop(index, None)
-        for index, params, _, output in batch_update.added:
+        for index, params, prompt, output in batch_update.added:
             self._rows.pop(index, None)
-            if told := (params.extra_args or {}).get(EXTRA):
-                self._rows[index] = _lane(told, output)
+            if facts := facts_of(params):
+                self._rows[index] = lane_of(facts, prompt or (), output)
         for one, two, direction in batch_update.moved:
             first, second = self._rows.pop(one, None), self._rows.pop(two, None)
             if first is not None:
@@ -144,41 +100,75 @@ class LaneProcessor(LogitsProcessor):
 
     def apply(self, logits: Tensor) -> Tensor:
         """Make the drawn token the likeliest of every lane of a whole group, and the mark where one is missing."""
+        if not self._changed and not self._keep_last_step():
+            self.settle()
+            self._changed = True
         if self._changed:
             self._plan, self._changed = self._planned(), False
         plan = self._plan
         if plan is None:
             return logits
         if plan.names:
-            seen = cut(logits, self._vocab_size)
-            # No row adds to another group, not even 0 times what it has: another request's may be −inf (a grammar, a
-            # shortest length), or an overflow, and 0 · −inf is no number.
-            total_GV = F.embedding_bag(
-                plan.rows_N, seen, plan.starts_G, mode="sum", per_sample_weights=plan.alpha_N
-            )  # fmt: skip
-            for rows_g, alpha_g, values_gV in self._guides.read():
-                total_GV.index_add_(0, rows_g, cut(values_gV, self._vocab_size).to(total_GV) * alpha_g[:, None])
-            law_GV = torch.log_softmax(total_GV, dim=-1)
-            if plan.cutting:
-                law_GV = truncate(law_GV, plan.top_k_G, plan.top_p_G, plan.min_p_G)
-            token_G = draw(law_GV, plan.uniforms_GT[:, plan.steps])
-            token_G1 = token_G[:, None]
-            logp_G = law_GV.gather(1, token_G1)[:, 0]
-            if any(plan.names):
-                base_GV = normalised(seen[plan.base_G])
-                base_G = base_GV.gather(1, token_G1)[:, 0]
-                plan.sums_G3 += torch.stack([logp_G, base_G, kl_divergence(law_GV, base_GV)], dim=1)
-            lawful_G = logp_G.isfinite()
-            if not bool(lawful_G.all()):  # a model gave what is no number, and nothing may be drawn from it
-                token_G = torch.where(lawful_G, token_G, plan.mark_G)
-                logits[plan.rows_N[~lawful_G[plan.group_N]]] = 0
-            logits[plan.rows_N, token_G[plan.group_N]] = torch.inf
-            self._guides.append(token_G)
-            plan.steps += 1
+            self._draw(plan, logits)
         if len(plan.lost):
             logits[plan.lost] = 0  # beside what is no number, +inf would not be the likeliest
             logits[plan.lost, plan.marks] = torch.inf
         return logits
+
+    def _draw(self, plan: Plan, logits: Tensor) -> None:
+        """Draw a token for each whole group, and make it the likeliest of its lanes."""
+        seen = cut(logits, self._vocab_size)
+        # No row adds to another group, not even 0 times what it has: another request's may be −inf (a grammar, a
+        # shortest length), or an overflow, and 0 · −inf is no number.
+        total_GV = F.embedding_bag(plan.rows_N, seen, plan.starts_G, mode="sum", per_sample_weights=plan.alpha_N)
+        beside = []
+        for name, rows_g, alpha_g, values_gV in self._guides.read():
+            total_GV.index_add_(0, rows_g, cut(values_gV, self._vocab_size).to(total_GV) * alpha_g[:, None])
+            beside.append((name, rows_g.tolist(), cut(values_gV, self._vocab_size)))
+        self._shape(plan, total_GV)
+        whole_GV = law_GV = torch.log_softmax(total_GV, dim=-1)
+        if plan.cutting:
+            law_GV = truncate(law_GV, plan.top_k_G, plan.top_p_G, plan.min_p_G)
+        token_G = draw(law_GV, plan.uniforms_GT[:, plan.steps])
+        logp_G = law_GV.gather(1, token_G[:, None])[:, 0]
+        if any(plan.names):
+            base_GV = normalised(seen[plan.base_G])
+            base_G = base_GV.gather(1, token_G[:, None])[:, 0]
+            plan.last_G3 = torch.stack([logp_G, base_G, kl_divergence(law_GV, base_GV)], dim=1)
+        lawful_G = logp_G.isfinite()
+        if not bool(lawful_G.all()):  # a model gave what is no number, and nothing may be drawn from it
+            token_G = torch.where(lawful_G, token_G, plan.mark_G)
+            logits[plan.rows_N[~lawful_G[plan.group_N]]] = 0
+        plan.records = self._recorded(plan, whole_GV, token_G, seen, beside)
+        for place, counts_V in plan.counts.items():
+            counts_V[token_G[place]] += 1
+        logits[plan.rows_N, token_G[plan.group_N]] = torch.inf
+        self._guides.append(token_G)
+        plan.steps += 1
+
+    def _shape(self, plan: Plan, total_GV: Tensor) -> None:
+        """Take penalties off the sums of groups, and ends out of those that are not long enough."""
+        for place, counts_V in plan.counts.items():
+            lane = plan.lanes[place]
+            penalty_V = lane.frequency_penalty * counts_V + lane.presence_penalty * (counts_V > 0)
+            total_GV[place] -= penalty_V / (lane.temperature or 1.0)
+        for place, lane in enumerate(plan.lanes):
+            if lane.min_tokens and len(lane.before) + plan.lengths[place] + plan.steps < lane.min_tokens:
+                total_GV[place, [token for token in lane.stop_token_ids if token < self._vocab_size]] = -torch.inf
+
+    def _recorded(
+        self, plan: Plan, law_GV: Tensor, token_G: Tensor, seen: Tensor, beside: Sequence[tuple[str, list[int], Tensor]]
+    ) -> dict[str, TokenLogprobs]:  # fmt: skip
+        """Log-probabilities of the step, of groups that want them."""
+        found = {}
+        for place, lane in enumerate(plan.lanes):
+            if lane.top_logprobs is None:
+                continue
+            rows = plan.rows_N[plan.group_N == place].tolist()
+            models = {self._rows[row].model: seen[row] for row in rows}
+            models |= {name: values_gV[rows_g.index(place)] for name, rows_g, values_gV in beside if place in rows_g}
+            found[lane.group] = token_logprobs(law_GV[place], int(token_G[place]), lane.top_logprobs, models)
+        return found
 
     def _grouped(self) -> tuple[dict[str, list[int]], list[int]]:
         """The rows of groups that are whole and in step, the base's first; and the rows of all others."""
@@ -198,12 +188,12 @@ class LaneProcessor(LogitsProcessor):
         order = self._guides.order({name: len(self._rows[rows[0]].output) for name, rows in whole.items()})
         return {name: whole[name] for name in order}, lost
 
-    def _planned(self) -> _Plan:
+    def _planned(self) -> Plan:
         """What the batch is made of: each of its rows gets one token per step, until it changes."""
         whole, lost = self._grouped()
         rows_n = [row for rows in whole.values() for row in rows]
         sizes = [len(rows) for rows in whole.values()]
-        told = [self._rows[rows[0]] for rows in whole.values()]
+        lanes = [self._rows[rows[0]] for rows in whole.values()]
         self._guides.seat(
             [
                 Guided(
@@ -212,23 +202,29 @@ class LaneProcessor(LogitsProcessor):
                     {name: alpha / (lane.temperature or 1.0) for name, alpha in lane.guides.items()},
                     lane.output,
                 )
-                for lane in told
+                for lane in lanes
             ]
         )
         # A greedy row takes the likeliest token of the law at temperature 1, which is the likeliest at any.
-        top_k = [lane.top_k if lane.temperature else 1 for lane in told]
-        left = [torch.from_numpy(lane.uniforms[len(lane.output) :]) for lane in told]
-        return _Plan(
+        top_k = [lane.top_k if lane.temperature else 1 for lane in lanes]
+        left = [torch.from_numpy(lane.uniforms[len(lane.output) :]) for lane in lanes]
+        return Plan(
             self._index(rows_n), self._index([place for place, size in enumerate(sizes) for _ in range(size)]),
             self._values([self._rows[row].alpha / (self._rows[row].temperature or 1.0) for row in rows_n]),
             self._index(list(accumulate(sizes, initial=0))[:-1]), self._index([rows[0] for rows in whole.values()]),
-            [lane.group if lane.sums else None for lane in told],
-            self._index(top_k), self._values([lane.top_p for lane in told]),
-            self._values([lane.min_p for lane in told]),
-            any(top_k) or any(lane.top_p < 1 or lane.min_p > 0 for lane in told),
+            [lane.group if lane.sums else None for lane in lanes],
+            self._index(top_k), self._values([lane.top_p for lane in lanes]),
+            self._values([lane.min_p for lane in lanes]),
+            any(top_k) or any(lane.top_p < 1 or lane.min_p > 0 for lane in lanes),
             pad_sequence(left, batch_first=True).to(self._device) if left else torch.empty(0, 0),
-            0, torch.zeros(len(whole), 3, dtype=torch.float64, device=self._device),
-            self._index([lane.mark for lane in told]),
+            lanes, [len(lane.output) for lane in lanes],
+            {
+                place: torch.bincount(self._index(list(lane.drawn)), minlength=self._vocab_size)[: self._vocab_size]
+                for place, lane in enumerate(lanes)
+                if lane.presence_penalty or lane.frequency_penalty
+            },
+            torch.zeros(len(whole), 3, dtype=torch.float64, device=self._device),
+            self._index([lane.mark for lane in lanes]),
             self._index(lost), self._index([self._rows[row].mark for row in lost]),
         )  # fmt: skip
 
@@ -238,8 +234,28 @@ class LaneProcessor(LogitsProcessor):
     def _values(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._device)
 
+    def _keep_last_step(self) -> bool:
+        """Keep what the last step adds to sums and log-probabilities, where vLLM kept its token; whether it all did."""
+        plan = self._plan
+        if plan is None or not plan.steps:
+            return True
+        kept = [len(lane.output) == length + plan.steps for lane, length in zip(plan.lanes, plan.lengths, strict=True)]
+        if plan.last_G3 is not None:
+            if not all(kept):
+                plan.last_G3 = torch.where(torch.tensor(kept, device=self._device)[:, None], plan.last_G3, 0.0)
+            plan.sums_G3 = plan.sums_G3 + plan.last_G3  # not in place: some callers are outside inference mode
+        for lane, is_kept in zip(plan.lanes, kept, strict=True):
+            if is_kept and lane.group in plan.records:
+                position = len(lane.before) + len(lane.output) - 1
+                self.records.setdefault(lane.group, {})[position] = plan.records[lane.group]
+        while len(self.records) > _KEPT:  # of clients that left in the middle of fetching them
+            del self.records[next(iter(self.records))]
+        plan.last_G3, plan.records = None, {}
+        return all(kept)
+
     def settle(self) -> None:
         """Move what was added up since the batch last changed: log π, log π_base and KL(π ‖ π_base), in nats."""
+        self._keep_last_step()
         if self._plan is None or not any(self._plan.names):
             return
         for name, found in zip(self._plan.names, self._plan.sums_G3.tolist(), strict=True):
@@ -267,23 +283,11 @@ class Ledger:
                 found |= processor.taken(set(groups))
         return found
 
-
-def facts(told: Any) -> dict[str, Any]:
-    """What a lane says of itself: a mapping, or the same as JSON, which is what a server lets through."""
-    found: dict[str, Any] = json.loads(told) if isinstance(told, str) else told
-    return found
-
-
-def _lane(told: Any, output: Sequence[int]) -> Lane:
-    told = facts(told)
-    lane, lanes, first, last = (int(told[name]) for name in ("lane", "lanes", "first", "last"))
-    if not 0 <= lane < lanes or not 0 <= first < last:
-        raise ValueError(f"lane {lane} of {lanes}, tokens {first} to {last}")
-    # Only the base's lane draws, and speaks for the guides.
-    uniforms = np.empty(0) if lane else random_stream(str(told["stream"]), last)[first:]
-    return Lane(
-        str(told["group"]), lane, lanes, float(told["alpha"]), int(told["mark"]), bool(told.get("sums", False)),
-        float(told["temperature"]), int(told["top_k"]), float(told["top_p"]), float(told["min_p"]),
-        told.get("prompts", ()), {name: float(alpha) for name, alpha in told.get("guides", {}).items()}, uniforms,
-        output,
-    )  # fmt: skip
+    def take_logprobs(self, group: str) -> dict[int, TokenLogprobs]:
+        """Log-probabilities of a group's tokens since they were last fetched, by position; forgotten here."""
+        found: dict[int, TokenLogprobs] = {}
+        for processor in self.model_runner.input_batch.logitsprocs.all:  # type: ignore[attr-defined]
+            if isinstance(processor, LaneProcessor):
+                processor.settle()
+                found |= processor.records.pop(group, {})
+        return found

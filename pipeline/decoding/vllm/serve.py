@@ -1,12 +1,12 @@
 """Guided decoding behind vLLM's own OpenAI-compatible server.
 
-    python -m pipeline.decoding.vllm.serve --port 8000     # `make serve`; flags after -- go to vLLM's server
+    python -m pipeline serve --port 8000     # `make serve`; flags after -- go to vLLM's server
     curl -s localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": "smollm2-135m",
       "messages": [{"role": "user", "content": "Describe a rainy Monday."}], "max_tokens": 48, "seed": 1,
       "guidance": {"weights": {"positivity": 1.0}}}'
 
-The server is vLLM's with our processor, our scheduler and our middleware, which turns a request with `guidance` into
-its lanes; a request without it passes untouched.
+The server is vLLM's with our processor, our scheduler and our routes, which turn a request with `guidance` into its
+lanes; a request without it goes on to vLLM's own.
 """
 
 import json
@@ -18,27 +18,29 @@ from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.errors import guard
 from pipeline.config.load import load_params
 from pipeline.config.workspace import Workspace
 from pipeline.decoding.backbone import SideBackbone, plan_backbones
 from pipeline.decoding.vllm import guides
-from pipeline.decoding.vllm.settings import ENVIRONMENT, ROOM, TOLD, ends_and_marks, settings
+from pipeline.decoding.vllm.settings import ENVIRONMENT, ROOM, SERVE, ends_and_marks, settings
 from pipeline.models.loading import Source
 from pipeline.models.prompting import Prompter
+
+_PLUGINS = ("genarm_cpu", "genarm_server")  # entry points of ours in pyproject.toml
 
 
 def command(
     name: str, base: Source, adapters: Mapping[str, Path], beside: Sequence[SideBackbone], groups: int, port: int
 ) -> list[str]:  # fmt: skip
-    """What starts vLLM's server; as a module, since the CPU build's `vllm` command does not find its own version."""
-    told = {"served_model_name": name, "host": "127.0.0.1", "port": port, **settings(base, adapters, beside, groups)}
-    told |= {"lora_modules": [f"{arm}={folder.absolute()}" for arm, folder in adapters.items()]} if adapters else {}
-    told |= {"middleware": "pipeline.decoding.vllm.middleware.Guided"}
+    """What starts vLLM's server."""
+    arguments = {"served_model_name": name, "host": "127.0.0.1", "port": port}
+    arguments |= settings(base, adapters, beside, groups)
+    if adapters:
+        arguments["lora_modules"] = [f"{arm}={folder.absolute()}" for arm, folder in adapters.items()]
     if base.template is not None:
-        told["chat_template"] = _chat_template(base.prompter())
-    flags = [flag for name, value in told.items() for flag in _flag(name, value)]
-    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
+        arguments["chat_template"] = _chat_template(base.prompter())
+    flags = [flag for name, value in arguments.items() for flag in _flag(name, value)]
+    return [sys.executable, "-m", "pipeline.decoding.vllm.run", *flags]
 
 
 def _chat_template(prompter: Prompter) -> str:
@@ -61,32 +63,29 @@ def _flag(name: str, value: Any) -> list[str]:
     return [f"--{spelled}", *map(str, value if isinstance(value, list) else [value])]
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Become vLLM's server for the base and the ARMs of params.yaml."""
     parser = ArgumentParser(
-        "python -m pipeline.decoding.vllm.serve", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+        "python -m pipeline serve", description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--groups", type=int, default=32, help="guided requests at once")
     parser.add_argument("more", nargs="*", help="after --: further flags of vLLM's server")
-    given = parser.parse_args()
+    options = parser.parse_args(arguments)
     params, workspace = load_params(), Workspace()
     source = Source.of(params, workspace, params.base)
     weak = Source.of(params, workspace, params.arm.base) if params.arm.base != params.base else None
     arms = {name: workspace.arm(name) for name in params.objectives}
     adapters, beside = plan_backbones(source, arms, weak, {}, reference=weak is not None)
-    told = {
-        "base": params.base, "folder": str(source.folder), "groups": given.groups, "adapters": list(adapters),
-        "guides": guides.told(beside), "marks": ends_and_marks(source)[1], "template": source.template,
+    ends, marks = ends_and_marks(source)
+    models = {
+        "base": params.base, "folder": str(source.folder), "groups": options.groups, "adapters": list(adapters),
+        "guides": guides.to_json(beside), "ends": ends, "marks": marks, "template": source.template,
     }  # fmt: skip
-    os.environ |= {TOLD: json.dumps(told), **ENVIRONMENT}
+    plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
+    os.environ |= {SERVE: json.dumps(models), **ENVIRONMENT, "VLLM_PLUGINS": ",".join([*plugins, *_PLUGINS])}
     os.environ.setdefault(*ROOM)
     if allocator := find_library("tcmalloc_minimal"):  # as vLLM advises on CPUs: glibc's keeps what others give back
         os.environ.setdefault("LD_PRELOAD", allocator)
-    started = command(params.base, source, adapters, beside, given.groups, given.port)
-    os.execvp(started[0], [*started, *given.more])
-
-
-if __name__ == "__main__":
-    with guard():
-        main()
+    started = command(params.base, source, adapters, beside, options.groups, options.port)
+    os.execvp(started[0], [*started, *options.more])

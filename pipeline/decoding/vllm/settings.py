@@ -1,6 +1,7 @@
 """How vLLM has to be started for lanes: the same for the decoder and for the server."""
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
@@ -12,17 +13,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from pipeline.config.errors import UserError
 from pipeline.decoding.backbone import SideBackbone
 from pipeline.decoding.fused_lora import read_adapter
-from pipeline.decoding.vllm.guides import told
+from pipeline.decoding.vllm.guides import to_json
 from pipeline.models.loading import Source
 from pipeline.models.prompting import Prompter, ends_of
 from pipeline.models.vocabulary import check_adapter_tokenizer, check_vocabulary
 
 EXTRA = "guidance"  # the key of a lane's facts in `SamplingParams.extra_args`, and of ours in `additional_config`
-TOLD = "GENARM_SERVE"  # environment variable: what the server's launcher tells the middleware
-SUPPORTED = ("0.32",)  # of vLLM: its interface to logits processors has changed between minor versions
+SERVE = "GENARM_SERVE"  # environment variable: the models that the launcher serves, as JSON, for the server's routes
+SCHEDULER = "pipeline.decoding.vllm.scheduler.GroupScheduler"
+TESTED = ("0.32",)  # of vLLM; its interfaces have changed between minor versions
 # Our processor is of the kind that vLLM's first model runner knows; the second, which it may choose on GPUs, is not.
 ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_NO_USAGE_STATS": "1"}
 ROOM = ("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB unless told otherwise; vLLM's own choice is nearly all memory there is
+_MARKS = 66  # two more than a client can name in stop_token_ids
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's buffers for adapters come in
 
 
@@ -36,7 +39,7 @@ def settings(base: Source, adapters: Mapping[str, Path], beside: Sequence[SideBa
         groups: guided requests at once.
 
     Raises:
-        UserError: vLLM is of another version, or not there; an adapter is missing, or of a higher rank than vLLM has
+        UserError: vLLM is not there; an adapter is missing, or of a higher rank than vLLM has
             buffers for; a guide has another tokenizer; int8, which vLLM does not do.
     """
     _check_version()
@@ -47,10 +50,11 @@ def settings(base: Source, adapters: Mapping[str, Path], beside: Sequence[SideBa
         raise UserError("vLLM does not quantise to int8 on loading: set the base's quantisation to nf4 or null.")
     found: dict[str, Any] = {
         "model": str(base.folder), "dtype": base.dtype, "max_num_seqs": groups * (1 + len(adapters)),
-        "enable_chunked_prefill": False, "async_scheduling": False, "enforce_eager": True,
+        "enable_chunked_prefill": True, "async_scheduling": False, "enforce_eager": True,
         "logits_processors": ["pipeline.decoding.vllm.processor:LaneProcessor"],
-        "scheduler_cls": "pipeline.decoding.vllm.scheduler.GroupScheduler",
-        "additional_config": {EXTRA: {"vocab_size": prompter.vocab_size, "guides": told(beside)}},
+        "worker_extension_cls": "pipeline.decoding.vllm.processor.Ledger",
+        "scheduler_cls": SCHEDULER,
+        "additional_config": {EXTRA: {"vocab_size": prompter.vocab_size, "guides": to_json(beside)}},
     }  # fmt: skip
     if base.quantisation == "nf4":
         found["quantization"] = "bitsandbytes"
@@ -63,24 +67,34 @@ def settings(base: Source, adapters: Mapping[str, Path], beside: Sequence[SideBa
 
 
 def _check_version() -> None:
-    found = [one.version for one in distributions() if one.name in ("vllm", "vllm-cpu")]
-    if not found or not found[0].startswith(SUPPORTED):
-        wanted = ", ".join(f"{version}.x" for version in SUPPORTED)
-        raise UserError(f"vLLM is {found[0] if found else 'not installed'}, and {wanted} is needed: `make vllm`.")
+    """Warn of versions that were not tested: what breaks there, breaks when vLLM starts."""
+    versions = [one.version for one in distributions() if one.name in ("vllm", "vllm-cpu")]
+    if not versions:
+        raise UserError("vLLM is not installed: `make vllm`.")
+    if not versions[0].startswith(tuple(f"{version}." for version in TESTED)):
+        warnings.warn(
+            f"vLLM is {versions[0]}, and tested are {', '.join(f'{version}.x' for version in TESTED)}: if it does not "
+            "start, its logits processors, scheduler or request classes have other interfaces; `make vllm` installs a "
+            "tested version.",
+            stacklevel=2,
+        )
 
 
 def ends_and_marks(base: Source) -> tuple[list[int], list[int]]:
-    """The tokens that end a response, and two that end none, to mark lanes of groups that are not whole."""
+    """The tokens that end a response, and tokens that don't, to mark lanes of groups that are not whole."""
     config = base.folder / "generation_config.json"
     prompter = base.prompter()
     ends = ends_of(prompter, GenerationConfig.from_pretrained(base.folder) if config.is_file() else None)
-    return sorted(ends), [token for token in range(prompter.vocab_size) if token not in ends][-2:]
+    return sorted(ends), [token for token in range(prompter.vocab_size) if token not in ends][-_MARKS:]
 
 
 def _check_adapters(prompter: Prompter, base: Source, adapters: Mapping[str, Path]) -> None:
     """Refuse what `GuidedDecoder` refuses: vLLM would load some of it, and apply something else."""
     with torch.device("meta"):  # its layers' names and shapes, and no weights
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.folder, local_files_only=True))
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False),
+            trust_remote_code=False,
+        )
     for name, folder in adapters.items():
         read_adapter(folder, model)
         check_adapter_tokenizer(prompter, folder, name)

@@ -1,27 +1,28 @@
 """Where to look at the results; with --tracking online, the Pareto report in W&B of the runs that are there.
 
-python -m pipeline.report
+python -m pipeline report
 wandb sync scratch/wandb/offline-run-*                                     # once, where tracking was offline
-python -m pipeline.report --tracking online --baseline smollm2-135m-1f0e9a2b     # make report TRACKING=online
+python -m pipeline report --tracking online --baseline smollm2-135m-1f0e9a2b     # make report TRACKING=online
 """
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Sequence
 
-from pipeline.config.errors import UserError, guard
+from pipeline.config.errors import UserError
 from pipeline.config.load import load_params
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import read_jsonl
 from pipeline.report import tracking
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Say where everything is, or publish it."""
     parser = ArgumentParser(
-        "python -m pipeline.report", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+        "python -m pipeline report", description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
     parser.add_argument("--tracking", choices=["offline", "online"], default="offline")
     parser.add_argument("--baseline", metavar="GROUP", help="another group of runs, to compare with")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     workspace = Workspace()
     results, offline = workspace.results, sorted(workspace.scratch.glob("wandb/offline-run-*"))
     files = ("report", "report/index.html"), ("front", "pareto/front.csv"), ("picture", "pareto/front.png")
@@ -39,8 +40,3 @@ def main() -> None:
     print(f"group    {group}")
     if given.tracking == "online":
         print(f"online   {tracking.publish_report(params, group, given.baseline)}")
-
-
-if __name__ == "__main__":
-    with guard():
-        main()

@@ -1,0 +1,220 @@
+"""The result pages, results/*/README.md: what GitHub shows of a folder, written by its stage from its own tables."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from textwrap import wrap
+from typing import Any
+
+import pandas as pd
+
+from pipeline.data.files import Row, replacing
+
+_NONE = "–"
+
+
+def front_page(front: pd.DataFrame, objectives: Sequence[str], metrics: Row, path: Path) -> None:
+    """The page of results/pareto/.
+
+    Args:
+        front: front.csv.
+        objectives: their names.
+        metrics: metrics.json, of which the hypervolume is quoted.
+        path: of the page.
+    """
+    lines = [
+        "# The front",
+        "",
+        "Written by the stage `pareto` from [front.csv](front.csv); [metrics.json](metrics.json) has the rest.",
+        "",
+        "![The front](front.png)",
+        "",
+        *front_table(front, objectives),
+        "",
+        f"Hypervolume {metrics['hypervolume']:.3f} against the point "
+        f"({', '.join(f'{value:g}' for value in metrics['reference'].values())}); the unguided points alone "
+        f"{metrics['hypervolume_controls']:.3f}.",
+        "",
+        *_paragraph(
+            "Scores have bootstrap intervals over prompts; KL is to the base, in nats per response; perplexity is "
+            "under the base. Read the last three columns with every score: they show when a scorer is gamed."
+        ),
+        "",
+        "![Reward against KL](reward_kl.png)",
+        "",
+        "![Training curves](curves.png)",
+    ]
+    _write(lines, path)
+
+
+def front_table(front: pd.DataFrame, objectives: Sequence[str]) -> list[str]:
+    """A line for each point: its weights, its scores with intervals, KL, perplexity and distinct-2."""
+    head = ["point", *(f"α {name}" for name in objectives), *objectives, "KL", "perplexity", "distinct-2"]
+    return _table(
+        head,
+        (
+            [
+                line["point"],
+                *(f"{line[f'alpha_{name}']:g}" for name in objectives),
+                *(_interval(line, f"score_{name}", f"ci_low_{name}", f"ci_high_{name}") for name in objectives),
+                _fixed(line["kl"], 1),
+                _fixed(line["perplexity"], 1),
+                _fixed(line["distinct_2"], 2),
+            ]
+            for line in front.to_dict("records")
+        ),
+    )
+
+
+def comparison_page(tables: Mapping[str, pd.DataFrame], objectives: Sequence[str], against: str, path: Path) -> None:
+    """The page of results/comparison/.
+
+    Args:
+        tables: `table` and `fronts`, as in the files of those names.
+        objectives: their names.
+        against: the method that the others' differences are from.
+        path: of the page.
+    """
+    lines = [
+        "# Comparison of methods",
+        "",
+        "Written by the stage `comparison` from [table.csv](table.csv) and [fronts.csv](fronts.csv).",
+        "[matched.csv](matched.csv): reward at matched KL; [wins.csv](wins.csv): who wins against whom;",
+        "[index.html](index.html): the page with samples.",
+        "",
+        "![Fronts of every method](fronts.png)",
+        "",
+        *_methods_table(tables["table"], tables["fronts"], objectives),
+        "",
+        *_paragraph(
+            f"Best hypervolume first. Differences are from `{against}`, by paired bootstrap over the prompts both "
+            "methods have, each interval for itself. *End*: at the weight of that objective alone. *Even*: at the "
+            "most even mix, of which the forwards are too. KL is to the base, in nats per response."
+        ),
+        "",
+        "![Reward of each objective against KL to the base](reward_kl.png)",
+    ]
+    _write(lines, path)
+
+
+def _methods_table(table: pd.DataFrame, fronts: pd.DataFrame, objectives: Sequence[str]) -> list[str]:
+    first = table.drop_duplicates(["method", "point"])  # of several strengths, that which the fronts are drawn at
+    corrected = "p_holm" in fronts
+    head = ["method", "hypervolume", "difference", *(["p (Holm)"] if corrected else [])]
+    head += [*(f"{name} end" for name in objectives), "KL, even", "distinct-2, even", "perplexity, even"]
+    head += ["forwards/token", "M tokens trained", "prompts"]
+    rows = []
+    for line in fronts.sort_values("hypervolume", ascending=False).to_dict("records"):
+        points = first[first.method == line["method"]]
+        alphas = points[[f"alpha_{name}" for name in objectives]]
+        even = points.loc[(alphas.max(axis=1) - alphas.min(axis=1) - alphas.sum(axis=1)).idxmin()]
+        ends = [points.loc[_only(alphas, f"alpha_{name}"), f"reward_{name}"] for name in objectives]
+        difference = _interval(line, "delta_hv", "delta_ci_low", "delta_ci_high", "+.3f") if line["delta_hv"] else _NONE
+        rows.append(
+            [
+                f"`{line['method']}`",
+                _fixed(line["hypervolume"], 3),
+                difference,
+                *([_fixed(line["p_holm"], 3)] if corrected else []),
+                *(_fixed(end, 2) for end in ends),
+                _fixed(even["kl"], 1),
+                _fixed(even["distinct_2"], 2),
+                _fixed(even["perplexity"], 1),
+                _fixed(even["forwards_per_token"], 1),
+                f"{even['train_tokens'] / 1e6:.2f}" if even["train_tokens"] else _NONE,
+                str(line["prompts"]),
+            ]
+        )
+    return _table(head, rows)
+
+
+def _only(alphas: pd.DataFrame, column: str) -> Any:
+    """The point at which one objective weighs the most beyond all others; of an unguided method the first."""
+    return (2 * alphas[column] - alphas.sum(axis=1)).idxmax()
+
+
+def ladder_page(table: pd.DataFrame, objectives: Sequence[str], weak: str, path: Path) -> None:
+    """The page of a ladder of bases.
+
+    Args:
+        table: table.csv.
+        objectives: their names.
+        weak: the model that the ARMs are made from.
+        path: of the page.
+    """
+    several = [name for name in objectives if f"alpha_{name}" in table]
+    picked = "picked_by" in table and table.picked_by.notna().any()
+    cut = "left_out" in table and table.left_out.fillna(0).any()
+    gaps = table.gap_recovered.notna().any()
+    head = ["base", "method", *(f"α {name}" for name in several), *([] if several else ["α"])]
+    head += [*objectives, "KL", "perplexity", "distinct-2"]
+    head += [*(["left out"] if cut else []), *(["gap recovered"] if gaps else [])]
+    rows = []
+    for line in table.to_dict("records"):
+        method = line["method"] + (f" by {line['picked_by']}" if picked and pd.notna(line["picked_by"]) else "")
+        rows.append(
+            [
+                f"`{line['base']}`",
+                f"`{method}`",
+                *(_general(line[f"alpha_{name}"]) for name in several),
+                *([] if several else [_general(line["alpha"])]),
+                *(_interval(line, f"reward_{name}", f"ci_low_{name}", f"ci_high_{name}") for name in objectives),
+                _fixed(line["kl"], 1),
+                _fixed(line["perplexity"], 1),
+                _fixed(line["distinct_2"], 2),
+                *([_fixed(line["left_out"], 2)] if cut else []),
+                *([_gap(line)] if gaps else []),
+            ]
+        )
+    lines = [
+        f"# ARMs of {weak} on other bases",
+        "",
+        "Written by the stage `weak_to_strong` from [table.csv](table.csv); the page with samples is",
+        "[index.html](index.html).",
+        "",
+        "![Reward against KL for every base](figure.png)",
+        "",
+        *_table(head, rows),
+        "",
+        *_paragraph(
+            "`control` is the base alone, `sharpened` the base as sharp as guidance by that α, `genarm` guidance "
+            "in the plain form, `genarm_log_ratio` without what the ARM's model said before training, `arm` the "
+            "ARM alone, `dpo` the base tuned by DPO, `best_of_…` the best sample by the judge. Intervals are "
+            "bootstraps over prompts; KL is to the base, in nats per response."
+            + (" *Left out*: the base's probability per token that guidance does not cover." if cut else "")
+            + (" *Gap recovered*: the share of DPO's gain over the control." if gaps else "")
+        ),
+    ]
+    _write(lines, path)
+
+
+def _gap(line: Row) -> str:
+    if isinstance(line["gap_recovered"], str):
+        return "not defined"
+    return _interval(line, "gap_recovered", "gap_ci_low", "gap_ci_high")
+
+
+def _interval(line: Row, value: str, low: str, high: str, spec: str = ".2f") -> str:
+    if pd.isna(line[value]):
+        return _NONE
+    return f"{line[value]:{spec}} [{line[low]:{spec}}, {line[high]:{spec}}]"
+
+
+def _fixed(value: Any, digits: int) -> str:
+    return _NONE if pd.isna(value) else f"{value:.{digits}f}"
+
+
+def _general(value: Any) -> str:
+    return _NONE if pd.isna(value) else f"{value:g}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def _paragraph(text: str) -> list[str]:
+    return wrap(text, 120, break_on_hyphens=False)
+
+
+def _write(lines: Sequence[str], path: Path) -> None:
+    with replacing(path) as stream:
+        stream.write("\n".join(lines) + "\n")
