@@ -45,7 +45,7 @@ RLOO = "+tune.rivals.rloo_positivity={kind: rloo, weights: {positivity: 1.0}, be
 EXPERIMENTS = {
     "comparison": ["experiment=smoke_comparison", *FEWER, RLOO],
     "ladder": ["experiment=smoke_weak_to_strong"],
-    "local judge": ["experiment=smoke", "judge=local_llm", "judge.card_pairs=2"],
+    "local judge": ["experiment=smoke", "judge=local_llm", "judge.card_pairs=2", "judge.least=1.0e-9"],
     "reward models": ["experiment=smoke", *REWARDS],
     "endpoint": ["experiment=smoke", "judge=llm", "judge.card_pairs=2"],
     "own rows and ARM": [
