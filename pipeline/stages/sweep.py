@@ -122,7 +122,8 @@ def prepare_copy(params: Params, options: dict[str, Any], copy: Path) -> None:
     (copy / ".dvc").mkdir(parents=True, exist_ok=True)
     shutil.rmtree(copy / "pipeline", ignore_errors=True)  # what was removed from the project since then
     shutil.copytree("pipeline", copy / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy2("dvc.yaml", copy)
+    for file in ("dvc.yaml", ".dvcignore"):  # with other files ignored, folders would have other digests
+        shutil.copy2(file, copy)
     (copy / "params.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(options)), encoding="utf-8")
     settings = {
         "core": {"no_scm": "true", "analytics": "false"},
