@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 SECTIONS = ("fetch", "models", "objectives", "judge")  # what the section follows from
 # A dependency that the stage has anyway, where an entry names no file of its own: DVC needs a path that is there.
-_NONE = {stage: f"pipeline/stages/{stage}.py" for stage in ("fetch", "train", "judge")}
+_NONE = {stage: f"pipeline/stages/{stage}.py" for stage in ("fetch", "prepare", "train", "judge")}
 
 
 def inputs_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,9 +27,11 @@ def inputs_of(config: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         `fetch` and `train`: per model and objective, the arguments of the command and the paths that it reads.
         `judge`: the folder and options of a model of `models` that judges, and where digests of reward models are.
-        `identify`: per objective, the folder of a reward model that is not among the outputs of the project.
+        `prepare`: where digests of the models that label are.
+        `identify`: per role and objective, the folder of a model whose digest is written there.
     """
     models, judge = config.get("models") or {}, config.get("judge") or {}
+    objectives = config.get("objectives") or {}
     fetch = {}
     for name in config.get("fetch") or []:
         spec = models.get(name) or {}
@@ -47,26 +49,47 @@ def inputs_of(config: Mapping[str, Any]) -> dict[str, Any]:
             "arguments": {"objective": name},
             "pretrained": _folder((objective or {}).get("pretrained") or {}) or _NONE["train"],
         }
-        for name, objective in (config.get("objectives") or {}).items()
+        for name, objective in objectives.items()
     }
     local = judge.get("model") if judge.get("kind") == "local_llm" else None
-    rewards = judge.get("models") or {} if judge.get("kind") == "reward_model" else {}
-    folders = {name: _folder(spec or {}) for name, spec in rewards.items() if name in train}
+    annotators = {name: (objective or {}).get("annotator") for name, objective in objectives.items()}
     identify = {
-        name: {"arguments": {"objective": name}, "folder": folder}
-        for name, folder in folders.items()
-        if folder and PurePath(folder).parts[:2] != ("models", "arms")  # which the stages depend on as it is
+        **_identified("judge", dict.fromkeys(objectives, judge)),
+        **_identified("annotator", annotators),
     }
+    roles = {entry["arguments"]["role"] for entry in identify.values()}
     return {
         "fetch": fetch,
         "train": train,
+        "prepare": {"digests": "results/identify/annotator" if "annotator" in roles else _NONE["prepare"]},
         "judge": {
             "model": f"models/{local}" if local else _NONE["judge"],
             "options": f"models.{local}" if local else "judge",
-            "digests": "results/identify" if identify else _NONE["judge"],
+            "digests": "results/identify/judge" if "judge" in roles else _NONE["judge"],
         },
         "identify": identify,
     }
+
+
+def _identified(role: str, judges: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
+    """The entries of models that stages cannot depend on by a path of their own, since any number may be named.
+
+    These are the reward models of judges and annotators that lie on this machine, and the models of annotators that
+    are fetched. Reward models below models/arms are left out: the stages that judge depend on that folder.
+    """
+    entries = {}
+    for name, judge in judges.items():
+        section = "judge" if role == "judge" else f"objectives.{name}.annotator"
+        folder, option = None, ""
+        if judge and judge.get("kind") == "reward_model":
+            folder, option = _folder((judge.get("models") or {}).get(name) or {}), f"{section}.models.{name}.location"
+            folder = None if folder and PurePath(folder).parts[:2] == ("models", "arms") else folder
+        elif judge and judge.get("kind") == "local_llm" and role == "annotator":
+            folder, option = f"models/{judge.get('model')}", f"{section}.model"
+        if folder:
+            arguments = {"role": role, "objective": name}
+            entries[f"{role}-{name}"] = {"arguments": arguments, "folder": folder, "option": option}
+    return entries
 
 
 def _folder(spec: Mapping[str, Any]) -> str | None:

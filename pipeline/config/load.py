@@ -18,7 +18,17 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.config.errors import UserError
 from pipeline.config.inputs import inputs_of
-from pipeline.config.schema import Column, Comparison, Judge, LocalJudge, Method, Objective, Params
+from pipeline.config.schema import (
+    Annotator,
+    Column,
+    Comparison,
+    Judge,
+    LocalJudge,
+    Method,
+    Objective,
+    Params,
+    RewardJudge,
+)
 
 # What DVC reads of params.yaml by itself: it fails where a key is missing, though a default stands in `params`.
 READ_BY_DVC = (
@@ -120,7 +130,8 @@ def _sentence(fault: Any) -> str:
     reason = fault["msg"].removeprefix("Value error, ")
     if path[-1] == "[key]":
         return f"{'.'.join(path[:-2])} names {fault['input']!r}: {reason}."
-    tag = 3 if path[:2] == ["comparison", "methods"] else 1 if path[0] == "judge" else len(path)
+    below = path[:2] == ["comparison", "methods"] or path[2:3] == ["annotator"]
+    tag = 3 if below else 1 if path[0] == "judge" else len(path)
     kind, path = path[tag : tag + 1], [*path[:tag], *path[tag + 1 :]]  # of several kinds pydantic names the one as well
     where = ".".join(path)
     if fault["type"] == "unexpected_keyword_argument":
@@ -138,11 +149,12 @@ def _known_keys(path: list[str], name: list[str]) -> list[str]:
         if get_origin(kind) is dict:  # the part is the name of an entry, such as a point's
             kind = get_args(kind)[1]
             continue
-        kind = get_type_hints(kind, include_extras=kind is Comparison or part == "judge")[part]
+        kind = get_type_hints(kind, include_extras=kind is Comparison or part in ("judge", "annotator"))[part]
+        kind = get_args(kind)[0] if part == "annotator" else kind  # which may be None as well
         kind = next(
             (option for option in get_args(kind) if is_dataclass(option) and get_origin(kind) is not dict), kind
         )
-    kinds = get_args(get_args(kind)[0]) if kind in (Method, Judge) else [kind]
+    kinds = get_args(get_args(kind)[0]) if kind in (Method, Judge, Annotator) else [kind]
     kinds = [one for one in kinds if len(kinds) == 1 or name[0] in get_args(get_type_hints(one)["kind"])]
     return [known.name for one in kinds for known in fields(one)]
 
@@ -193,11 +205,14 @@ def _check(params: Params, origin: str) -> None:
     for name, point in points.items():
         if point.form != "plain" and not point.guided:
             raise UserError(f"{origin}: sweep.points.{name} has a form but no weights: give it some.")
-    for name, objective in objectives.items():
-        if params.data.sampling is not None and objective.scorer is None:
+    for name, point in points.items():
+        if point.form != "log_ratio" and (below := [key for key, weight in point.weights.items() if weight < 0]):
             raise UserError(
-                f"{origin}: objectives.{name} has no scorer to label samples: set objectives.{name}.scorer."
+                f"{origin}: sweep.points.{name}.weights.{below[0]} is negative, which would divide by a whole language "
+                f"model: set sweep.points.{name}.form=log_ratio."
             )
+    for name in objectives:
+        _check_source(name, params, origin)
     if params.loss.kind == "hinge" and params.loss.label_smoothing:
         raise UserError(f"{origin}: the hinge loss knows no label smoothing: set loss.label_smoothing=0.0.")
     if params.arm.tuning == "full" and params.arm.quantisation is not None:
@@ -212,6 +227,36 @@ def _check(params: Params, origin: str) -> None:
         )
     if params.data.validation_fraction + params.data.test_fraction >= 1:
         raise UserError(f"{origin}: data.validation_fraction and data.test_fraction leave nothing to train on.")
+
+
+def _check_source(name: str, params: Params, origin: str) -> None:
+    """Refuse an objective whose preferences come from nowhere, or from two places."""
+    objective, sampled = params.objectives[name], params.data.sampling is not None
+    key, source = f"{origin}: objectives.{name}", objective.source(params.data)
+    if source == "scorer" and objective.scorer is None:
+        raise UserError(
+            f"{key} has no scorer to label samples: set objectives.{name}.scorer, or two sentences, "
+            f"objectives.{name}.wanted and objectives.{name}.unwanted."
+        )
+    if objective.unwanted is not None and objective.wanted is None:
+        raise UserError(f"{key}.unwanted stands alone: set objectives.{name}.wanted, or unwanted=null.")
+    if objective.wanted is not None and objective.annotator is not None:
+        raise UserError(f"{key} has both a sentence and an annotator: set one of wanted and annotator to null.")
+    if source in ("contrast", "judge", "reward_model") and not sampled:
+        chosen = "wanted" if source == "contrast" else "annotator"
+        raise UserError(f"{key}.{chosen} needs sampled responses: set data.sampling, as data=everyday does.")
+    wanted, unwanted = (" ".join((text or "").lower().split()) for text in (objective.wanted, objective.unwanted))
+    if wanted and wanted == unwanted:
+        raise UserError(f"{key}.wanted and .unwanted are the same sentence: change one of them.")
+    if objective.annotator is None:
+        return
+    is_reward = isinstance(objective.annotator, RewardJudge)
+    named = objective.annotator.models if isinstance(objective.annotator, RewardJudge) else objective.annotator.rubrics
+    if name not in named:
+        part = "models" if is_reward else "rubrics"
+        raise UserError(f"{key}.annotator.{part} has none for {name}: add objectives.{name}.annotator.{part}.{name}.")
+    if isinstance(objective.annotator, LocalJudge) and objective.annotator.model not in params.fetch:
+        raise UserError(f"{key}.annotator.model is not among the models that fetch lists: add it.")
 
 
 def _check_labels(objectives: Mapping[str, Objective], origin: str) -> None:

@@ -55,6 +55,7 @@ Targets = Annotated[
     ),
 ]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Sentence = Annotated[str, _spelled(r"(?s).*\S.*", "write a sentence that tells the model how to answer")]
 Split = Literal["train", "validation", "test"]
 Column = Literal[
     "id", "split", "system", "prompt", "response_0", "response_1", "ended_0", "ended_1", "chosen", "rejected",
@@ -145,18 +146,6 @@ class Data(_Strict):
 
 
 @dataclass(frozen=True)
-class Objective(_Strict):
-    """One preference: the column that labels it, the oracle that scores it, the β_r that trains its ARM."""
-
-    label: str
-    scorer: str | None = None
-    tie: NotNegative = 0.0  # sampled responses whose scores are closer make no pair
-    beta: Positive = 0.1
-    reference: Finite = 0.0  # the objective's coordinate of the hypervolume reference point
-    pretrained: Model | None = None  # an ARM that is there already, whole or an adapter of arm.base; null: train one
-
-
-@dataclass(frozen=True)
 class Arm(_Strict):
     """What becomes an ARM, and how: by a LoRA adapter (names as in PEFT), or by training all of it."""
 
@@ -222,7 +211,7 @@ class Decoding(_Strict):
 class Point(_Strict):
     """One weight vector α; no weights is the unguided base."""
 
-    weights: dict[str, NotNegative] = field(default_factory=dict)
+    weights: dict[str, Finite] = field(default_factory=dict)  # negative ones, in the log-ratio form, steer away
     sharpen: NotNegative = 0.0  # divides decoding.temperature by 1 + this: unguided, as sharp as guidance by so much Σα
     form: Literal["plain", "log_ratio", "alone", "dpo"] = "plain"  # what the weights weigh: see `method`
 
@@ -347,7 +336,20 @@ class Segments(_Method):
     softness: Positive = 0.3  # by how much less is still taken
 
 
-Method = Annotated[GenArm | Policies | BestOf | Candidates | Segments, Field(discriminator="kind")]
+@dataclass(frozen=True, kw_only=True)
+class Prompting(_Method):
+    """The sentences of contrast objectives in the base's prompt, and no training.
+
+    `instruction`: the base asked with the wanted sentence · `contrast`: the base, and α times what the wanted sentence
+    makes more likely than the unwanted one.
+    """
+
+    kind: Literal["prompting"]
+    form: Literal["instruction", "contrast"]
+    role: Literal["user", "system"] = "user"  # whose turn the sentence stands in
+
+
+Method = Annotated[GenArm | Policies | BestOf | Candidates | Segments | Prompting, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)
@@ -437,6 +439,34 @@ class LocalJudge(_RubricJudge):
 
 
 Judge = Annotated[OracleJudge | RewardJudge | LlmJudge | LocalJudge, Field(discriminator="kind")]
+Annotator = Annotated[RewardJudge | LlmJudge | LocalJudge, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class Objective(_Strict):
+    """One preference: where its pairs come from, the oracle that scores it, the β_r that trains its ARM.
+
+    Pairs come from one of these: the column `label` of the data's rows; where responses are sampled
+    (`data.sampling`), the `scorer`, the `annotator`, or the two sentences `wanted` and `unwanted`.
+    """
+
+    label: str
+    scorer: str | None = None  # null with `wanted`: a classifier of responses to the two sentences is the oracle
+    wanted: Sentence | None = None  # an instruction; responses to prompts that end in it are preferred
+    unwanted: Sentence | None = None  # over responses to prompts that end in this one; null: to the prompts themselves
+    annotator: Annotator | None = None  # the judge that labels sampled responses
+    tie: NotNegative = 0.0  # sampled responses whose scores are closer make no pair
+    beta: Positive = 0.1
+    reference: Finite = 0.0  # the objective's coordinate of the hypervolume reference point
+    pretrained: Model | None = None  # an ARM that is there already, whole or an adapter of arm.base; null: train one
+
+    def source(self, data: Data) -> Literal["labels", "scorer", "contrast", "judge", "reward_model"]:
+        """Where its pairs come from."""
+        if self.wanted is not None:
+            return "contrast"
+        if self.annotator is not None:
+            return "reward_model" if isinstance(self.annotator, RewardJudge) else "judge"
+        return "labels" if data.sampling is None else "scorer"
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,11 @@ class Workspace:
         """The folder of an objective's ARM: a PEFT adapter, or a model of its own."""
         return self.models / "arms" / objective
 
+    @property
+    def classifiers(self) -> Path:
+        """The file of the classifiers that tell responses to two sentences apart, by objective."""
+        return self.models / "classifiers.json"
+
     def rival(self, base: str, name: str) -> Path:
         """The folder of what was trained for comparison: beside the ARMs, so that one folder is all there is."""
         return self.models / "arms" / "rivals" / base / name

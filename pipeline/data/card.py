@@ -39,6 +39,7 @@ class DataCard:
         self._rows: Counter[str] = Counter()
         self._prompts: dict[str, set[int]] = defaultdict(set)
         self._pairs: dict[str, Counter[str]] = {name: Counter() for name in objectives}
+        self._compared: Counter[str] = Counter()  # rows that are of an objective; those of two sentences are of one
         self._longer: Counter[str] = Counter()
         self._unequal: Counter[str] = Counter()
         self._both: Counter[str] = Counter()
@@ -70,7 +71,8 @@ class DataCard:
                 self._pairs[name][split] += 1
                 self._longer[name] += len(pair["chosen"]) > len(pair["rejected"])
                 self._unequal[name] += len(pair["chosen"]) != len(pair["rejected"])
-        labels = {name: row[objective.label] for name, objective in self._objectives.items()}
+        labels = {name: row[objective.label] for name, objective in self._objectives.items() if objective.label in row}
+        self._compared.update(list(labels))
         for one, two in combinations(labels, 2):
             if labels[one] is not None and labels[two] is not None:
                 self._both[f"{one}, {two}"] += 1
@@ -94,7 +96,7 @@ class DataCard:
             "objectives": {
                 name: {
                     "pairs": dict(counts),
-                    "ties": kept - sum(counts.values()),
+                    "ties": self._compared[name] - sum(counts.values()),
                     "longer_preferred": _share(self._longer[name], self._unequal[name]),
                 }
                 for name, counts in self._pairs.items()

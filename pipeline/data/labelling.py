@@ -43,10 +43,10 @@ def label_samples(
 def pair_of(row: Row, name: str, objective: Objective, noise: float, seed: int) -> Row | None:
     """What an objective makes of a row: `id`, `prompt`, `split`, `chosen`, `rejected`, and whether they ended.
 
-    None where it has no preference. A share `noise` of the training and validation labels is flipped, each by a coin
-    of its own row; test labels stay clean.
+    None where it has no preference, or the row is of another objective. A share `noise` of the training and validation
+    labels is flipped, each by a coin of its own row; test labels stay clean.
     """
-    preferred = row[objective.label]
+    preferred = row.get(objective.label)
     if preferred is None:
         return None
     if noise and row["split"] != "test" and uniform_of("noise", seed, name, row["id"]) < noise:

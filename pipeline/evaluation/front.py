@@ -24,8 +24,8 @@ def non_dominated(scores_NM: np.ndarray) -> np.ndarray:
 
 
 def mean_inner_product(weights_NM: np.ndarray, scores_NM: np.ndarray) -> float:
-    """MIP (PARM, Lin et al. 2025): mean over points of ⟨w, score⟩, weights scaled to sum to 1."""
-    shares_NM = weights_NM / weights_NM.sum(axis=1, keepdims=True)
+    """MIP (PARM, Lin et al. 2025): mean over points of ⟨w, score⟩, weights scaled so that |w| sums to 1."""
+    shares_NM = weights_NM / np.abs(weights_NM).sum(axis=1, keepdims=True)
     return float((shares_NM * scores_NM).sum(axis=1).mean())
 
 

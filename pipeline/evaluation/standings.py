@@ -225,13 +225,16 @@ class Entry:
 def entries(params: Params) -> list[Entry]:
     """The lines of the table: unguided points, then every method at the guided ones.
 
-    A method's first strength is for all points; the others are for those that weigh one objective alone.
+    A method's first strength is for all points; the others are for those that weigh one objective alone. Points with a
+    negative weight are left to the sweep: most methods cannot steer away from what they were trained for.
     """
     points = params.sweep.points
     found = [Entry(UNGUIDED, name) for name, point in points.items() if not point.guided]
     for method, said in params.comparison.methods.items():
         for name, point in points.items():
             weights = {objective: weight for objective, weight in point.weights.items() if weight}
+            if any(weight < 0 for weight in weights.values()):
+                continue
             strengths = said.strengths if len(weights) == 1 else said.strengths[:1]
             for number, strength in enumerate(strengths if weights else ()):
                 found.append(Entry(method, name, Mix(name, weights, strength), front=number == 0))

@@ -1,4 +1,4 @@
-"""A local page: type a prompt, move a slider per objective, read the base beside the guided text.
+"""A local page: type a prompt, move a slider per objective, read the base beside the guided text; make a dial.
 
     python -m pipeline playground --port 7860      # what `make playground` runs
 
@@ -13,6 +13,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -24,11 +25,19 @@ from pipeline.config.workspace import Workspace
 from pipeline.decoding.decoder import Draft, GuidedDecoder, Request
 from pipeline.decoding.token_colours import coloured
 from pipeline.generation.model_set import ModelSet
+from pipeline.report.dial_maker import MOST_DIALS, DialMaker, panel, slider_of
 
 LONGEST_PROMPT, MOST_TOKENS, QUEUE = 4000, 512, 8
-_CODE = """from pipeline import Request, load_experiment
+_CODE = """from pathlib import PosixPath
 
-decoder = load_experiment(base={base!r}, arms={arms!r}, device={device!r}, batch_size=2)  # in the project's folder
+from pipeline.config.load import load_params
+from pipeline.config.workspace import Workspace
+from pipeline.decoding.request import Request
+from pipeline.generation.model_set import ModelSet
+
+dials = {dials!r}
+models = ModelSet(load_params(), Workspace(), {base!r}, {arms!r}, dials)  # in the project's folder
+decoder = models.decoder({device!r}, 2)
 prompt = {prompt!r}
 options = {how!r}
 control, guided = Request(prompt, {off!r}, **options), Request(prompt, {weights!r}, **options)
@@ -59,12 +68,14 @@ class Playground:
             for name in params.objectives
             if any((workspace.arm(name) / file).is_file() for file in ("adapter_config.json", "config.json"))
         ]
-        if not self.bases or not self.arms:
+        self.maker = DialMaker(params, workspace)
+        if not self.bases or not (self.arms or self.maker.dials):
             raise UserError(f"there is no base or no ARM below {workspace.models} yet: run `make repro` first.")
         self._loaded = lru_cache(maxsize=1)(self._load)  # one base at a time; weights are no part of it
 
-    def _load(self, base: str, arms: tuple[str, ...]) -> GuidedDecoder:
-        return ModelSet(self.params, self._workspace, base, arms).decoder(self.params.decoding.device, 2)
+    def _load(self, base: str, arms: tuple[str, ...], dials: tuple[tuple[str, Path, float], ...]) -> GuidedDecoder:
+        folders = {name: folder for name, folder, _ in dials}
+        return ModelSet(self.params, self._workspace, base, arms, folders).decoder(self.params.decoding.device, 2)
 
     def write(self, base: str, prompt: str, weights: Mapping[str, float], **how: float) -> Iterator[list[Draft]]:
         """The base's and the guided response as they grow.
@@ -82,14 +93,18 @@ class Playground:
             raise UserError(f"write a prompt of 1 to {LONGEST_PROMPT} characters.")
         if not 1 <= how["max_new_tokens"] <= MOST_TOKENS:
             raise UserError(f"a response may have 1 to {MOST_TOKENS} tokens.")
-        asked = [Request(prompt, alphas, **how) for alphas in (dict.fromkeys(weights, 0.0), weights)]  # type: ignore[arg-type]
-        yield from self._loaded(base, tuple(weights)).stream(asked)
+        dials, law = self.maker.guides(base, weights), self.maker.law(base, weights)
+        asked = [Request(prompt, alphas, **how) for alphas in (dict.fromkeys(weights, 0.0), law)]  # type: ignore[arg-type]
+        # A dial that was made anew lies in the same folder: its file's time tells the two apart.
+        loaded = tuple((name, folder, (folder.parent / "dial.json").stat().st_mtime) for name, folder in dials.items())
+        yield from self._loaded(base, tuple(weights), loaded).stream(asked)
 
     def code(self, base: str, prompt: str, weights: Mapping[str, float], **how: float) -> str:
         """The Python that writes the same two responses."""
         return _CODE.format(
-            base=base, arms=list(weights), prompt=prompt, weights=dict(weights), off=dict.fromkeys(weights, 0.0),
-            how=how, device=self.params.decoding.device,
+            base=base, arms=list(weights), dials=self.maker.guides(base, weights), prompt=prompt,
+            weights=self.maker.law(base, weights), off=dict.fromkeys(weights, 0.0), how=how,
+            device=self.params.decoding.device,
         )  # fmt: skip
 
 
@@ -104,19 +119,24 @@ def shown(draft: Draft, arm: str) -> str:
 def page(playground: Playground) -> gr.Blocks:
     """The page, not yet served."""
     arms, decoding = playground.arms, playground.params.decoding
+    names = [*arms, *playground.maker.dials]
     with gr.Blocks(title="Guided decoding", analytics_enabled=False) as blocks:
         gr.Markdown("## A frozen model, steered by reward models as you move the sliders")
         with gr.Row():
             base = gr.Dropdown(playground.bases, value=playground.bases[0], label="Base")
-            used = gr.CheckboxGroup(arms, value=arms, label="Reward models (ARMs) to load")
-            tint = gr.Radio(arms, value=arms[0], label="Colours by")
+            used = gr.CheckboxGroup(names, value=names, label="Reward models (ARMs) to load", elem_id="used")
+            tint = gr.Radio(names, value=names[0], label="Colours by")
         with gr.Row():
             sliders = [
                 gr.Slider(
-                    -1.0, 2.0, value=round(1 / len(arms), 2), step=0.05, label=f"α {name}", elem_id=f"alpha-{name}"
+                    -1.0, 2.0, value=round(1 / len(names), 2), step=0.05, label=f"α {name}", elem_id=f"alpha-{name}"
                 )
                 for name in arms
             ]
+            for place in range(MOST_DIALS):
+                sliders.append(
+                    gr.Slider(-1.0, 2.0, step=0.05, elem_id=f"alpha-dial-{place}", **slider_of(playground.maker, place))
+                )
         prompt = gr.Textbox(
             "Describe a rainy Monday morning.", label="Prompt", lines=2, max_length=LONGEST_PROMPT, elem_id="prompt"
         )
@@ -145,7 +165,8 @@ def page(playground: Playground) -> gr.Blocks:
             base: str, used: Sequence[str], tint: str, prompt: str, temperature: float, length: float, seed: float,
             *alphas: float,
         ) -> Iterator[tuple[str, str, str]]:  # fmt: skip
-            weights = {name: alpha for name, alpha in zip(arms, alphas, strict=True) if name in used}
+            shown_names = [*arms, *playground.maker.dials]
+            weights = {name: alpha for name, alpha in zip(shown_names, alphas, strict=False) if name in used}
             how = {"temperature": float(temperature), "max_new_tokens": int(length), "seed": int(seed)}
             if not weights:
                 raise gr.Error("Choose at least one reward model.")
@@ -161,7 +182,14 @@ def page(playground: Playground) -> gr.Blocks:
         events = [go.click, prompt.submit]
         running: list[Any] = [event(run, asked, [control, guided, code], show_progress="minimal") for event in events]
         stop.click(None, cancels=running)
-        used.change(lambda used: [gr.update(visible=name in used) for name in arms], used, sliders)
+        used.change(
+            lambda used: [
+                gr.update(visible=name in used)
+                for name in [*arms, *playground.maker.dials, *[""] * MOST_DIALS][: len(sliders)]
+            ],
+            used, sliders,
+        )  # fmt: skip
+        panel(playground.maker, arms, [used, tint, *sliders])
         copied.click(None, code, js="(text) => { navigator.clipboard.writeText(text); }")
     return blocks
 

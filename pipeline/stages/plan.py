@@ -10,7 +10,7 @@ import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, comb
 from pathlib import Path
 
 import torch
@@ -20,8 +20,11 @@ from rich.table import Table
 
 from pipeline.config.errors import UserError
 from pipeline.config.load import load_params, to_params
-from pipeline.config.schema import LlmJudge, Params
+from pipeline.config.schema import LlmJudge, LocalJudge, Params
 from pipeline.config.workspace import Workspace
+from pipeline.data.contrast import conditions
+from pipeline.data.sources import read
+from pipeline.data.splits import SPLITS
 from pipeline.evaluation.judges.progress import CHARACTERS, token_cost
 from pipeline.evaluation.judges.rubric import RUBRICS
 from pipeline.evaluation.standings import entries
@@ -77,6 +80,45 @@ def calls(judge: LlmJudge, params: Params, rows: Rows) -> tuple[int, int, int]:
     return asked, asked * question, asked * judge.max_tokens
 
 
+def data_prompts(params: Params) -> tuple[int, bool]:
+    """Prompts that responses are sampled for at most, and whether their number is known or assumed."""
+    path, limits = Path(params.data.path), params.data.limits
+    if len(limits) == len(SPLITS):
+        return sum(limits.values()), True
+    return (sum(1 for _ in read(path)), True) if path.is_file() else (1000, False)
+
+
+def print_preparing(params: Params, console: Console) -> None:
+    """Print what stage prepare samples, and the answers that annotators are asked for."""
+    sampling = params.data.sampling
+    if sampling is None:
+        return
+    prompts, known = data_prompts(params)
+    sources = {name: objective.source(params.data) for name, objective in params.objectives.items()}
+    sentences = {
+        sentence
+        for name, objective in params.objectives.items()
+        for sentence in (conditions(objective) if sources[name] == "contrast" else (None,))
+    }
+    each = sampling.responses_per_prompt
+    console.print(
+        f"sampling: {prompts} prompts{'' if known else ' (assumed)'} x {len(sentences)} instructions, the bare prompt "
+        f"counted as one, x {each} responses = {prompts * len(sentences) * each} responses of {params.data.sampler} "
+        f"with up to {sampling.max_new_tokens} tokens, less what the row store has"
+    )
+    pairs = prompts * comb(each, 2)
+    for name, objective in params.objectives.items():
+        annotator = objective.annotator
+        if sources[name] == "judge" and isinstance(annotator, LlmJudge | LocalJudge):
+            asked = pairs * (2 if annotator.orders == "both" else 1)
+            console.print(
+                f"labelling {name}: at most {asked} answers of {annotator.model} on {pairs} pairs "
+                f"(objectives.{name}.annotator.max_calls: {annotator.max_calls})"
+            )
+        elif sources[name] == "reward_model":
+            console.print(f"labelling {name}: {prompts * each} rewards")
+
+
 def multiplications_per_second(dtype: torch.dtype, device: torch.device, rows: int) -> float:
     """Multiply-adds per second in a product of the decoder's kind, `rows` rows by a 4096 × 4096 matrix, measured."""
     left, right = (torch.randn(size, 4096, device=device).to(dtype) for size in (rows, 4096))
@@ -108,6 +150,7 @@ def print_plan(
     """
     rows = Rows.of(params, workspace)
     console.print(f"[bold]{params.base}[/bold] guided by {', '.join(params.objectives)}: {rows}")
+    print_preparing(params, console)
     fits = _training(params, workspace, console)
     fits &= _decoding(params, workspace, console, rows, tokens_per_second)
     if isinstance(params.judge, LlmJudge):

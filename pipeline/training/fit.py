@@ -1,6 +1,7 @@
 """One training run of an ARM, from its pairs to its best weights, on one device or many."""
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import Any, Literal, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import PeftModel
@@ -257,7 +258,12 @@ def _trainer(
         gradient_clip_val=config.gradient_clip,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
-        callbacks=[best, RollingCheckpoint(checkpoints, config.checkpoint_every)],  # the state knows the best
+        # The state knows the best. Lightning's own bar shows nothing before the end to a log or a program that reads.
+        callbacks=[
+            best,
+            RollingCheckpoint(checkpoints, config.checkpoint_every),
+            *([] if sys.stdout.isatty() else [TQDMProgressBar()]),
+        ],
         logger=logger,
         default_root_dir=checkpoints,
         enable_model_summary=False,

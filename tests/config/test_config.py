@@ -35,6 +35,10 @@ NEEDED = {
     ("sweep", "human_preference"): ("objectives=human_preference", *UNSCORED),
     ("tune", "human_preference"): ("objectives=human_preference", "sweep=human_preference", *UNSCORED),
     ("sweep", "pku"): ("objectives=pku", *UNSCORED),
+    ("sweep", "dial"): ("objectives=sentence",),
+    ("sweep", "sentence_and_scorer"): ("objectives=sentence_and_scorer",),
+    ("sweep", "dials"): ("objectives=sentences",),
+    ("tune", "sentence"): ("objectives=sentences",),
     ("objectives", "positivity"): ONE_POINT,
     ("objectives", "conciseness"): ONE_POINT,
     ("objectives", "simplicity"): ONE_POINT,
@@ -160,7 +164,7 @@ def test_an_unknown_key_below_an_objective_called_like_a_field(name):
         ("decoding.top_p=0.0", "decoding.top_p is 0.0"),
         ("decoding.min_p=1.0", "decoding.min_p is 1.0"),
         ("+sweep.points.base.sharpen=much", "sweep.points.base.sharpen is 'much'"),
-        ("sweep.points.p100_c000.weights.positivity=-1.0", "sweep.points.p100_c000.weights.positivity is -1.0"),
+        ("sweep.points.p100_c000.weights.positivity=-1.0", "sweep.points.p100_c000.weights.positivity is negative"),
         ("judge.confidence=1.0", "judge.confidence is 1.0"),
         ("arm.dropout=1.0", "arm.dropout is 1.0"),
         ("tracking.mode=loud", "tracking.mode is 'loud'"),
@@ -449,7 +453,7 @@ def test_dvc_names_the_folders_of_the_workspace():
     space = Workspace()
     facts = str(space.results / "fetch" / "${key}.json")
     assert outs_of("fetch") == [str(space.model("${key}")), facts]
-    assert outs_of("prepare") == [str(space.results / "prepare")]
+    assert outs_of("prepare") == [str(space.results / "prepare"), str(space.classifiers)]
     assert set(outs_of("train")) == {
         str(space.arm("${key}")),
         str(space.results / "train" / "${key}" / "curve.csv"),
@@ -504,7 +508,13 @@ def test_dvc_watches_what_lies_outside_the_project(compose_params):
     assert inputs.fetch.own.source == "/models/mine" and inputs.fetch["tiny-1l"].source == "scratch/tiny"
     assert inputs.fetch["tiny-1l"].prompts == "pipeline/data/prompts/everyday.jsonl"
     assert inputs.train.positivity.pretrained == "/arms/warm"
-    assert inputs.identify == {"positivity": {"arguments": {"objective": "positivity"}, "folder": "/rewards/warm"}}
+    assert inputs.identify == {
+        "judge-positivity": {
+            "arguments": {"role": "judge", "objective": "positivity"},
+            "folder": "/rewards/warm",
+            "option": "judge.models.positivity.location",
+        }
+    }
     assert (local.judge.model, local.judge.options) == ("models/smollm2-360m", "models.smollm2-360m")
 
 

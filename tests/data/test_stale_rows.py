@@ -1,5 +1,4 @@
 import os
-import sys
 import time
 
 import pytest
@@ -48,12 +47,10 @@ def test_asking_again_makes_rows_recent(folder):
 def test_without_delete_nothing_changes(folder, monkeypatch, capsys):
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     monkeypatch.chdir(folder.parents[1])
-    monkeypatch.setattr(sys, "argv", ["stale_rows"])
-    stale_rows.main()
+    stale_rows.main([])
     assert "generate.jsonl: 2 rows stay, 2 would go" in capsys.readouterr().out
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
-    monkeypatch.setattr(sys, "argv", ["stale_rows", "--days", "200", "--delete"])
-    stale_rows.main()
+    stale_rows.main(["--days", "200", "--delete"])
     assert "generate.jsonl: 3 rows stay, 1 are removed" in capsys.readouterr().out
 
 

@@ -21,10 +21,10 @@ from pipeline.generation.rows import (
     point_requests,
     prompts_with_room,
 )
+from pipeline.generation.samples import sample_responses
 from pipeline.models.loading import Source
 from pipeline.models.prompting import Prompter
 from pipeline.stages import generate as stage
-from pipeline.stages import prepare
 from tests.tiny import write_tiny
 
 PROMPTS = ["Describe a rainy Monday.", "Why?", "Tell me about tea."]
@@ -203,7 +203,7 @@ def test_prompts_too_long_to_sample_from_are_on_the_data_card(sweep, tiny, arms,
     workspace, card = furnished(tmp_path, tiny, arms), DataCard(sweep.objectives)
     prompts = [{"id": "a", "prompt": "Why?", "split": "train"}, {"id": "b", "prompt": "rain " * 300, "split": "test"}]
     params = dataclasses.replace(sweep, data=dataclasses.replace(sweep.data, sampler="tiny"))
-    samples = prepare.sample(prompts, params, Sampling(2, 1.0, 4), workspace, card)
+    samples = sample_responses(prompts, [None], params, Sampling(2, 1.0, 4), workspace, card)[None]
     assert (len(samples["a"]), samples["b"]) == (2, [])
     [(reason, told)] = card.summary()["dropped"].items()
     assert "no room for a response" in reason and told == {"rows": 1, "such as": ["prompt b"]}

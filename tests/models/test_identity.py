@@ -11,7 +11,7 @@ from pipeline.config.schema import RewardJudge, Scoring
 from pipeline.decoding.backbone import Backbone
 from pipeline.decoding.decoder import GuidedDecoder, Request
 from pipeline.decoding.guidance import LAW_VERSION
-from pipeline.evaluation.judges.reward_model import RewardModelJudge
+from pipeline.evaluation.judges.reward_model import RewardModels
 from pipeline.models.identity import ORIGIN, folder_identity
 from pipeline.models.prompting import Prompter
 from tests.generation.test_rows import rows_of, sweep  # noqa: F401
@@ -118,15 +118,15 @@ def test_a_reward_model_that_changed_in_the_middle_of_its_weights_or_in_its_temp
 ):
     specs = {name: Scoring(source="path", location=str(folder)) for name in smoke_params.objectives}
     judge = RewardJudge(kind="reward_model", models=specs)
-    rewards = RewardModelJudge(judge, smoke_params, workspace)
-    known = {rewards.identity("positivity")}
+    rewards = RewardModels(judge, smoke_params, workspace)
+    known = {rewards._identity("positivity")}
     weights = folder / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1  # as long as before, and with the same end
     weights.write_bytes(content)
-    known.add(rewards.identity("positivity"))
+    known.add(rewards._identity("positivity"))
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    known.add(rewards.identity("positivity"))
+    known.add(rewards._identity("positivity"))
     assert len(known) == 3
 
 

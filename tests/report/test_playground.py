@@ -107,3 +107,61 @@ def test_a_person_moves_a_slider_and_reads_both_texts(playground):
         assert [text.removesuffix(end).strip() for text in shown] == [control.strip(), guided.strip()]
     finally:
         blocks.close()
+
+
+def test_a_person_writes_two_sentences_and_gets_a_slider(project, monkeypatch):
+    from pipeline.config.load import load_params
+
+    text = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(
+        text.replace("path: pipeline/data/prompts", f"path: {ROOT}/pipeline/data/prompts")
+        .replace("epochs: 6", "epochs: 1")
+        .replace("train: 6", "train: 16")
+        .replace("sampler: smollm2-135m", "sampler: tiny")
+    )
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    playground = served.Playground(load_params(), Workspace())
+    blocks = served.serve(playground, port=None, wait=False)
+    try:
+        with opened(blocks.local_url) as browser:
+            browser.locator("#make-a-dial button").first.click()
+            browser.locator("#dial-name textarea, #dial-name input").fill("warmth")
+            browser.locator("#dial-wanted textarea, #dial-wanted input").fill("Answer warmly.")
+            browser.locator("#dial-unwanted textarea, #dial-unwanted input").fill("answer  WARMLY.")
+            browser.locator("#dial-make").click()
+            browser.get_by_text("are the same sentence").first.wait_for(timeout=20_000)
+            browser.locator("#dial-unwanted textarea, #dial-unwanted input").fill("Answer coldly.")
+            assert not browser.locator("#alpha-dial-0").is_visible()
+            browser.locator("#dial-make").click()
+            browser.locator("#dial-progress", has_text="finished in").wait_for(timeout=120_000)
+            browser.locator("#alpha-dial-0", has_text="α warmth").wait_for(timeout=20_000)
+            browser.locator("#alpha-dial-0 input[type=number]").fill("2")
+            browser.locator("#alpha-dial-0 input[type=number]").press("Tab")
+            browser.locator("#write").click()
+            browser.locator("#guided small", has_text="warmth").wait_for(timeout=60_000)
+            browser.locator("#reproduce button").first.click()
+            code = browser.locator("#code .cm-content").inner_text()
+        assert "'warmth': 2" in code
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(code, {})
+        assert printed.getvalue().startswith("base:   ")
+    finally:
+        blocks.close()
+
+
+def test_a_dial_guides_only_the_base_that_it_was_made_of(playground, project, arms):
+    import json
+
+    folder = project / "scratch/dials/warmth"
+    shutil.copytree(arms["three"], folder / "arm")
+    said = {"name": "warmth", "wanted": "a", "unwanted": "b", "base": "tiny", "verdict": "", "accuracy": 0.5}
+    said["seconds"] = 1.0
+    (folder / "dial.json").write_text(json.dumps(said))
+    *_, (control, guided) = playground.write("tiny", "Why?", {"positivity": 0.0, "warmth": 2.0}, **HOW)
+    assert control.generation.text != guided.generation.text and set(guided.rewards) == {"positivity", "warmth"}
+    assert playground.maker.law("tiny", {"positivity": 0.5, "warmth": -1.0}) == {
+        "positivity": 0.5, "warmth": -1.0, "base": 2.0,
+    }, "a dial in the log-ratio form takes from the base what it gives to the ARM"  # fmt: skip
+    (folder / "dial.json").write_text(json.dumps(said | {"base": "other"}))
+    with pytest.raises(UserError, match="the dial warmth was made of other"):
+        next(playground.write("tiny", "Why?", {"warmth": 2.0}, **HOW))

@@ -80,6 +80,25 @@ def test_rows_come_from_prepare_or_are_assumed(smoke_params, workspace):
 def test_the_command_line_explains_itself(options, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["plan", *options])
     with pytest.raises(SystemExit):
-        plan.main()
+        plan.main(options)
     shown = capsys.readouterr()
     assert "--tokens-per-second" in shown.out + shown.err
+
+
+def test_what_preparing_samples_and_asks_is_reckoned(compose_params):
+    def told(*overrides):
+        out = io.StringIO()
+        limits = "data.limits={train: 10, validation: 2, test: 3}"
+        params = compose_params(limits, *overrides)
+        plan.print_preparing(params, Console(file=out, width=300))
+        return out.getvalue()
+
+    assert "15 prompts x 2 instructions" in told("objectives=sentence") and "= 120 responses" in told(
+        "objectives=sentence"
+    )
+    assert "x 1 instructions" in told(), "scorers share one set of responses"
+    judged = told("+judge@objectives.positivity.annotator=llm", "objectives.positivity.annotator.max_calls=100")
+    assert (
+        "labelling positivity: at most 180 answers of gpt-4o-mini on 90 pairs" in judged and "max_calls: 100" in judged
+    )
+    assert told("data=own", "data.path=mine.jsonl") == "", "rows from files are sampled from nobody"

@@ -47,6 +47,11 @@ EXPERIMENTS = {
     "ladder": ["experiment=smoke_weak_to_strong"],
     "local judge": ["experiment=smoke", "judge=local_llm", "judge.card_pairs=2", "judge.least=1.0e-9"],
     "reward models": ["experiment=smoke", *REWARDS],
+    "annotators": [
+        "experiment=smoke", "+judge@objectives.positivity.annotator=local_llm",
+        "objectives.positivity.annotator.least=1.0e-9", "+judge@objectives.conciseness.annotator=reward_model",
+        "objectives.conciseness.annotator.models.conciseness.location=scratch/rewards",
+    ],
     "endpoint": ["experiment=smoke", "judge=llm", "judge.card_pairs=2"],
     "own rows and ARM": [
         "experiment=smoke", "data=own", "data.path=scratch/mine.jsonl", "data.sampling=null",
@@ -168,7 +173,8 @@ def run_experiment(name, folder, patch):
 def line_of(option):
     """The line of the table that an option is on."""
     sections = r"(models|objectives|sweep\.points|tune\.rivals|comparison\.methods|judge\.models)\.(?!\[)[^.]+"
-    return re.sub(rf"^{sections}", r"\1.*", option)
+    line = re.sub(rf"^{sections}", r"\1.*", option)
+    return re.sub(r"(annotator\.models)\.(?!\[)[^.]+", r"\1.*", line)
 
 
 def cells(stages):

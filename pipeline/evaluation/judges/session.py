@@ -5,7 +5,9 @@ and its score is 1 where it is better, 0 where the control is, 1/2 where they ar
 verdict is undetermined.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from pipeline.config.errors import UserError
@@ -15,6 +17,7 @@ from pipeline.data.files import Row
 from pipeline.data.oracles import scorer
 from pipeline.evaluation.judges.reward_model import Reward, RewardModels
 from pipeline.evaluation.judges.verdicts import Verdict, Verdicts, mean_score, reasons_text, undetermined
+from pipeline.evaluation.text_classifier import TextClassifier
 
 Control = Mapping[tuple[str, int], str]  # responses by prompt and sample
 Labelled = Mapping[str, Sequence[Row]]  # per objective, pairs of a chosen and a rejected response
@@ -56,7 +59,7 @@ def open_judge(params: Params, workspace: Workspace) -> JudgeSession:
     """
     match params.judge:
         case OracleJudge():
-            return _Oracle(params.objectives)
+            return _Oracle(params.objectives, workspace.classifiers)
         case RewardJudge():
             return _RewardModel(RewardModels(params.judge, params, workspace), list(params.objectives))
         case LlmJudge() | LocalJudge():
@@ -64,16 +67,22 @@ def open_judge(params: Params, workspace: Workspace) -> JudgeSession:
 
 
 class _Oracle:
-    """Every objective's own scorer."""
+    """Every objective's own scorer; of two sentences without one, the classifier that prepare fitted.
 
-    def __init__(self, objectives: Mapping[str, Objective]) -> None:
-        self._scorers = {}
+    That classifier says the probability that a text was written to the wanted sentence.
+    """
+
+    def __init__(self, objectives: Mapping[str, Objective], classifiers: Path) -> None:
+        self._scorers: dict[str, Callable[[str], float]] = {}
         for name, objective in objectives.items():
-            if objective.scorer is None:
+            if objective.scorer is not None:
+                self._scorers[name] = scorer(objective.scorer)
+            elif objective.wanted is not None:
+                self._scorers[name] = _classifier(name, classifiers).probability
+            else:
                 raise UserError(
                     f"objectives.{name} has no scorer, which judge=oracle needs: set objectives.{name}.scorer."
                 )
-            self._scorers[name] = scorer(objective.scorer)
 
     def prepare(self, labelled: Labelled, rows: Sequence[tuple[Sequence[Row], Control]]) -> None:
         pass
@@ -89,6 +98,13 @@ class _Oracle:
 
     def truncated(self, labelled: Labelled) -> dict[str, float | None]:
         return dict.fromkeys(labelled)
+
+
+def _classifier(name: str, file: Path) -> TextClassifier:
+    fitted = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if name not in fitted:
+        raise UserError(f"{file} has no classifier for {name}: run stage prepare again, which fits it.")
+    return TextClassifier.from_json(fitted[name])
 
 
 class _RewardModel:

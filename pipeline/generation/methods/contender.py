@@ -6,12 +6,12 @@ from pathlib import Path
 
 from pipeline.config.errors import UserError
 from pipeline.config.points import Mix
-from pipeline.config.schema import BestOf, Candidates, GenArm, Method, Params, Policies, Segments
+from pipeline.config.schema import BestOf, Candidates, GenArm, Method, Params, Policies, Prompting, Segments
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import Row, digest
 from pipeline.decoding.decoder import GuidedDecoder, Request
 from pipeline.decoding.guidance import LAW_VERSION
-from pipeline.generation.methods import Law, Place, genarm, mod, morl, soups
+from pipeline.generation.methods import Law, Place, genarm, mod, morl, prompting, soups
 from pipeline.generation.methods.args import Args
 from pipeline.generation.methods.best_of_n import BestOfN
 from pipeline.generation.methods.cards import Cards
@@ -46,8 +46,11 @@ class Contender:
         place = Place(params, workspace)
         self._laws: dict[tuple[str, float], Law] = {}
         self._rewards: dict[str, Path] = {}
+        self._sentences: dict[str, str | None] = {}
         if isinstance(method, GenArm | Policies):
             self._laws = {(mix.point, mix.strength): _law(method, mix, place) for mix in mixes}
+        elif isinstance(method, Prompting):
+            self._sentences = prompting.sentences_of(method, params.objectives)
         else:
             self._rewards = {name: _reward_model(name, place) for name in params.objectives}
         self._adapters = {lane: folder for law in self._laws.values() for lane, folder in law.adapters.items()}
@@ -61,6 +64,8 @@ class Contender:
         """A prompt at a mix."""
         decoding, law = self._params.decoding, self._laws.get((mix.point, mix.strength))
         weights = law.weights if law else {name: weight * mix.strength for name, weight in mix.weights.items()}
+        if isinstance(self._method, Prompting):
+            weights = prompting.weights(self._method, weights)
         return Request(
             prompt, weights, decoding.temperature, decoding.top_k, decoding.top_p, decoding.min_p,
             decoding.max_new_tokens, decoding.stop, self._params.seed, sample, law.gate if law else 0.0,
@@ -73,22 +78,20 @@ class Contender:
         """
         requests = [request for _, request in asked]
         if not self._laws:
-            return stored(requests, self._keys(requests), self.decoder, self._workspace, "search")
+            rows = stored(requests, self._keys(requests), self.decoder, self._workspace, "search")
+            return _with_forwards(requests, rows) if self._sentences else rows
         params = self._params
         rows = generate_stored(requests, params, self._workspace, params.base, "generate", self._adapters)
-        return [
-            {**row, "forwards": (1 + len(request.arms)) * row["n_tokens"]}
-            for request, row in zip(requests, rows, strict=True)
-        ]
+        return _with_forwards(requests, rows)
 
     def _keys(self, requests: Sequence[Request]) -> list[str]:
         said = {name: value for name, value in asdict(self._method).items() if name not in ("strengths", "prompts")}
         device = resolve_device(self._params.decoding.device)
         origin = [_VERSION, LAW_VERSION, *self._source.identity(device), said]
-        rewards = {name: folder_identity(folder) for name, folder in self._rewards.items()}
+        others = {name: folder_identity(folder) for name, folder in self._rewards.items()} | self._sentences
         tokens = prompt_tokens(requests, self._source)
         return [
-            digest([*origin, [rewards[name] for name in asked.arms], request_key(asked), tokens[asked.prompt]])
+            digest([*origin, [others[name] for name in asked.arms], request_key(asked), tokens[asked.prompt]])
             for asked in requests
         ]
 
@@ -103,6 +106,8 @@ class Contender:
         if self._laws:
             used = {lane for law in self._laws.values() for lane, weight in law.weights.items() if weight}
             return ModelSet(params, workspace, params.base, used, self._adapters).decoder(place, size)
+        if isinstance(self._method, Prompting):
+            return prompting.decoder(self._method, self._source, params.objectives, place, size)
         device = resolve_device(place)
         models = [memory.Loaded.at(self._source, 1)] * (1 + len(self._rewards))  # a reward model is the base, adapted
         needs = memory.needs_of(models, size, params.decoding.max_new_tokens, device)
@@ -119,6 +124,13 @@ class Contender:
         if method.kind == "args":
             return Args(*common, method.top_k, method.scale)
         return TransferQ(*common, method.top_k, method.scale, method.horizon)
+
+
+def _with_forwards(requests: Sequence[Request], rows: Sequence[Row]) -> list[Row]:
+    return [
+        {**row, "forwards": (1 + len(request.arms)) * row["n_tokens"]}
+        for request, row in zip(requests, rows, strict=True)
+    ]
 
 
 def _law(method: GenArm | Policies, mix: Mix, place: Place) -> Law:
