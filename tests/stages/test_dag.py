@@ -192,6 +192,7 @@ def test_jobs_of_a_sweep_in_two_workers_equal_those_one_after_the_other(copy, se
 def test_each_job_of_a_sweep_trains_what_it_needs_and_only_once(copy):
     """One job's ARMs are the project's own; of the other one ARM is new, which a further job then shares."""
     compose(copy, "experiment=smoke")
+    run(copy, "dvc", "repro", "-q")
     options = ["experiment=smoke", "hydra.sweep.dir=scratch/betas"]
     sweep = [sys.executable, "-m", "pipeline", "sweep", "--multirun", *options]
     printed = run(copy, *sweep, "objectives.positivity.beta=0.02,0.5")
