@@ -18,6 +18,7 @@ STAGES = {
     "tune": "train what ARMs are compared with: models/arms/rivals/",
     "generate": "every test prompt at every point of the sweep: results/generate/",
     "explain": "token rewards of some responses: results/explain/",
+    "identify": "digests of models that judge or label: results/identify/",
     "judge": "a score for every row, and win rates against the control: results/judge/",
     "pareto": "the front, its figures, and the report: results/pareto/, results/report/",
     "weak_to_strong": "the ARMs on a ladder of bases: results/<weak_to_strong.name>/",

@@ -22,7 +22,8 @@ FLOORS = {
     "report": 6,
     "stages": 7,
 }
-STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+WRITTEN = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+STAGES = {name: stage.get("do", stage) for name, stage in WRITTEN.items()}
 DISPATCH = {"pipeline", "pipeline.__main__", "pipeline.stages"}  # they parse the command line and hand over
 
 

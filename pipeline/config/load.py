@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.config.errors import UserError
+from pipeline.config.inputs import inputs_of
 from pipeline.config.schema import (
     Annotator,
     Column,
@@ -32,6 +33,7 @@ from pipeline.config.schema import (
 # What DVC reads of params.yaml by itself: it fails where a key is missing, though a default stands in `params`.
 READ_BY_DVC = (
     "arm.base", "arm.tuning", "comparison.bases", "data.download", "data.path", "data.prompts", "data.sampler",
+    "decoding.device", "decoding.engine", "decoding.temperature",
     "judge.confidence", "judge.resamples", "objectives.*.beta", "objectives.*.pretrained", "sweep.control",
     "tune.bases", "tune.rivals", "weak_to_strong.name", "weak_to_strong.weak",
 )  # fmt: skip
@@ -74,9 +76,10 @@ def to_params(config: Any, origin: str = "the configuration") -> Params:
     if missing := _missing(OmegaConf.to_container(config, resolve=False)):
         raise UserError(f"{origin}: {missing[0]} has no value: give it one, as in {missing[0]}=value.")
     try:
-        plain = OmegaConf.to_container(config, resolve=True)
+        plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     except OmegaConfBaseException as error:
         raise UserError(f"{origin}: {str(error).splitlines()[0]}: correct the reference.") from error
+    inputs = plain.pop("inputs", None)
     if secrets := _secrets(plain):  # first: the sentences below show values
         raise UserError(
             f"{origin}: {secrets[0]} is an address that holds a password or key: take it out of the configuration and "
@@ -92,6 +95,8 @@ def to_params(config: Any, origin: str = "the configuration") -> Params:
         for absent in _absent(plain, path.split(".")):
             raise UserError(f"{origin}: {absent} is missing, and DVC reads it: give it a value.")
     _check(params, origin)
+    if inputs != inputs_of(plain):  # else DVC would watch the files of another model
+        raise UserError(f"{origin}: inputs does not follow from the other sections: write it anew with `make params`.")
     return params
 
 

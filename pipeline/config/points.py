@@ -25,12 +25,20 @@ def point_weights(point: Point, params: Params, base: str) -> dict[str, float]:
 
 def policy_lane(rival: str) -> str:
     """The lane of an adapter of the base that was tuned for comparison; for one objective it has that one's name."""
-    return f"policy/{rival}"
+    return f"{_POLICY}{rival}"
+
+
+def rival_of(lane: str) -> str | None:
+    """The name of what was tuned that a lane stands for, as `policy_lane` writes it; None of any other lane."""
+    return lane.removeprefix(_POLICY) if lane.startswith(_POLICY) else None
 
 
 def point_temperature(point: Point, params: Params) -> float:
     """The decoder's temperature, divided by 1 + Σα of the guidance that an unguided point is to be as sharp as."""
     return round(params.decoding.temperature / (1 + point.sharpen), 4)
+
+
+_POLICY = "policy/"
 
 
 BASE = "base"  # the name of the base's own lane

@@ -6,22 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache, DynamicLayer, GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, DynamicLayer, PreTrainedModel
 
 from pipeline.config.errors import UserError
 from pipeline.config.points import BASE, REFERENCE
 from pipeline.decoding.fused_lora import AdaptedModel, read_adapter
 from pipeline.models.architecture import check_architecture, text_config
 from pipeline.models.loading import Source
-from pipeline.models.prompting import Prompter
+from pipeline.models.prompting import Prompter, ends_of
 from pipeline.models.vocabulary import check_adapter_tokenizer
-
-
-def ends_of(prompter: Prompter, config: GenerationConfig | None) -> frozenset[int]:
-    """The tokens that end a response: the template's, end-of-sequence, and what the generation config names."""
-    ends = None if config is None else config.eos_token_id
-    own = prompter.eos, int(prompter.tokenizer.eos_token_id)
-    return frozenset([*own, *(ends if isinstance(ends, list) else [] if ends is None else [ends])])
 
 
 class Backbone:

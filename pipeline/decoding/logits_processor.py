@@ -13,14 +13,14 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from pipeline.config.errors import UserError
 from pipeline.config.points import BASE
-from pipeline.decoding.backbone import Backbone, ends_of, plan_backbones
+from pipeline.decoding.backbone import Backbone, plan_backbones
 from pipeline.decoding.cross_tokenizer.bridge import TokenizerBridge, common_vocabulary
 from pipeline.decoding.cross_tokenizer.session import CrossTokenizerSession
 from pipeline.decoding.guidance import cut, guided_logps
 from pipeline.decoding.kv_cache import Lanes
 from pipeline.decoding.static_cache import StaticLanes, lanes_of
 from pipeline.models.loading import Source
-from pipeline.models.prompting import Prompter
+from pipeline.models.prompting import Prompter, ends_of
 from pipeline.models.vocabulary import same_vocabulary
 
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from pipeline.config.errors import UserError
-from pipeline.config.points import REFERENCE, policy_lane
+from pipeline.config.points import REFERENCE, rival_of
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.decoding.backbone import plan_backbones
@@ -42,20 +42,21 @@ class ModelSet:
         self, params: Params, workspace: Workspace, base: str, used: Collection[str],
         adapters: Mapping[str, Path] | None = None,
     ) -> None:  # fmt: skip
-        self._params, self._workspace, self._base, self._used = params, workspace, base, used
+        self._params, self._used = params, used
         self.strong = Source.of(params, workspace, base)
-        self.arms = {name: workspace.arm(name) for name in params.objectives if name in used}
-        known = {policy_lane(name): workspace.rival(base, name) for name in params.tune.rivals} | dict(adapters or {})
-        self.policies = {lane: folder for lane, folder in known.items() if lane in used}
-        another = params.arm.base != base and (self.arms or REFERENCE in used)
+        # By the names that are used: an experiment's other objectives and policies make no difference to these rows.
+        self.arms = {name: workspace.arm(name) for name in sorted(used) if name in params.objectives}
+        tuned = {lane: name for lane in sorted(used) if (name := rival_of(lane)) in params.tune.rivals and name}
+        policies = {lane: workspace.rival(base, name) for lane, name in tuned.items()} | dict(adapters or {})
+        self.policies = {lane: folder for lane, folder in policies.items() if lane in used}
+        another = (self.arms or REFERENCE in used) and params.arm.base != base
         self.weak = Source.of(params, workspace, params.arm.base) if another else None
 
     @property
-    def sources(self) -> list[Source]:
-        """The models that are loaded, each with the adapters that run on it."""
-        needs_reference = REFERENCE in self._used
-        _, beside = plan_backbones(self.strong, self.arms, self.weak, self.policies, needs_reference)
-        return [self.strong, *(other.source for other in beside)]
+    def loaded(self) -> list[tuple[Source, int]]:
+        """The models that are loaded, each with its lanes: its own, where it has a say, and one for each adapter."""
+        adapters, beside = plan_backbones(self.strong, self.arms, self.weak, self.policies, REFERENCE in self._used)
+        return [(self.strong, 1 + len(adapters)), *((other.source, len(other.names)) for other in beside)]
 
     def identities(self, device: torch.device) -> dict[str, Any]:
         """Per lane, all that its log-probabilities depend on beside the base."""
@@ -67,15 +68,21 @@ class ModelSet:
             found |= {REFERENCE: weak} | {name: [found[name], *weak] for name in self.arms}
         return found
 
-    def decoder(self, device: str, batch_size: int) -> GuidedDecoder:
+    def decoder(self, device: str, batch_size: int, new_tokens: int | None = None) -> GuidedDecoder:
         """A decoder of all of them.
+
+        Args:
+            device: where it computes.
+            batch_size: rows at once.
+            new_tokens: how long responses will be, for the check of the memory; None: as `params.decoding` says.
 
         Raises:
             UserError: the models cannot fit into memory (nothing is loaded then), or do not fit each other.
         """
-        counted = len(self.arms), len(self.policies), REFERENCE in self._used
-        needs = memory.needs_of(self._params, self._workspace, memory.served(self._params, self._base, *counted))
-        memory.refuse_too_large(needs, resolve_device(device), self.strong.device_map is not None)
+        place = resolve_device(device)
+        models = [memory.Loaded.at(source, lanes) for source, lanes in self.loaded]
+        needs = memory.needs_of(models, batch_size, new_tokens or self._params.decoding.max_new_tokens, place)
+        memory.refuse_too_large(needs, place, self.strong.device_map is not None)
         return GuidedDecoder.load(
             self.strong, self.arms, arm_base=self.weak, policies=self.policies, reference=REFERENCE in self._used,
             device=device, batch_size=batch_size,

@@ -52,7 +52,7 @@ def prompts_with_room(params: Params, workspace: Workspace, bases: Sequence[str]
     sources: list[Source] = []
     for base in bases:
         used = {name for _, request in point_requests(params, base, prompts[:1]) for name in request.arms}
-        sources += ModelSet(params, workspace, base, used).sources
+        sources += [source for source, _ in ModelSet(params, workspace, base, used).loaded]
     room = params.decoding.max_new_tokens
     kept = with_room(sources, prompts, room)
     if len(kept) < len(prompts):
@@ -154,7 +154,8 @@ def generate_stored(
     def decoder() -> Decoder:
         if params.decoding.engine == "vllm":
             return models.vllm_decoder(params.decoding.batch_size)
-        return models.decoder(params.decoding.device, params.decoding.batch_size)
+        longest = max(request.max_new_tokens for request in requests)
+        return models.decoder(params.decoding.device, params.decoding.batch_size, longest)
 
     return stored(requests, [key(request) for request in requests], decoder, workspace, title, store)
 

@@ -16,7 +16,7 @@ from pipeline.config.errors import UserError
 from pipeline.config.schema import Model, Params
 from pipeline.config.workspace import Workspace
 from pipeline.models.architecture import text_config
-from pipeline.models.loading import Source, resolve_device, resolve_dtype
+from pipeline.models.loading import Source, resolve_dtype
 
 PROMPT = 128  # tokens of a prompt that the cache is reckoned with
 _SLACK = 1.1  # what buffers and the allocator take on top
@@ -91,7 +91,8 @@ def available_bytes(device: torch.device, spread: bool) -> int:
     if device.type != "cuda":
         return int(psutil.virtual_memory().available)
     places = range(torch.cuda.device_count()) if spread else [device.index or 0]
-    return sum(torch.cuda.mem_get_info(place)[0] for place in places)
+    kept = [torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place) for place in places]
+    return sum(torch.cuda.mem_get_info(place)[0] for place in places) + sum(kept)  # torch keeps what was freed
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,28 @@ class Need:
         return _SLACK * (self.weights + self.cache)
 
 
-def served(params: Params, base: str, arms: int, policies: int, reference: bool) -> list[tuple[str, int]]:
-    """The models that decoding on a base loads, with their lanes: each adapter that has a say has a cache of its own.
+@dataclass(frozen=True)
+class Loaded:
+    """A model that decoding holds in memory."""
+
+    name: str
+    source: Source
+    config: Any  # of transformers
+    lanes: int  # key-value caches: the model's own, and one for each adapter on it that has a say
+
+    @classmethod
+    def at(cls, source: Source, lanes: int) -> "Loaded":
+        """A model whose folder is there, named as the folder is."""
+        config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+        return cls(source.folder.name, source, config, lanes)
+
+
+def planned(params: Params, workspace: Workspace, base: str, arms: int, policies: int, reference: bool) -> list[Loaded]:
+    """The models that decoding on a base will hold once the ARMs are trained as `params.arm` says.
 
     Args:
         params: the experiment.
+        workspace: where fetched models are.
         base: the model that is steered.
         arms: how many ARMs guide it.
         policies: how many adapters of the base itself are sampled from.
@@ -121,29 +139,31 @@ def served(params: Params, base: str, arms: int, policies: int, reference: bool)
     """
     start, another = params.arm.base, params.arm.base != base
     if params.arm.tuning == "full":
-        return [(base, 1 + policies)] + [(start, 1)] * (arms + (reference and another))
-    if another and (arms or reference):
-        return [(base, 1 + policies), (start, arms + reference)]
-    return [(base, 1 + policies + arms)]
+        models = [(base, 1 + policies)] + [(start, 1)] * (arms + (reference and another))
+    elif another and (arms or reference):
+        models = [(base, 1 + policies), (start, arms + reference)]
+    else:
+        models = [(base, 1 + policies + arms)]
+    sources = {name: Source.of(params, workspace, name) for name, _ in models}
+    configs = {name: config_of(name, params.models[name], source.folder) for name, source in sources.items()}
+    return [Loaded(name, sources[name], configs[name], lanes) for name, lanes in models]
 
 
-def needs_of(params: Params, workspace: Workspace, models: Sequence[tuple[str, int]]) -> list[Need]:
+def needs_of(models: Sequence[Loaded], rows: int, new_tokens: int, device: torch.device) -> list[Need]:
     """What decoding needs.
 
     Args:
-        params: the experiment.
-        workspace: where fetched models are.
-        models: each with its lanes, as `served` tells them.
+        models: all that are held at once.
+        rows: of a batch.
+        new_tokens: the length of a response, at most; prompts are reckoned with `PROMPT` tokens.
+        device: where they go.
     """
-    decoding, device = params.decoding, resolve_device(params.decoding.device)
-    found = []
-    for name, count in models:
-        source = Source.of(params, workspace, name)
-        shape = shape_of(config_of(name, params.models[name], source.folder))
-        dtype = resolve_dtype(source.dtype, device)
-        cache = cache_bytes(shape, decoding.batch_size * count, PROMPT + decoding.max_new_tokens, dtype)
-        found.append(Need(name, shape, weight_bytes(shape, dtype, source.quantisation), cache))
-    return found
+    needs = []
+    for model in models:
+        shape, dtype = shape_of(model.config), resolve_dtype(model.source.dtype, device)
+        cache = cache_bytes(shape, rows * model.lanes, PROMPT + new_tokens, dtype)
+        needs.append(Need(model.name, shape, weight_bytes(shape, dtype, model.source.quantisation), cache))
+    return needs
 
 
 def refuse_too_large(needs: Sequence[Need], device: torch.device, spread: bool) -> None:

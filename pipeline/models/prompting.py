@@ -12,10 +12,7 @@ from typing import Any
 import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from pipeline.config.errors import UserError
 from pipeline.data.chat import is_dialogue, turns_of
@@ -142,3 +139,10 @@ class Prompter:
     def spell(self, ids: Sequence[int]) -> str:
         """The text that token ids spell, special tokens and the one that ends a response left out."""
         return str(self.tokenizer.decode([one for one in ids if one != self.eos], skip_special_tokens=True))
+
+
+def ends_of(prompter: Prompter, config: GenerationConfig | None) -> frozenset[int]:
+    """The tokens that end a response: the template's, end-of-sequence, and what the generation config names."""
+    ends = None if config is None else config.eos_token_id
+    own = prompter.eos, int(prompter.tokenizer.eos_token_id)
+    return frozenset([*own, *(ends if isinstance(ends, list) else [] if ends is None else [ends])])

@@ -11,9 +11,9 @@ from pipeline.config.workspace import Workspace
 from pipeline.data.files import write_json
 from pipeline.data.preferences import read_prompts
 from pipeline.decoding.request import Request
-from pipeline.generation.rows import generate_stored
+from pipeline.generation.rows import generate_stored, with_room
 from pipeline.models.fetch import fetch, shape
-from pipeline.models.loading import Source, resolve_device
+from pipeline.models.loading import Source, model_digest, resolve_device
 from pipeline.training.batches import PromptGroup
 from pipeline.training.distillation import HELD_OUT_SAMPLES, distill, text_groups
 
@@ -27,7 +27,9 @@ def run(params: Params, workspace: Workspace, model: str) -> None:
     else:
         measured = make_sibling(params, workspace, model)
     facts = shape(folder)
-    write_json(workspace.results / "fetch" / f"{model}.json", facts if measured is None else {**facts, **measured})
+    # With the digest a stage that steers several models depends on all of them by depending on results/fetch.
+    record = {**facts, **(measured or {}), "digest": model_digest(folder)}
+    write_json(workspace.results / "fetch" / f"{model}.json", record)
     print(f"fetch: {model}, {facts['parameters'] / 1e6:.1f} million parameters, is in {folder}")
 
 
@@ -46,23 +48,46 @@ def make_sibling(params: Params, workspace: Workspace, name: str) -> dict[str, f
     parents = replace(workspace, models=workspace.scratch / "parents")
     fetch(name, spec, parents.model(name))
     source = Source.of(params, parents, name)
-    train, held_out = (sampled_text(params, parents, name, source, split) for split in ("train", "validation"))
+    texts = [sampled_text(params, parents, name, source, split) for split in ("train", "validation")]
+    (train, held_out), left_out = [groups for groups, _ in texts], sum(count for _, count in texts)
     device = resolve_device(params.decoding.device)
-    return distill(source, device, train, held_out, config, name, spec, workspace)
+    measured = distill(source, device, train, held_out, config, name, spec, workspace)
+    return {**measured, "prompts_left_out": left_out}
 
 
-def sampled_text(params: Params, parents: Workspace, name: str, source: Source, split: str) -> list[PromptGroup]:
-    """What the parent of `name` writes to the prompts of a split."""
+def sampled_text(
+    params: Params, parents: Workspace, name: str, source: Source, split: str
+) -> tuple[list[PromptGroup], int]:
+    """What the parent of `name` writes to the prompts of a split, and how many prompts are left out.
+
+    Those are left out that leave no room for a response in the parent's context.
+
+    Raises:
+        UserError: the split has no prompt, or none that leaves room.
+    """
     config = params.models[name].healing
     assert config is not None
     rows = read_prompts(Data(config.prompts, name, config.prompts), config.seed)
     prompts = [row["prompt"] for row in rows if row["split"] == split]
     if not prompts:
         raise UserError(f"{config.prompts}: no prompt of split {split} to heal {name} with: add some.")
+    kept = with_room([source], prompts, config.max_new_tokens)
+    left_out = len(prompts) - len(kept)
+    if left_out:
+        print(
+            f"fetch: {name}: {left_out} of {len(prompts)} prompts of split {split} left out: with "
+            f"{config.max_new_tokens} new tokens they exceed the context of {source.context} tokens"
+        )
+    if not kept:
+        raise UserError(
+            f"{config.prompts}: no prompt of split {split} leaves room for {config.max_new_tokens} tokens in the "
+            f"context of {source.context}: lower models.{name}.healing.max_new_tokens."
+        )
     samples = config.samples_per_prompt if split == "train" else HELD_OUT_SAMPLES
     requests = [
         Request(prompt, max_new_tokens=config.max_new_tokens, seed=config.seed, sample=sample)
-        for prompt in prompts
+        for prompt in kept
         for sample in range(samples)
     ]
-    return text_groups(generate_stored(requests, params, parents, name, "fetch"), samples, source.prompter())
+    rows = generate_stored(requests, params, parents, name, "fetch")
+    return text_groups(rows, samples, source.prompter()), left_out

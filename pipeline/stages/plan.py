@@ -195,8 +195,8 @@ def _decoding(
     tokens = PROMPT + decoding.max_new_tokens
     forms = {point.form for point in params.sweep.points.values() if point.guided}
     policies = len(params.objectives) if "dpo" in forms else 0
-    models = memory.served(params, params.base, len(params.objectives), policies, "log_ratio" in forms)
-    needs = memory.needs_of(params, workspace, models)
+    models = memory.planned(params, workspace, params.base, len(params.objectives), policies, "log_ratio" in forms)
+    needs = memory.needs_of(models, decoding.batch_size, decoding.max_new_tokens, device)
     console.print(_table(params, needs, f"{decoding.batch_size} rows of {tokens} tokens ({PROMPT} of them prompt)"))
     spread = params.models[params.base].device_map is not None
     wanted, free = sum(each.total for each in needs), memory.available_bytes(device, spread)

@@ -19,6 +19,7 @@ from pipeline.config.schema import Arm, Params, Rival
 from pipeline.data.files import Row, digest, replacing_folder
 from pipeline.data.oracles import scorer
 from pipeline.models.loading import Source, resolve_device, resolve_dtype
+from pipeline.models.prompting import Prompter, ends_of
 
 
 def train(
@@ -44,7 +45,7 @@ def train(
     """
     try:
         from datasets import Dataset
-        from trl import RLOOConfig, RLOOTrainer
+        from trl import RLOOConfig
     except ImportError as error:
         raise UserError("kind: rloo needs TRL: pip install 'genarm-pipeline[rlhf]'.") from error
     device = resolve_device(params.trainer.accelerator)
@@ -62,9 +63,11 @@ def train(
         save_steps=params.trainer.checkpoint_every, save_total_limit=1, report_to="none", use_cpu=device.type == "cpu",
         bf16=resolve_dtype(source.dtype, device) == torch.bfloat16, gradient_checkpointing=False,
     )  # fmt: skip
-    trainer = RLOOTrainer(
-        model=source.load(device).requires_grad_(True), reward_funcs=_reward(params, rival), args=config,
-        train_dataset=Dataset.from_list([{"prompt": _asked(prompter, prompt)} for prompt in prompts]),
+    model: Any = source.load(device).requires_grad_(True)
+    model.generation_config.eos_token_id = sorted(ends_of(prompter, model.generation_config))  # as in decoding
+    trainer = _trainer_class(prompter)(
+        model=model, reward_funcs=_reward(params, rival, prompter), args=config,
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
         processing_class=tokenizer, peft_config=_lora(params.arm),
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=_newest(checkpoints))
@@ -100,8 +103,20 @@ def _newest(checkpoints: Path) -> str | None:
     return max(finished)[1] if finished else None
 
 
-def _reward(params: Params, rival: Rival) -> Any:
-    """What TRL asks for: the reward of every completion."""
+def _trainer_class(prompter: Prompter) -> Any:
+    """TRL's trainer on prompts as the pipeline spells them: a control token in a text is text, a template's is not."""
+    from trl import RLOOTrainer
+
+    class PromptedTrainer(RLOOTrainer):  # type: ignore[misc, unused-ignore]
+        def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
+            """Token ids per prompt; there are no images."""
+            return [prompter.prompt_ids(prompt) for prompt in prompts], None, {}
+
+    return PromptedTrainer
+
+
+def _reward(params: Params, rival: Rival, prompter: Prompter) -> Any:
+    """What TRL asks for: the reward of every completion, as the text that its tokens spell in a generated row."""
     scorers = {}
     for name in rival.weights:
         kind = params.objectives[name].scorer
@@ -109,15 +124,11 @@ def _reward(params: Params, rival: Rival) -> Any:
             raise UserError(f"objectives.{name} has no scorer to train against: set objectives.{name}.scorer.")
         scorers[name] = scorer(kind)
 
-    def reward(completions: Sequence[str], **_: Any) -> list[float]:
-        return [sum(rival.weights[name] * score(text) for name, score in scorers.items()) for text in completions]
+    def reward(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+        texts = [prompter.spell(ids) for ids in completion_ids]
+        return [sum(rival.weights[name] * score(text) for name, score in scorers.items()) for text in texts]
 
     return reward
-
-
-def _asked(prompter: Any, prompt: str) -> str:
-    """The prompt inside its template, as text."""
-    return str(prompter.tokenizer.decode(prompter.prompt_ids(prompt)))
 
 
 def _lora(arm: Arm) -> LoraConfig:

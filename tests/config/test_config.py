@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from pipeline.config.errors import UserError
+from pipeline.config.inputs import inputs_of
 from pipeline.config.load import COLUMNS, READ_BY_DVC, load_params, to_params
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
@@ -42,7 +43,8 @@ NEEDED = {
     ("objectives", "conciseness"): ONE_POINT,
     ("objectives", "simplicity"): ONE_POINT,
 }
-STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+WRITTEN = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+STAGES = {name: stage.get("do", stage) for name, stage in WRITTEN.items()}
 
 
 def default():
@@ -59,7 +61,7 @@ def outs_of(stage):
 
 
 def sections_of(stage):
-    return {path.split(".")[0] for path in paths_of(STAGES[stage]["params"])}
+    return {path.split(".")[0] for path in paths_of(STAGES[stage]["params"]) if not path.startswith("$")}
 
 
 def test_there_are_experiments_and_options_to_test():
@@ -258,7 +260,8 @@ def test_what_dvc_reads_by_itself_must_be_written(path):
 
 def test_all_that_dvc_reads_is_known():
     text = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
-    read = {path for path in re.findall(r"\$\{([^}]+)\}", text) if not path.startswith(("item", "key"))}
+    computed = ("item", "key", "inputs")  # which is checked as a whole
+    read = {path for path in re.findall(r"\$\{([^}]+)\}", text) if not path.startswith(computed)}
     for stage in STAGES.values():
         read |= {re.sub(r"\$\{[^}]+\}", "*", path) for path in paths_of(stage["params"])}
     assert {path for path in read if "." in path and not path.endswith("*")} == set(READ_BY_DVC)
@@ -272,6 +275,7 @@ def test_no_name_reaches_a_shell_but_quoted(tmp_path, monkeypatch):
     config["fetch"] = [hostile]
     config["tune"] = {"bases": [hostile], "rivals": {hostile: {"weights": {"positivity": 1.0}}}}
     config["data"]["download"] = [{"repository": hostile, "revision": hostile, "folder": hostile}]
+    config["inputs"] = inputs_of(config)
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -447,13 +451,13 @@ def test_params_are_frozen(compose_params):
 
 def test_dvc_names_the_folders_of_the_workspace():
     space = Workspace()
-    facts = str(space.results / "fetch" / "${item.model}.json")
-    assert outs_of("fetch") == [str(space.model("${item.model}")), facts]
+    facts = str(space.results / "fetch" / "${key}.json")
+    assert outs_of("fetch") == [str(space.model("${key}")), facts]
     assert outs_of("prepare") == [str(space.results / "prepare"), str(space.classifiers)]
     assert set(outs_of("train")) == {
-        str(space.arm("${item.objective}")),
-        str(space.results / "train" / "${item.objective}" / "curve.csv"),
-        str(space.results / "train" / "${item.objective}" / "metrics.json"),
+        str(space.arm("${key}")),
+        str(space.results / "train" / "${key}" / "curve.csv"),
+        str(space.results / "train" / "${key}" / "metrics.json"),
     }
     where = space.results / "tune" / "${item.base}" / "${item.rival}"
     rival = space.rival("${item.base}", "${item.rival}")
@@ -480,7 +484,8 @@ def test_every_dvc_dependency_is_a_file_of_the_project_or_an_earlier_output():
     for stage, said in STAGES.items():
         for dep in said["deps"]:
             written = any(dep == out or dep.startswith(f"{out}/") or out.startswith(f"{dep}/") for out in made)
-            named = dep in ("${data.path}", "${data.prompts}") or dep.startswith("models/${")  # fetch makes all models
+            # Fetch makes all models, and what `inputs` and `data` name the user has.
+            named = dep.startswith(("${data.", "${item.", "${inputs.", "models/${"))
             assert written or named or (ROOT / dep).is_file() or (ROOT / dep).is_dir(), f"{stage}: {dep}"
         made |= set(outs_of(stage))
 
@@ -492,20 +497,32 @@ def test_dvc_stages_list_only_known_sections_and_never_tracking():
     )
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_dvc_stage_lists_every_section_that_its_script_reads(stage):
-    script = (ROOT / f"pipeline/stages/{stage}.py").read_text(encoding="utf-8")
-    read = set(re.findall(r"\bparams\.([a-z_]+)", script)) - {"yaml", "tracking"}
-    if stage == "tune":  # its job is put together in the library
-        library = (ROOT / "pipeline/training/fit.py").read_text(encoding="utf-8").split("def of_rival")[1]
-        read |= set(re.findall(r"\bparams\.([a-z_]+)", library.split("@dataclass")[0]))
-    if stage == "fetch":
-        read -= {"decoding"}  # on which device a sibling is healed
-    if stage == "generate":  # its sampling is in the library; of objectives, those that have a say are in the sweep
-        library = (ROOT / "pipeline/generation/rows.py").read_text(encoding="utf-8")
-        read = (read | set(re.findall(r"\bparams\.([a-z_]+)", library))) - {"objectives", "tune"}
-    assert read
-    assert read <= sections_of(stage)
+def test_dvc_watches_what_lies_outside_the_project(compose_params):
+    """A folder that follows from several options is worked out where conf/ is composed, by Hydra and by DVC alike."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        own = ["base=own", "models.own.location=/models/mine", "experiment=smoke_weak_to_strong", "arm.base=tiny-1l"]
+        pretrained = "objectives.positivity.pretrained={source: path, location: /arms/warm}"
+        judge = ["judge=reward_model", "judge.models.positivity.location=/rewards/warm"]
+        inputs = compose("config", overrides=[*own, "fetch=[own,tiny,tiny-1l]", pretrained, *judge]).inputs
+        local = compose("config", overrides=["judge=local_llm", "judge.model=smollm2-360m"]).inputs
+    assert inputs.fetch.own.source == "/models/mine" and inputs.fetch["tiny-1l"].source == "scratch/tiny"
+    assert inputs.fetch["tiny-1l"].prompts == "pipeline/data/prompts/everyday.jsonl"
+    assert inputs.train.positivity.pretrained == "/arms/warm"
+    assert inputs.identify == {
+        "judge-positivity": {
+            "arguments": {"role": "judge", "objective": "positivity"},
+            "folder": "/rewards/warm",
+            "option": "judge.models.positivity.location",
+        }
+    }
+    assert (local.judge.model, local.judge.options) == ("models/smollm2-360m", "models.smollm2-360m")
+
+
+def test_inputs_that_belong_to_other_models_are_refused():
+    config = default()
+    config["models"]["smollm2-135m"] |= {"source": "path", "location": "/models/mine"}  # by hand, in params.yaml
+    with pytest.raises(UserError, match=r"inputs does not follow from the other sections: .* `make params`"):
+        to_params(OmegaConf.create(config))
 
 
 JUDGES = sorted(path.stem for path in (CONF / "judge").glob("*.yaml"))

@@ -8,11 +8,11 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.config.errors import UserError
 from pipeline.config.schema import Model
-from pipeline.decoding.backbone import Backbone, ends_of
+from pipeline.decoding.backbone import Backbone
 from pipeline.decoding.decoder import GuidedDecoder
 from pipeline.models.fetch import fetch
 from pipeline.models.loading import model_digest
-from pipeline.models.prompting import Prompter
+from pipeline.models.prompting import Prompter, ends_of
 from tests.foreign import sentencepiece
 from tests.tiny import CHAT, ROOT, tiny_model, tiny_tokenizer, write_tiny
 

@@ -5,8 +5,9 @@ import torch
 from transformers import AutoConfig, LlamaConfig
 
 from pipeline.config.errors import UserError
-from pipeline.models import memory
-from pipeline.models.loading import load_model
+from pipeline.generation.model_set import ModelSet
+from pipeline.models import loading, memory
+from pipeline.models.loading import load_model, resolve_dtype
 from tests.tiny import tiny_model
 
 SEVEN = LlamaConfig(vocab_size=32001)  # the defaults are Llama-7B's
@@ -55,7 +56,7 @@ def planned(params, workspace, base, **changes):
 def test_what_cannot_fit_is_refused_before_it_loads(smoke_params, workspace, tiny, monkeypatch):
     params = planned(smoke_params, workspace, "large")
     SEVENTY.save_pretrained(workspace.model("large"))
-    needs = memory.needs_of(params, workspace, [("large", 2)])
+    needs = memory.needs_of(memory.planned(params, workspace, "large", 0, 0, False), 4, 8, torch.device("cpu"))
     with pytest.raises(UserError, match=r"large \(\d+\.\d GB\) need .* GB and cpu has .* free: lower decoding"):
         memory.refuse_too_large(needs, torch.device("cpu"), False)
     monkeypatch.setattr(memory, "available_bytes", lambda *_: 1e15)
@@ -71,14 +72,51 @@ def test_a_model_without_a_config_at_hand_says_what_to_do(smoke_params, workspac
         memory.config_of("tiny", hub, workspace.model("tiny"))
 
 
-def test_what_is_loaded_depends_on_what_guides(smoke_params):
+def test_what_is_loaded_depends_on_what_guides(smoke_params, workspace):
     params = dataclasses.replace(smoke_params, arm=dataclasses.replace(smoke_params.arm, base="small"))
-    assert memory.served(params, "large", 0, 0, False) == [("large", 1)]
-    assert memory.served(params, "large", 2, 1, True) == [("large", 2), ("small", 3)]
-    assert memory.served(params, "small", 2, 1, False) == [("small", 4)], "ARMs of the base share it"
+    params = dataclasses.replace(params, models=dict.fromkeys(["small", "large"], params.models["tiny"]))
+    for name in params.models:
+        tiny_model(500).config.save_pretrained(workspace.model(name))
+
+    def loaded(params, *counts):
+        return [(model.name, model.lanes) for model in memory.planned(params, workspace, *counts)]
+
+    assert loaded(params, "large", 0, 0, False) == [("large", 1)]
+    assert loaded(params, "large", 2, 1, True) == [("large", 2), ("small", 3)]
+    assert loaded(params, "small", 2, 1, False) == [("small", 4)], "ARMs of the base share it"
     whole = dataclasses.replace(params, arm=dataclasses.replace(params.arm, tuning="full"))
-    assert memory.served(whole, "large", 2, 0, True) == [("large", 1), *[("small", 1)] * 3]
-    assert memory.served(whole, "small", 2, 0, True) == [("small", 1), *[("small", 1)] * 2]
+    assert loaded(whole, "large", 2, 0, True) == [("large", 1), *[("small", 1)] * 3]
+    assert loaded(whole, "small", 2, 0, True) == [("small", 1), *[("small", 1)] * 2]
+
+
+@pytest.fixture
+def checked(smoke_params, workspace, tiny, arms, monkeypatch):
+    """Models of which ARM `two` is whole, though arm=lora; what the check is told, and what is loaded."""
+    workspace.model("tiny").parent.mkdir(parents=True, exist_ok=True)
+    workspace.model("tiny").symlink_to(tiny)
+    objectives = dict.fromkeys(["one", "two"], smoke_params.objectives["positivity"])
+    for name, folder in {"one": arms["one"], "two": tiny}.items():
+        workspace.arm(name).parent.mkdir(exist_ok=True)
+        workspace.arm(name).symlink_to(folder)
+    seen, loads = [], []
+    refuse, load = memory.refuse_too_large, loading.load_model
+    monkeypatch.setattr(memory, "refuse_too_large", lambda needs, *rest: (seen.append(needs), refuse(needs, *rest)))
+    monkeypatch.setattr(loading, "load_model", lambda folder, *rest: (loads.append(folder), load(folder, *rest))[1])
+    return dataclasses.replace(smoke_params, objectives=objectives), seen, loads
+
+
+def test_the_check_counts_what_is_loaded_for_the_rows_that_are_asked_for(checked, workspace):
+    params, seen, loads = checked
+    assert params.arm.tuning == "lora"
+    served = ModelSet(params, workspace, "tiny", {"one", "two"})
+    served.decoder("cpu", 2, 5)
+    [needs] = seen
+    assert [need.name for need in needs] == [folder.name for folder in loads] == ["tiny", "two"]
+    size = resolve_dtype(params.models["tiny"].dtype, torch.device("cpu")).itemsize
+    row = (memory.PROMPT + 5) * needs[0].shape.cached * size
+    assert [need.cache for need in needs] == [2 * 2 * row, 2 * row], (
+        "two rows: the base and an adapter, and a whole ARM"
+    )
 
 
 def test_training_a_whole_model_counts_its_optimizer(monkeypatch):

@@ -81,7 +81,7 @@ def test_commands_that_texts_show_are_there():
 
 def test_dvc_runs_every_stage():
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    assert {shlex.split(stage["cmd"])[3] for stage in stages.values()} == set(STAGES)
+    assert {shlex.split(stage.get("do", stage)["cmd"])[3] for stage in stages.values()} == set(STAGES)
 
 
 def test_a_mistyped_command_is_named_with_the_closest_one(monkeypatch):

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -101,6 +102,22 @@ def test_a_sibling_is_a_model_of_the_same_vocabulary_with_its_measures(tiny, smo
     capsys.readouterr()
     make_sibling(params, workspace, "two")
     assert "fetch: 8 of 8 rows are in the store already" in capsys.readouterr().out, "siblings share the text"
+
+
+def test_a_prompt_that_leaves_no_room_is_left_out_of_healing_and_counted(smoke_params, workspace, tmp_path, capsys):
+    words = ["tea", "rain", "word " * 400]  # the last exceeds the tiny model's context of 256 tokens
+    rows = [
+        {"prompt": f"Why {word} ({split})?", "split": split} for split in ("train", "validation") for word in words
+    ]  # fmt: skip
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = dataclasses.replace(CONFIG, prompts=str(tmp_path / "prompts.jsonl"), epochs=1)
+    spec = dataclasses.replace(smoke_params.models["tiny"], healing=config)
+    measured = make_sibling(dataclasses.replace(smoke_params, models={"one": spec}), workspace, "one")
+    assert measured["prompts_left_out"] == 2
+    assert "1 of 3 prompts of split train left out: with 8 new tokens they exceed" in capsys.readouterr().out
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(rows[2]))
+    with pytest.raises(UserError, match=r"no prompt of split train leaves room for 8 tokens in the context of 256: "):
+        make_sibling(dataclasses.replace(smoke_params, models={"one": spec}), workspace, "one")
 
 
 def test_healing_without_prompts_to_learn_from_is_refused(smoke_params, workspace, tmp_path):

@@ -196,3 +196,43 @@ def test_rloo_killed_while_saving_goes_on_and_never_under_other_settings(tune_by
     rest = tune_by_rloo()
     whole = tune_by_rloo()
     assert 0 < rest == whole - 2
+
+
+def test_rloo_asks_and_ends_as_the_decoder_does(tiny, smoke_params, workspace, tmp_path, monkeypatch):
+    """A control token in a prompt's text is text, and a turn ends where the template says it ends."""
+    pytest.importorskip("trl")
+    folder = tmp_path / "tiny"
+    shutil.copytree(tiny, folder)
+    for name, key, value in (
+        ("tokenizer_config.json", "eos_token", "<pad>"),
+        ("generation_config.json", "eos_token_id", 0),
+    ):
+        said = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(said | {key: value}))
+    source = Source(folder, dtype="float32")
+    prompter, ends = source.prompter(), []
+    assert prompter.eos != prompter.tokenizer.eos_token_id
+    trained, of = [], rloo._trainer_class
+
+    def recording(prompter):
+        class Recording(of(prompter)):
+            def _generate(self, prompts):
+                ids, *rest = super()._generate(prompts)
+                trained.extend(zip(prompts, ids, strict=True))
+                ends.extend(self.eos_token_ids)
+                return ids, *rest
+
+        return Recording
+
+    monkeypatch.setattr(rloo, "_trainer_class", recording)
+    prompts = ["Why <end> tea?", "<user>rain<reply>"]
+    rival = Rival({"conciseness": 1.0}, kind="rloo", beta=0.0, max_new_tokens=4)
+    params = dataclasses.replace(smoke_params, trainer=dataclasses.replace(smoke_params.trainer, batch_size=2))
+    rloo.train(params, rival, source, prompts, workspace.scratch, tmp_path / "policy")
+    assert {prompt for prompt, _ in trained} == set(prompts)
+    assert all(ids == prompter.prompt_ids(prompt) for prompt, ids in trained)
+    tokenizer = prompter.tokenizer
+    assert all(tokenizer(tokenizer.decode(ids))["input_ids"] != ids for _, ids in trained), (
+        "as text it is another prompt"
+    )
+    assert prompter.eos in ends

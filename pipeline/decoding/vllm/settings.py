@@ -11,11 +11,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from pipeline.config.errors import UserError
-from pipeline.decoding.backbone import SideBackbone, ends_of
+from pipeline.decoding.backbone import SideBackbone
 from pipeline.decoding.fused_lora import read_adapter
 from pipeline.decoding.vllm.guides import to_json
 from pipeline.models.loading import Source
-from pipeline.models.prompting import Prompter
+from pipeline.models.prompting import Prompter, ends_of
 from pipeline.models.vocabulary import check_adapter_tokenizer, check_vocabulary
 
 EXTRA = "guidance"  # the key of a lane's facts in `SamplingParams.extra_args`, and of ours in `additional_config`

@@ -109,7 +109,8 @@ class Contender:
         if isinstance(self._method, Prompting):
             return prompting.decoder(self._method, self._source, params.objectives, place, size)
         device = resolve_device(place)
-        needs = memory.needs_of(params, workspace, [(params.base, 1)] * (1 + len(self._rewards)))
+        models = [memory.Loaded.at(self._source, 1)] * (1 + len(self._rewards))  # a reward model is the base, adapted
+        needs = memory.needs_of(models, size, params.decoding.max_new_tokens, device)
         memory.refuse_too_large(needs, device, False)
         rewards = {name: TextReward.load(self._source, folder, device) for name, folder in self._rewards.items()}
         prompter, method = self._source.prompter(), self._method

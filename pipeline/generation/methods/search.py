@@ -13,11 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.config.errors import UserError
-from pipeline.decoding.backbone import ends_of
 from pipeline.decoding.guidance import cut, normalised, random_stream
 from pipeline.decoding.request import Generation, Request
 from pipeline.generation.methods.lookahead_cache import LookaheadCache, TextReward
-from pipeline.models.prompting import Prompter
+from pipeline.models.prompting import Prompter, ends_of
 
 
 @dataclass

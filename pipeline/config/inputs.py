@@ -1,0 +1,106 @@
+"""The section `inputs` of params.yaml: files outside the stages' own outputs that DVC has to watch, per stage.
+
+DVC's templates look a path up by a fixed key only, so what follows from several options (the folder of whatever model
+`base` names) is worked out where conf/ is composed: `inputs: ${inputs:}` in conf/config.yaml. Hydra and DVC import
+`hydra_plugins/`, which registers the resolver.
+"""
+
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+SECTIONS = ("fetch", "models", "objectives", "judge")  # what the section follows from
+# A dependency that the stage has anyway, where an entry names no file of its own: DVC needs a path that is there.
+_NONE = {stage: f"pipeline/stages/{stage}.py" for stage in ("fetch", "prepare", "train", "judge")}
+
+
+def inputs_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The section that belongs to a composed configuration.
+
+    Names that no model carries are left to `load.to_params`, which refuses them.
+
+    Args:
+        config: the sections of params.yaml, resolved.
+
+    Returns:
+        `fetch` and `train`: per model and objective, the arguments of the command and the paths that it reads.
+        `judge`: the folder and options of a model of `models` that judges, and where digests of reward models are.
+        `prepare`: where digests of the models that label are.
+        `identify`: per role and objective, the folder of a model whose digest is written there.
+    """
+    models, judge = config.get("models") or {}, config.get("judge") or {}
+    objectives = config.get("objectives") or {}
+    fetch = {}
+    for name in config.get("fetch") or []:
+        spec = models.get(name) or {}
+        healing = spec.get("healing") or {}
+        fetch[name] = {
+            "arguments": {"model": name},
+            "source": _folder(spec) or _NONE["fetch"],
+            "prompts": healing.get("prompts") or _NONE["fetch"],
+            # A sibling is healed on text that its parent writes, which is decoding; what is only fetched is not.
+            "device": "decoding.device" if healing else f"models.{name}",
+            "engine": "decoding.engine" if healing else f"models.{name}",
+        }
+    train = {
+        name: {
+            "arguments": {"objective": name},
+            "pretrained": _folder((objective or {}).get("pretrained") or {}) or _NONE["train"],
+        }
+        for name, objective in objectives.items()
+    }
+    local = judge.get("model") if judge.get("kind") == "local_llm" else None
+    annotators = {name: (objective or {}).get("annotator") for name, objective in objectives.items()}
+    identify = {
+        **_identified("judge", dict.fromkeys(objectives, judge)),
+        **_identified("annotator", annotators),
+    }
+    roles = {entry["arguments"]["role"] for entry in identify.values()}
+    return {
+        "fetch": fetch,
+        "train": train,
+        "prepare": {"digests": "results/identify/annotator" if "annotator" in roles else _NONE["prepare"]},
+        "judge": {
+            "model": f"models/{local}" if local else _NONE["judge"],
+            "options": f"models.{local}" if local else "judge",
+            "digests": "results/identify/judge" if "judge" in roles else _NONE["judge"],
+        },
+        "identify": identify,
+    }
+
+
+def _identified(role: str, judges: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
+    """The entries of models that stages cannot depend on by a path of their own, since any number may be named.
+
+    These are the reward models of judges and annotators that lie on this machine, and the models of annotators that
+    are fetched. Reward models below models/arms are left out: the stages that judge depend on that folder.
+    """
+    entries = {}
+    for name, judge in judges.items():
+        section = "judge" if role == "judge" else f"objectives.{name}.annotator"
+        folder, option = None, ""
+        if judge and judge.get("kind") == "reward_model":
+            folder, option = _folder((judge.get("models") or {}).get(name) or {}), f"{section}.models.{name}.location"
+            folder = None if folder and PurePath(folder).parts[:2] == ("models", "arms") else folder
+        elif judge and judge.get("kind") == "local_llm" and role == "annotator":
+            folder, option = f"models/{judge.get('model')}", f"{section}.model"
+        if folder:
+            arguments = {"role": role, "objective": name}
+            entries[f"{role}-{name}"] = {"arguments": arguments, "folder": folder, "option": option}
+    return entries
+
+
+def _folder(spec: Mapping[str, Any]) -> str | None:
+    """Where a model is, if it is a folder on this machine."""
+    return str(spec["location"]) if spec.get("source") == "path" and spec.get("location") else None
+
+
+def _resolve(*, _root_: DictConfig) -> DictConfig:
+    present = [section for section in SECTIONS if section in _root_]
+    sections = {section: OmegaConf.to_container(_root_[section], resolve=True) for section in present}
+    return OmegaConf.create(inputs_of(sections))
+
+
+OmegaConf.register_new_resolver("inputs", _resolve, replace=True)
