@@ -122,7 +122,7 @@ class Loaded:
     @classmethod
     def at(cls, source: Source, lanes: int) -> "Loaded":
         """A model whose folder is there, named as the folder is."""
-        config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
         return cls(source.folder.name, source, config, lanes)
 
 

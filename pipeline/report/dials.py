@@ -73,6 +73,7 @@ def dial_params(params: Params, name: str, wanted: str, unwanted: str) -> Params
         "weak_to_strong": {"name": "weak_to_strong", "weak": [], "bases": []},
         "judge": {"kind": "oracle"} | {key: getattr(params.judge, key) for key in ("confidence", "resamples")},
         "tracking": {"mode": "disabled"},
+        "inputs": "${inputs:}",
     }  # fmt: skip
     config = OmegaConf.create(json.loads(TypeAdapter(Params).dump_json(params)) | changes)
     return to_params(config, "the dial")

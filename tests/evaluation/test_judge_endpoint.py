@@ -61,8 +61,10 @@ def test_nothing_is_asked_once_a_reply_cannot_be_kept(serve, run, workspace, mon
 def test_an_interrupted_run_keeps_what_is_under_way(serve, run, workspace):
     server = serve()
 
+    once = iter([True])
+
     def interrupting(body):
-        if len(server.requests) == 40:
+        if len(server.requests) >= 40 and next(once, False):  # several threads answer: none need see just 40
             os.kill(os.getpid(), signal.SIGINT)
         return longer(body)
 
