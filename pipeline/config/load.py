@@ -238,6 +238,12 @@ def _check_source(name: str, params: Params, origin: str) -> None:
             f"{key} has no scorer to label samples: set objectives.{name}.scorer, or two sentences, "
             f"objectives.{name}.wanted and objectives.{name}.unwanted."
         )
+    sampling = params.data.sampling
+    if source != "contrast" and sampling is not None and sampling.responses_per_prompt < 2:
+        raise UserError(
+            f"{key} compares responses to one prompt, and data.sampling.responses_per_prompt is "
+            f"{sampling.responses_per_prompt}: set it to 2 or more."
+        )
     if objective.unwanted is not None and objective.wanted is None:
         raise UserError(f"{key}.unwanted stands alone: set objectives.{name}.wanted, or unwanted=null.")
     if objective.wanted is not None and objective.annotator is not None:

@@ -107,7 +107,7 @@ class Model(_Strict):
 class Sampling(_Strict):
     """How responses are drawn from the base when the data are prompts only."""
 
-    responses_per_prompt: Several = 4
+    responses_per_prompt: Count = 4  # under each sentence of an objective that has two; else 2 or more, to compare
     temperature: Positive = 0.8
     max_new_tokens: Count = 48
 
@@ -452,6 +452,7 @@ class Objective(_Strict):
 
     label: str
     scorer: str | None = None  # null with `wanted`: a classifier of responses to the two sentences is the oracle
+    held_out_scorer: str | None = None  # measures the same by other means; nothing is trained or chosen on it
     wanted: Sentence | None = None  # an instruction; responses to prompts that end in it are preferred
     unwanted: Sentence | None = None  # over responses to prompts that end in this one; null: to the prompts themselves
     annotator: Annotator | None = None  # the judge that labels sampled responses

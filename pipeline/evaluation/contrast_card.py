@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from statistics import mean
 
-from pipeline.config.schema import Params
+from pipeline.config.schema import Judge
 from pipeline.data.files import Row
 from pipeline.evaluation.statistics import Share, share
 from pipeline.evaluation.text_classifier import TextClassifier, features_of
@@ -21,7 +21,7 @@ _MOSTLY = 0.75  # accuracy from which length or a phrase alone would pass for th
 
 
 def contrast_card(
-    name: str, rows: Sequence[Row], counts: Mapping[str, int], params: Params
+    name: str, rows: Sequence[Row], counts: Mapping[str, int], judge: Judge, seed: int
 ) -> tuple[Row, TextClassifier]:
     """The card of a contrast objective as a JSON value, and the classifier behind it.
 
@@ -29,7 +29,8 @@ def contrast_card(
         name: the objective.
         rows: its usable pairs, `response_0` preferred.
         counts: of pairs that were sampled, and left out by reason.
-        params: the experiment.
+        judge: `confidence` and `resamples` of the intervals.
+        seed: of the intervals.
     """
     train = [row for row in rows if row["split"] == "train"]
     held_out = [row for row in rows if row["split"] != "train"]
@@ -37,9 +38,9 @@ def contrast_card(
     phrase, phrase_sign = telling_phrase(train)
 
     def accuracy(score: Callable[[str], float]) -> Share:
-        return accuracy_of(score, held_out, params)
+        return accuracy_of(score, held_out, judge, seed)
 
-    longer = accuracy_of(_words, train, params).value or 0.0
+    longer = accuracy_of(_words, train, judge, seed).value or 0.0
     direction = 1 if longer >= 0.5 else -1
     measured = {
         "classifier": accuracy(classifier.log_odds),
@@ -92,14 +93,14 @@ def verdict(name: str, measured: Mapping[str, Share], phrase: str, direction: in
     )
 
 
-def accuracy_of(score: Callable[[str], float], rows: Sequence[Row], params: Params) -> Share:
+def accuracy_of(score: Callable[[str], float], rows: Sequence[Row], judge: Judge, seed: int) -> Share:
     """The share of pairs whose preferred response scores higher, equal scores counting half."""
     right = []
     for row in rows:
         better, worse = (score(row[key]) for key in _SIDES.values())
         right.append(0.5 * (1 + (better > worse) - (better < worse)))
     prompts = [row["prompt"] for row in rows]
-    return share(right, prompts, params.judge.confidence, params.judge.resamples, params.seed)  # type: ignore[arg-type]
+    return share(right, prompts, judge.confidence, judge.resamples, seed)  # type: ignore[arg-type]
 
 
 def telling_phrase(rows: Sequence[Row]) -> tuple[str, int]:

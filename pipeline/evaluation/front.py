@@ -4,18 +4,16 @@ Shapes: N points, M objectives.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import moocore
 import numpy as np
 import pandas as pd
-from scipy.stats import bootstrap, spearmanr
+from scipy.stats import spearmanr
 
 from pipeline.config.points import BASE, point_temperature, point_weights
 from pipeline.config.schema import Params
-from pipeline.evaluation.statistics import hypervolume
-
-_DRAWN = 2_000_000  # values that a bootstrap draws at once, 16 MB; in how many parts it draws them changes no interval
+from pipeline.evaluation.statistics import bootstrap_mean, hypervolume, prompt_means
+from pipeline.evaluation.text_quality import quality_columns
 
 
 def non_dominated(scores_NM: np.ndarray) -> np.ndarray:
@@ -34,60 +32,6 @@ def rank_correlation(weights_N: np.ndarray, scores_N: np.ndarray) -> float | Non
     if len(set(weights_N)) < 2 or len(set(scores_N)) < 2:
         return None
     return float(spearmanr(weights_N, scores_N).statistic)
-
-
-def bootstrap_mean(values_N: np.ndarray, confidence: float, resamples: int, seed: int) -> tuple[float, float, float]:
-    """Mean and percentile-bootstrap interval: (mean, low, high); NaN where there are no values."""
-    if not len(values_N):
-        return np.nan, np.nan, np.nan
-    mean = float(np.mean(values_N))
-    if np.ptp(values_N) == 0:
-        return mean, mean, mean
-    interval = bootstrap(
-        (values_N,), np.mean, confidence_level=confidence, n_resamples=resamples, method="percentile",
-        batch=max(1, _DRAWN // len(values_N)), rng=np.random.default_rng(seed),
-    ).confidence_interval  # fmt: skip
-    return mean, float(interval.low), float(interval.high)
-
-
-def gap_recovered(
-    guided_P: np.ndarray, control_P: np.ndarray, tuned_P: np.ndarray, confidence: float, resamples: int, seed: int
-) -> tuple[float, float, float] | None:
-    """(guided − control) / (tuned − control) with its percentile interval: (value, low, high).
-
-    The weak-to-strong measure of Burns et al. (arXiv 2312.09390) with guidance in the place of weak supervision.
-    Prompts are resampled together (paired bootstrap). None where the interval of the gap itself, tuned − control,
-    includes 0, or no prompt has all three: a share of nothing is not defined.
-    """
-    gap_P = tuned_P - control_P
-    _, low, high = bootstrap_mean(gap_P, confidence, resamples, seed)
-    if not (low > 0 or high < 0):
-        return None
-    gain_P = guided_P - control_P
-    ratio = gain_P.mean() / gap_P.mean()
-    if np.ptp(gain_P) == 0 and np.ptp(gap_P) == 0:
-        return float(ratio), float(ratio), float(ratio)
-    interval = bootstrap(
-        (gain_P, gap_P), lambda gain, gap, axis=-1: gain.mean(axis) / gap.mean(axis), paired=True, vectorized=True,
-        confidence_level=confidence, n_resamples=resamples, method="percentile",
-        batch=max(1, _DRAWN // len(gap_P)), rng=np.random.default_rng(seed),
-    ).confidence_interval  # fmt: skip
-    return float(ratio), float(interval.low), float(interval.high)
-
-
-def distinct_2(texts: Sequence[str]) -> float:
-    """Distinct word bigrams over all word bigrams of the texts (Li et al. 2016); 0 without bigrams."""
-    count, distinct = 0, set()
-    for text in texts:
-        bigrams = list(pairwise(text.lower().split()))
-        count += len(bigrams)
-        distinct.update(bigrams)
-    return len(distinct) / count if count else 0.0
-
-
-def prompt_means(rows: pd.DataFrame, objective: str) -> np.ndarray:
-    """An objective's mean score of every prompt that has one: undetermined verdicts are none."""
-    return rows.groupby("prompt")[objective].mean().dropna().to_numpy()
 
 
 def front_table(params: Params, scored: pd.DataFrame, wins: pd.DataFrame) -> pd.DataFrame:
@@ -124,8 +68,7 @@ def front_table(params: Params, scored: pd.DataFrame, wins: pd.DataFrame) -> pd.
         line["kl"] = mine.kl.mean()
         won = wins[wins.point == name].set_index("objective").win_rate
         line |= {f"win_rate_{objective}": won[objective] for objective in objectives}
-        line["perplexity"] = float(np.exp(-mine.logp_base.sum() / mine.n_tokens.sum()))
-        line["distinct_2"] = distinct_2(list(mine.response))
+        line |= quality_columns(mine, params.objectives, judge, params.seed)
         line["n_tokens"] = mine.n_tokens.mean()
         line["forwards_per_token"] = 1 + sum(weight != 0 for name, weight in weights.items() if name != BASE)
         lines.append(line)
@@ -155,11 +98,14 @@ def long_scores(front: pd.DataFrame, objectives: Sequence[str]) -> pd.DataFrame:
 def front_metrics(params: Params, front: pd.DataFrame) -> dict[str, object]:
     """metrics.json: hypervolume of the sweep and of the unguided points, MIP, size of the front, rank correlations.
 
+    Of the readable hypervolumes, a response that one cannot read counts as at the reference point.
+
     MIP and rank correlations are those of each method of guidance: a weight of one is not a weight of another.
     """
     objectives = list(params.objectives)
     scores = [f"score_{objective}" for objective in objectives]
     reference = [params.objectives[objective].reference for objective in objectives]
+    readable = [f"readable_{objective}" for objective in objectives]
     controls = front[front.method == "base"]
     mip, spearman = {}, {}
     for method, guided in front[front.method != "base"].groupby("method", sort=False):
@@ -170,6 +116,10 @@ def front_metrics(params: Params, front: pd.DataFrame) -> dict[str, object]:
     return {
         "hypervolume": hypervolume(front[scores].to_numpy(), reference),
         "hypervolume_controls": hypervolume(controls[scores].to_numpy(), reference) if len(controls) else 0.0,
+        "readable_hypervolume": hypervolume(front[readable].to_numpy(), reference),
+        "readable_hypervolume_controls": hypervolume(controls[readable].to_numpy(), reference)
+        if len(controls)
+        else 0.0,
         "reference": dict(zip(objectives, reference, strict=True)),
         "mip": mip,
         "n_front": int(front.on_front.sum()),

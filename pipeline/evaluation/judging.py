@@ -8,10 +8,9 @@ import pandas as pd
 from pipeline.config.errors import UserError
 from pipeline.config.schema import Judge
 from pipeline.data.files import Row, digest
-from pipeline.evaluation.front import bootstrap_mean
 from pipeline.evaluation.judges.session import HINT, Control, JudgeSession, Labelled
 from pipeline.evaluation.judges.verdicts import mean_score, reasons_text, undetermined
-from pipeline.evaluation.statistics import share
+from pipeline.evaluation.statistics import bootstrap_mean, share
 
 
 def responses_of(rows: Sequence[Row], point: str) -> dict[tuple[str, int], str]:

@@ -6,12 +6,12 @@ Shapes: P prompts.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 
 from pipeline.config.schema import Params
 from pipeline.data.files import Row
-from pipeline.evaluation.front import bootstrap_mean, distinct_2, gap_recovered, prompt_means
+from pipeline.evaluation.statistics import bootstrap_mean, gap_recovered, prompt_means
+from pipeline.evaluation.text_quality import quality_columns
 
 UNDEFINED = "not defined: the gap's interval includes 0"
 
@@ -80,8 +80,7 @@ def _lines(params: Params, rows: pd.DataFrame) -> Iterator[Row]:
             for place, column in enumerate(("reward", "ci_low", "ci_high")):
                 row |= {f"{column}_{objective}": found[place] for objective, found in intervals.items()}
             row["kl"] = mine.kl.mean()
-            row["perplexity"] = float(np.exp(-mine.logp_base.sum() / mine.n_tokens.sum()))
-            row["distinct_2"] = distinct_2(list(mine.response))
+            row |= quality_columns(mine, params.objectives, judge, seed)
             if "left_out" in mine:  # of the base's mass, per token
                 row["left_out"] = mine.left_out.sum() / mine.n_tokens.sum()
             row |= dict.fromkeys(("gap_recovered", "gap_ci_low", "gap_ci_high"))

@@ -13,18 +13,21 @@ import pandas as pd
 from pipeline.config.points import Mix
 from pipeline.config.schema import Params
 from pipeline.data.files import Row
-from pipeline.evaluation.front import bootstrap_mean, distinct_2, mean_inner_product, prompt_means
+from pipeline.evaluation.front import mean_inner_product
 from pipeline.evaluation.statistics import (
+    bootstrap_mean,
     holm,
     hypervolume,
     hypervolume_difference,
     interval,
     p_value,
+    prompt_means,
     resampled_rewards,
     reward_at,
 )
+from pipeline.evaluation.text_quality import quality_columns, readable_scores
 
-_FRONT = ("hypervolume", "delta_hv", "delta_ci_low", "delta_ci_high", "p_holm", "mip")
+_FRONT = ("hypervolume", "readable_hypervolume", "delta_hv", "delta_ci_low", "delta_ci_high", "p_holm", "mip")
 _MATCHED = ("reward", "ci_low", "ci_high", "difference", "difference_ci_low", "difference_ci_high", "p_holm")
 KLS = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])  # nats per response, at which rewards are compared
 
@@ -50,11 +53,8 @@ def table(params: Params, rows: pd.DataFrame, training: dict[str, int]) -> pd.Da
         for place, column in enumerate(("reward", "ci_low", "ci_high")):
             line |= {f"{column}_{name}": found[place] for name, found in intervals.items()}
         tokens = mine.n_tokens.sum()
+        line |= {"kl": mine.kl.mean()} | quality_columns(mine, params.objectives, judge, params.seed)
         line |= {
-            "kl": mine.kl.mean(),
-            "perplexity": float(np.exp(-mine.logp_base.sum() / tokens)),
-            "distinct_2": distinct_2(list(mine.response)),
-            "words": mine.response.str.split().str.len().mean(),
             "forwards_per_token": mine.forwards.sum() / tokens,
             "train_tokens": training[entry.method],
             "prompts": mine.prompt.nunique(),
@@ -82,10 +82,12 @@ def fronts(params: Params, rows: pd.DataFrame) -> pd.DataFrame:
 
     Scores are as the judge gives them, not normalised; the reference point is that of the objectives. A method that
     answered fewer prompts is compared on those, and prompts without a verdict at some point of either are left out.
+    Of `readable_hypervolume`, responses that one cannot read count as at the reference point.
     Intervals are each difference's own; `p_holm` is corrected for the number of differences.
     """
     judge, against = params.judge, params.comparison.against
     reference = [objective.reference for objective in params.objectives.values()]
+    legible = rows.assign(**readable_scores(rows, params.objectives))
     lines = []
     for method in (UNGUIDED, *params.comparison.methods):
         front = [entry.name for entry in entries(params) if entry.method in (method, against) and entry.front]
@@ -94,6 +96,7 @@ def fronts(params: Params, rows: pd.DataFrame) -> pd.DataFrame:
             lines.append({"method": method, **dict.fromkeys(_FRONT), "prompts": 0})
             continue
         own_PNM = scores_of(params, rows, method, prompts)
+        readable_NM = scores_of(params, legible, method, prompts).mean(0)
         other_PNM = scores_of(params, rows, against, prompts)
         difference = hypervolume_difference(
             own_PNM, other_PNM, reference, judge.confidence, judge.resamples, params.seed
@@ -102,7 +105,11 @@ def fronts(params: Params, rows: pd.DataFrame) -> pd.DataFrame:
         weights_NM = np.array([[mix.weights.get(name, 0.0) for name in params.objectives] for mix in mixes])
         means_NM = own_PNM.mean(0)
         mip = mean_inner_product(weights_NM, means_NM) if mixes else None
-        measures = zip(_FRONT, (hypervolume(means_NM, reference), *difference, mip), strict=True)
+        measures = zip(
+            _FRONT,
+            (*(hypervolume(scores_NM, reference) for scores_NM in (means_NM, readable_NM)), *difference, mip),
+            strict=True,
+        )
         lines.append({"method": method, **dict(measures), "prompts": len(prompts)})
     found = pd.DataFrame(lines).astype(dict.fromkeys(_FRONT, float))
     found["p_holm"] = holm(found.p_holm.where(found.method != against).to_numpy())

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 
 import moocore
 import numpy as np
-from scipy.stats import norm
+import pandas as pd
+from scipy.stats import bootstrap, norm
+
+_DRAWN = 2_000_000  # values that a bootstrap draws at once, 16 MB; in how many parts it draws them changes no interval
 
 
 def hypervolume(scores_NM: np.ndarray, reference_M: Sequence[float]) -> float:
@@ -22,6 +25,50 @@ def hypervolume(scores_NM: np.ndarray, reference_M: Sequence[float]) -> float:
     if not np.isfinite(reference).all():
         raise ValueError(f"the reference point {reference} is not finite.")
     return float(moocore.hypervolume(scores_NM[~np.isnan(scores_NM).any(axis=1)], ref=reference, maximise=True))
+
+
+def prompt_means(rows: pd.DataFrame, objective: str) -> np.ndarray:
+    """An objective's mean score of every prompt that has one: undetermined verdicts are none."""
+    return rows.groupby("prompt")[objective].mean().dropna().to_numpy()
+
+
+def bootstrap_mean(values_N: np.ndarray, confidence: float, resamples: int, seed: int) -> tuple[float, float, float]:
+    """Mean and percentile-bootstrap interval: (mean, low, high); NaN where there are no values."""
+    if not len(values_N):
+        return np.nan, np.nan, np.nan
+    mean = float(np.mean(values_N))
+    if np.ptp(values_N) == 0:
+        return mean, mean, mean
+    interval = bootstrap(
+        (values_N,), np.mean, confidence_level=confidence, n_resamples=resamples, method="percentile",
+        batch=max(1, _DRAWN // len(values_N)), rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return mean, float(interval.low), float(interval.high)
+
+
+def gap_recovered(
+    guided_P: np.ndarray, control_P: np.ndarray, tuned_P: np.ndarray, confidence: float, resamples: int, seed: int
+) -> tuple[float, float, float] | None:
+    """(guided − control) / (tuned − control) with its percentile interval: (value, low, high).
+
+    The weak-to-strong measure of Burns et al. (arXiv 2312.09390) with guidance in the place of weak supervision.
+    Prompts are resampled together (paired bootstrap). None where the interval of the gap itself, tuned − control,
+    includes 0, or no prompt has all three: a share of nothing is not defined.
+    """
+    gap_P = tuned_P - control_P
+    _, low, high = bootstrap_mean(gap_P, confidence, resamples, seed)
+    if not (low > 0 or high < 0):
+        return None
+    gain_P = guided_P - control_P
+    ratio = gain_P.mean() / gap_P.mean()
+    if np.ptp(gain_P) == 0 and np.ptp(gap_P) == 0:
+        return float(ratio), float(ratio), float(ratio)
+    interval = bootstrap(
+        (gain_P, gap_P), lambda gain, gap, axis=-1: gain.mean(axis) / gap.mean(axis), paired=True, vectorized=True,
+        confidence_level=confidence, n_resamples=resamples, method="percentile",
+        batch=max(1, _DRAWN // len(gap_P)), rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return float(ratio), float(interval.low), float(interval.high)
 
 
 def resampled_means(values_PX: np.ndarray, resamples: int, seed: int) -> np.ndarray:

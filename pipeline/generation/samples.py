@@ -53,7 +53,7 @@ def sampled_rows(
     for name, objective in contrasts.items():
         counts = Counter[str]()
         pairs = contrast_pairs(prompts, name, objective, samples, counts)
-        found, classifier = contrast_card(name, pairs, counts, params)
+        found, classifier = contrast_card(name, pairs, counts, params.judge, params.seed)
         used[name] |= found
         classifiers[name] = classifier.to_json()
         rows += pairs

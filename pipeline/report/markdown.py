@@ -10,6 +10,11 @@ import pandas as pd
 from pipeline.data.files import Row, replacing
 
 _NONE = "–"
+# What the texts are, beside what they score: heading, column of the tables, digits.
+_QUALITY = (
+    ("readable", "readable", 2), ("ended", "ended", 2), ("words", "words", 0), ("perplexity", "perplexity", 1),
+    ("distinct-2", "distinct_2", 2), ("within", "distinct_2_within", 2), ("relevance", "relevance", 2),
+)  # fmt: skip
 
 
 def front_page(front: pd.DataFrame, objectives: Sequence[str], metrics: Row, path: Path) -> None:
@@ -32,11 +37,16 @@ def front_page(front: pd.DataFrame, objectives: Sequence[str], metrics: Row, pat
         "",
         f"Hypervolume {metrics['hypervolume']:.3f} against the point "
         f"({', '.join(f'{value:g}' for value in metrics['reference'].values())}); the unguided points alone "
-        f"{metrics['hypervolume_controls']:.3f}.",
+        f"{metrics['hypervolume_controls']:.3f}. With every response that one cannot read at the reference point: "
+        f"{metrics['readable_hypervolume']:.3f}, unguided {metrics['readable_hypervolume_controls']:.3f}.",
         "",
         *_paragraph(
-            "Scores have bootstrap intervals over prompts; KL is to the base, in nats per response; perplexity is "
-            "under the base. Read the last three columns with every score: they show when a scorer is gamed."
+            "Scores have bootstrap intervals over prompts. *Held out*: the same measured by a scorer that nothing was "
+            "trained or chosen on. KL is to the base, in nats per response. *Readable* and *ended* (by itself) are "
+            "shares of the responses. Perplexity is under the base; *distinct-2* is the share of different word pairs "
+            "over all responses, *within* over each; *relevance* is the share of other prompts "
+            "that a response is less like than its own. "
+            "pipeline/evaluation/text_quality.py defines them: they show when a scorer is gamed."
         ),
         "",
         "![Reward against KL](reward_kl.png)",
@@ -47,18 +57,23 @@ def front_page(front: pd.DataFrame, objectives: Sequence[str], metrics: Row, pat
 
 
 def front_table(front: pd.DataFrame, objectives: Sequence[str]) -> list[str]:
-    """A line for each point: its weights, its scores with intervals, KL, perplexity and distinct-2."""
-    head = ["point", *(f"α {name}" for name in objectives), *objectives, "KL", "perplexity", "distinct-2"]
+    """A line for each point: its weights, its scores with intervals, KL, and what its texts are."""
+    held_out = [name for name in objectives if f"held_out_{name}" in front]
+    quality = [each for each in _QUALITY if each[1] in front]
+    head = ["point", *(f"α {name}" for name in objectives), *objectives, *(f"{name}, held out" for name in held_out)]
     return _table(
-        head,
+        [*head, "KL", *(title for title, _, _ in quality)],
         (
             [
                 line["point"],
                 *(f"{line[f'alpha_{name}']:g}" for name in objectives),
                 *(_interval(line, f"score_{name}", f"ci_low_{name}", f"ci_high_{name}") for name in objectives),
+                *(
+                    _interval(line, f"held_out_{name}", f"held_out_{name}_ci_low", f"held_out_{name}_ci_high")
+                    for name in held_out
+                ),
                 _fixed(line["kl"], 1),
-                _fixed(line["perplexity"], 1),
-                _fixed(line["distinct_2"], 2),
+                *(_fixed(line[column], digits) for _, column, digits in quality),
             ]
             for line in front.to_dict("records")
         ),
@@ -98,9 +113,11 @@ def comparison_page(tables: Mapping[str, pd.DataFrame], objectives: Sequence[str
 
 def _methods_table(table: pd.DataFrame, fronts: pd.DataFrame, objectives: Sequence[str]) -> list[str]:
     first = table.drop_duplicates(["method", "point"])  # of several strengths, that which the fronts are drawn at
-    corrected = "p_holm" in fronts
-    head = ["method", "hypervolume", "difference", *(["p (Holm)"] if corrected else [])]
-    head += [*(f"{name} end" for name in objectives), "KL, even", "distinct-2, even", "perplexity, even"]
+    corrected, quality = "p_holm" in fronts, [each for each in _QUALITY if each[1] in table]
+    read = "readable_hypervolume" in fronts
+    head = ["method", "hypervolume", *(["readable hypervolume"] if read else []), "difference"]
+    head += ["p (Holm)"] if corrected else []
+    head += [*(f"{name} end" for name in objectives), "KL, even", *(f"{title}, even" for title, _, _ in quality)]
     head += ["forwards/token", "M tokens trained", "prompts"]
     rows = []
     for line in fronts.sort_values("hypervolume", ascending=False).to_dict("records"):
@@ -113,12 +130,12 @@ def _methods_table(table: pd.DataFrame, fronts: pd.DataFrame, objectives: Sequen
             [
                 f"`{line['method']}`",
                 _fixed(line["hypervolume"], 3),
+                *([_fixed(line["readable_hypervolume"], 3)] if read else []),
                 difference,
                 *([_fixed(line["p_holm"], 3)] if corrected else []),
                 *(_fixed(end, 2) for end in ends),
                 _fixed(even["kl"], 1),
-                _fixed(even["distinct_2"], 2),
-                _fixed(even["perplexity"], 1),
+                *(_fixed(even[column], digits) for _, column, digits in quality),
                 _fixed(even["forwards_per_token"], 1),
                 f"{even['train_tokens'] / 1e6:.2f}" if even["train_tokens"] else _NONE,
                 str(line["prompts"]),
@@ -146,7 +163,8 @@ def ladder_page(table: pd.DataFrame, objectives: Sequence[str], weak: str, path:
     cut = "left_out" in table and table.left_out.fillna(0).any()
     gaps = table.gap_recovered.notna().any()
     head = ["base", "method", *(f"α {name}" for name in several), *([] if several else ["α"])]
-    head += [*objectives, "KL", "perplexity", "distinct-2"]
+    quality = [each for each in _QUALITY if each[1] in table]
+    head += [*objectives, "KL", *(title for title, _, _ in quality)]
     head += [*(["left out"] if cut else []), *(["gap recovered"] if gaps else [])]
     rows = []
     for line in table.to_dict("records"):
@@ -159,8 +177,7 @@ def ladder_page(table: pd.DataFrame, objectives: Sequence[str], weak: str, path:
                 *([] if several else [_general(line["alpha"])]),
                 *(_interval(line, f"reward_{name}", f"ci_low_{name}", f"ci_high_{name}") for name in objectives),
                 _fixed(line["kl"], 1),
-                _fixed(line["perplexity"], 1),
-                _fixed(line["distinct_2"], 2),
+                *(_fixed(line[column], digits) for _, column, digits in quality),
                 *([_fixed(line["left_out"], 2)] if cut else []),
                 *([_gap(line)] if gaps else []),
             ]

@@ -24,18 +24,20 @@ def comparison(fronts: pd.DataFrame) -> None:
 def front(table: pd.DataFrame, objectives: Sequence[str], metrics: Row) -> None:
     """The front in the terminal."""
     shown = Table(title="Pareto sweep: score \\[interval], KL in nats per response, win rate against the control")
-    for column in ("point", *objectives, "KL", *(f"wins {name}" for name in objectives), "front"):
+    for column in ("point", *objectives, "KL", "readable", *(f"wins {name}" for name in objectives), "front"):
         shown.add_column(column, justify="left" if column == "point" else "right")
     for line in table.to_dict("records"):
         scores = [
             f"{line[f'score_{n}']:.2f} [{line[f'ci_low_{n}']:.2f}, {line[f'ci_high_{n}']:.2f}]" for n in objectives
         ]
         won = [f"{line[f'win_rate_{n}']:.2f}" for n in objectives]
-        shown.add_row(line["point"], *scores, f"{line['kl']:.1f}", *won, "yes" if line["on_front"] else "")
+        costs = (f"{line['kl']:.1f}", f"{line['readable']:.2f}")
+        shown.add_row(line["point"], *scores, *costs, *won, "yes" if line["on_front"] else "")
     console = Console()
     console.print(shown)
     console.print(
         f"hypervolume {metrics['hypervolume']:.3f} (controls alone {metrics['hypervolume_controls']:.3f}), "
+        f"readable {metrics['readable_hypervolume']:.3f} ({metrics['readable_hypervolume_controls']:.3f}), "
         f"on the front {metrics['n_front']} of {len(table)}"
     )
 

@@ -23,9 +23,10 @@ from pipeline.config.load import to_params
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import read_jsonl, replacing, write_json
-from pipeline.evaluation.front import bootstrap_mean, distinct_2, prompt_means
 from pipeline.evaluation.judging import judge_rows, scored_frame
 from pipeline.evaluation.standings import UNGUIDED
+from pipeline.evaluation.statistics import bootstrap_mean, prompt_means
+from pipeline.evaluation.text_quality import distinct_2
 from pipeline.generation import comparison
 from pipeline.generation.rows import generate_sweep
 from pipeline.stages import prepare, train, tune

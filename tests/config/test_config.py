@@ -26,8 +26,13 @@ OPTIONS = sorted(
 )
 ONE_POINT = ("~sweep.points", "+sweep.points={plain: {weights: {}}}", "sweep.control=plain")
 UNSCORED = ("data=own", "data.path=mine.jsonl")
+LABELLED = sorted(path.stem for path in (CONF / "data").glob("*.yaml") if path.stem != "everyday")
+COMPARED = "data.sampling.responses_per_prompt=2"
 NEEDED = {
-    ("data", "own"): ("data.path=mine.jsonl",),
+    **{("data", name): ("objectives=scored",) for name in LABELLED},
+    ("data", "own"): ("data.path=mine.jsonl", "objectives=scored"),
+    ("objectives", "scored"): (COMPARED,),
+    ("objectives", "sentence_and_scorer"): (COMPARED, "sweep=sentence_and_scorer"),
     ("sweep", "simplex3"): ("objectives=three",),
     ("sweep", "weak_to_strong"): ("objectives=positivity",),
     ("objectives", "human_preference"): ("sweep=human_preference", *UNSCORED),
@@ -36,7 +41,7 @@ NEEDED = {
     ("tune", "human_preference"): ("objectives=human_preference", "sweep=human_preference", *UNSCORED),
     ("sweep", "pku"): ("objectives=pku", *UNSCORED),
     ("sweep", "dial"): ("objectives=sentence",),
-    ("sweep", "sentence_and_scorer"): ("objectives=sentence_and_scorer",),
+    ("sweep", "sentence_and_scorer"): ("objectives=sentence_and_scorer", COMPARED),
     ("sweep", "dials"): ("objectives=sentences",),
     ("tune", "sentence"): ("objectives=sentences",),
     ("objectives", "positivity"): ONE_POINT,
@@ -159,7 +164,8 @@ def test_an_unknown_key_below_an_objective_called_like_a_field(name):
         ("objectives.positivity.beta=nan", "objectives.positivity.beta is nan"),
         ("objectives.positivity.tie=-1.0", "objectives.positivity.tie is -1.0"),
         ("data.label_noise=0.5", "data.label_noise is 0.5"),
-        ("data.sampling.responses_per_prompt=1", "data.sampling.responses_per_prompt is 1"),
+        ("data.sampling.responses_per_prompt=0", "data.sampling.responses_per_prompt is 0"),
+        ("objectives=scored", "objectives.positivity compares responses to one prompt"),
         ("decoding.temperature=-0.1", "decoding.temperature is -0.1"),
         ("decoding.top_p=0.0", "decoding.top_p is 0.0"),
         ("decoding.min_p=1.0", "decoding.min_p is 1.0"),
@@ -225,7 +231,7 @@ def test_a_name_that_folders_tables_dvc_or_a_shell_read_otherwise_is_refused(sec
 @pytest.mark.parametrize(
     ("label", "sentence"),
     [
-        ("preferred_conciseness", "positivity and conciseness have one label column, preferred_conciseness"),
+        ("contrast_conciseness", "positivity and conciseness have one label column, contrast_conciseness"),
         ("prompt", "a column that rows have anyway"),
         ("chosen", "a column that rows have anyway"),
     ],
@@ -373,11 +379,11 @@ def test_a_control_that_is_no_point_is_refused(compose_params):
 
 def test_sampling_needs_a_scorer_for_every_objective(compose_params):
     with pytest.raises(UserError, match=r"objectives\.conciseness has no scorer"):
-        compose_params("objectives.conciseness.scorer=null")
+        compose_params("objectives=scored", COMPARED, "objectives.conciseness.scorer=null")
 
 
 def test_own_preference_rows_need_no_scorer(compose_params):
-    params = compose_params("data=own", "data.path=mine.jsonl", "objectives.conciseness.scorer=null")
+    params = compose_params(*UNSCORED, "objectives=scored", "objectives.conciseness.scorer=null")
     assert params.data.sampling is None
     assert params.objectives["conciseness"].scorer is None
 
@@ -400,12 +406,13 @@ def test_every_loss_arm_and_trainer_composes(compose_params, loss, arm, trainer)
 
 @pytest.mark.parametrize("data", ["full_hh_rlhf", "hh_rlhf", "pku_saferlhf_10k", "ultrafeedback_binarized"])
 def test_a_folder_of_ones_own_never_becomes_one_that_dvc_empties_and_fills(compose_params, data):
-    published = compose_params(f"data={data}").data
+    published = compose_params(f"data={data}", "objectives=scored").data
     assert [one.folder for one in published.download] == [published.path] == [f"datasets/{data}"]
     with pytest.raises(UserError, match=r"data\.path is my/folder, but .* set data\.download=\[\] to read"):
-        compose_params(f"data={data}", "data.path=my/folder")
-    assert compose_params(f"data={data}", "data.path=my/folder", "data.download=[]").data.path == "my/folder"
-    assert compose_params(f"data={data}", f"data.path=datasets/{data}/part")
+        compose_params(f"data={data}", "objectives=scored", "data.path=my/folder")
+    own = compose_params(f"data={data}", "objectives=scored", "data.path=my/folder", "data.download=[]")
+    assert own.data.path == "my/folder"
+    assert compose_params(f"data={data}", "objectives=scored", f"data.path=datasets/{data}/part")
 
 
 def test_options_that_contradict_each_other_are_refused(compose_params):

@@ -3,13 +3,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.errors import UserError
-from pipeline.data.oracles import CONCISENESS_LIMIT, SCORERS, conciseness, positivity, scorer, simplicity
+from pipeline.data.oracles import (
+    CONCISENESS_LIMIT,
+    SCORERS,
+    conciseness,
+    few_sentences,
+    polarity,
+    positivity,
+    scorer,
+    simplicity,
+)
 
 QUICK = settings(max_examples=100, deadline=None, derandomize=True)
 WORDS = st.lists(st.text("abcdefghij", min_size=1, max_size=12), min_size=1, max_size=60)
 
 
-@pytest.mark.parametrize(("name", "low"), [("positivity", -1.0), ("conciseness", 0.0), ("simplicity", 0.0)])
+@pytest.mark.parametrize(
+    ("name", "low"),
+    [("positivity", -1.0), ("polarity", -1.0), ("conciseness", 0.0), ("few_sentences", 0.0), ("simplicity", 0.0)],
+)
 @QUICK
 @given(text=st.text(max_size=300))
 def test_scores_stay_in_range_and_are_repeatable(name, low, text):
@@ -23,7 +35,9 @@ def test_every_scorer_is_found_by_its_name():
 
 
 def test_an_unknown_scorer_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="there is no scorer humour: choose one of positivity, conciseness, simplicity"):
+    with pytest.raises(
+        UserError, match="there is no scorer humour: choose one of positivity, polarity, conciseness, few_sentences"
+    ):
         scorer("humour")
 
 
@@ -37,25 +51,47 @@ def test_positivity_knows_warm_neutral_and_cold():
 @pytest.mark.parametrize(
     ("text", "score"),
     [
-        ("", 1.0),
-        ("... !?", 1.0),
-        ("one two three four", 0.9),
-        ("don't", 0.975),
-        ("a well-made tea", 0.9),
-        ("it’s 3 o'clock", 0.925),
-        ("word " * CONCISENESS_LIMIT, 0.0),
-        ("word " * 1000, 0.0),
+        ("", 0.0),
+        ("... !?", 0.0),
+        ("Awwww!", 0.0),
+        ("Yes! Yes! Yes!", 0.0),  # one word, three times
+        ("A cup of tea and", 0.0),  # cut off
+        ("A cup of tea", 0.0),
+        ("A cup of tea.", 0.9),
+        ('He said: "Don’t do that."', 0.875),
+        ("Is it 3 o'clock?  ", 0.9),
+        ("A well-made tea… (hot!)", 0.875),
+        ("word " * CONCISENESS_LIMIT + "is here.", 0.0),
     ],
 )
-def test_conciseness_counts_words(text, score):
+def test_conciseness_counts_the_words_of_a_whole_reply(text, score):
     assert conciseness(text) == pytest.approx(score)
 
 
 @QUICK
 @given(words=WORDS)
-def test_another_word_never_makes_a_reply_more_concise(words):
-    longer, shorter = conciseness(" ".join([*words, "more"])), conciseness(" ".join(words))
+def test_another_word_never_makes_a_whole_reply_more_concise(words):
+    longer, shorter = (conciseness(" ".join(["there", "it", "is", *each]) + ".") for each in ([*words, "more"], words))
     assert longer < shorter or longer == shorter == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("", 0.0),
+        ("Tea is", 0.0),
+        ("Tea is good.", 1.0),
+        ("Tea is good. So is 3.5 of it!", 0.5),
+        ("Why not? Tea is good...", 0.5),
+    ],
+)
+def test_few_sentences_counts_the_sentences_of_a_whole_reply(text, score):
+    assert few_sentences(text) == pytest.approx(score)
+
+
+def test_polarity_agrees_with_positivity_in_sign_on_plain_cases():
+    assert polarity("I love this wonderful tea!") > 0 == polarity("The table has four legs.")
+    assert polarity("This is a terrible, awful day.") < 0
 
 
 @pytest.mark.parametrize(

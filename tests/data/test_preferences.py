@@ -324,7 +324,8 @@ def sampled():
     dice = random.Random(0)
     prompts = [{"id": f"p{n}", "prompt": f"prompt {n}", "split": SPLITS[n % 3]} for n in range(30)]
     return prompts, {
-        row["id"]: [(" ".join(dice.choices(words, k=dice.randint(1, 30))), n < 3) for n in range(4)] for row in prompts
+        row["id"]: [(" ".join(dice.choices(words, k=dice.randint(3, 30))) + ".", n < 3) for n in range(4)]
+        for row in prompts
     }
 
 
@@ -340,7 +341,13 @@ def test_a_third_objective_leaves_the_pairs_of_the_other_two_alone():
 
 def test_oracles_prefer_the_higher_score_and_shrug_within_a_tie():
     prompts = [{"id": "p", "prompt": "Why?", "split": "train"}]
-    texts = ["one two three four", "one two three four five", " ".join(["word"] * 20), "", "one two three four"]
+    texts = [
+        "one two three four.",
+        "one two three four five.",
+        "one two " + "three " * 18 + ".",
+        "",
+        "one two three four.",
+    ]
     samples = [(text, True) for text in texts]
     short = {"short": Objective(label="c", scorer="conciseness", tie=0.1)}
     rows = list(label_samples(prompts, {"p": samples}, short))

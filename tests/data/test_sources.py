@@ -36,7 +36,9 @@ def published(tmp_path, compose_params):
 
     def run(name):
         schemas.WRITERS[name](tmp_path / name)
-        return compose_params(f"data={name}", "data.download=[]", f"data.path={tmp_path / name}").data
+        return compose_params(
+            f"data={name}", "objectives=scored", "data.download=[]", f"data.path={tmp_path / name}"
+        ).data
 
     return run
 

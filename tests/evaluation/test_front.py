@@ -11,11 +11,8 @@ from hypothesis.extra.numpy import arrays
 from pipeline.config.errors import UserError
 from pipeline.config.schema import Objective, OracleJudge
 from pipeline.evaluation.front import (
-    bootstrap_mean,
-    distinct_2,
     front_metrics,
     front_table,
-    gap_recovered,
     long_scores,
     mean_inner_product,
     non_dominated,
@@ -23,7 +20,7 @@ from pipeline.evaluation.front import (
 )
 from pipeline.evaluation.judges.session import open_judge
 from pipeline.evaluation.judging import judge_rows, win_rates
-from pipeline.evaluation.statistics import hypervolume
+from pipeline.evaluation.statistics import bootstrap_mean, gap_recovered, hypervolume
 
 QUICK = settings(max_examples=50, deadline=None, derandomize=True)
 JUDGE = OracleJudge(kind="oracle", confidence=0.95, resamples=100)
@@ -145,21 +142,6 @@ def test_the_interval_covers_the_true_mean_about_as_often_as_it_says():
     assert 0.88 <= covered <= 0.99
 
 
-@pytest.mark.parametrize(
-    ("texts", "share"),
-    [
-        ([], 0.0),
-        (["", "word"], 0.0),
-        (["a b c"], 1.0),
-        (["a a a a"], 1 / 3),
-        (["The tea", "the TEA"], 0.5),
-        (["a b", "c d"], 1.0),
-    ],
-)
-def test_distinct_2_is_the_share_of_different_bigrams_within_texts(texts, share):
-    assert distinct_2(texts) == pytest.approx(share)
-
-
 def frame(**scores):
     rows = [
         {"point": point, "prompt": f"prompt {n // 2}", "sample": n % 2, "warm": value, "short": -value}
@@ -217,7 +199,7 @@ def test_every_prompt_weighs_the_same_in_a_win_rate():
 def test_a_bootstrap_drawn_in_parts_is_the_same_and_small(monkeypatch, drawn):
     values, others = np.random.default_rng(0).random((2, 60))
     whole = bootstrap_mean(values, 0.95, 300, 1), gap_recovered(values + others, values, values + 1, 0.95, 300, 1)
-    monkeypatch.setattr("pipeline.evaluation.front._DRAWN", drawn)
+    monkeypatch.setattr("pipeline.evaluation.statistics._DRAWN", drawn)
     parts = bootstrap_mean(values, 0.95, 300, 1), gap_recovered(values + others, values, values + 1, 0.95, 300, 1)
     assert parts == whole
 
@@ -234,7 +216,7 @@ def test_a_bootstrap_of_many_prompts_fits_into_little_memory():
 def test_rows_are_scored_under_the_names_of_their_objectives(smoke_params, workspace):
     objectives = {"brief": Objective(label="x", scorer="conciseness")}
     judge = open_judge(replace(smoke_params, objectives=objectives), workspace)
-    assert judge_rows([{"response": "one two"}], judge, {}) == [{"response": "one two", "brief": 0.95}]
+    assert judge_rows([{"response": "Tea is on."}], judge, {}) == [{"response": "Tea is on.", "brief": 0.925}]
     assert judge_rows([{"response": "a", "tokens": [7]}], judge, {})[0].keys() == {"response", "brief"}
 
 
@@ -254,6 +236,7 @@ def judged(params, unknown=()):
     rows = [
         {
             "point": point, "prompt": f"p{n}", "sample": 0, "response": f"tea {point} tea", "kl": float(place),
+            "finish": "eos",
             "logp_base": -2.0 * (n + 1), "n_tokens": n + 1, "conciseness": 1 - place / 10,
             "positivity": None if point in unknown else place / 10 + n % 2,
         }

@@ -32,7 +32,8 @@ def rows(params):
             found.append(
                 {
                     "method": entry.method, "point": entry.point, "line": entry.name, "prompt": prompt, "sample": 0,
-                    "response": f"{entry.method} says {prompt}", "positivity": 0.3 + levels[prompt] + gain * share,
+                    "response": f"{entry.method} says {prompt}", "finish": "eos",
+                    "positivity": 0.3 + levels[prompt] + gain * share,
                     "conciseness": 0.3 - levels[prompt] + gain * (1 - share), "kl": kl, "logp_base": -20.0,
                     "n_tokens": 10, "forwards": 30,
                 }
@@ -45,8 +46,11 @@ def test_the_table_has_the_columns_that_it_promises(params, rows):
     table = standings.table(params, rows, dict.fromkeys(methods, 1000))
     wanted = (
         "method, point, alpha_positivity, alpha_conciseness, reward_positivity, reward_conciseness, "
-        "ci_low_positivity, ci_low_conciseness, ci_high_positivity, ci_high_conciseness, kl, perplexity, distinct_2, "
-        "words, forwards_per_token, train_tokens, prompts"
+        "ci_low_positivity, ci_low_conciseness, ci_high_positivity, ci_high_conciseness, kl, readable, ended, words, "
+        "perplexity, distinct_2, distinct_2_within, repetition, relevance, relevance_ci_low, relevance_ci_high, "
+        "readable_positivity, held_out_positivity, held_out_positivity_ci_low, held_out_positivity_ci_high, "
+        "readable_conciseness, held_out_conciseness, held_out_conciseness_ci_low, held_out_conciseness_ci_high, "
+        "forwards_per_token, train_tokens, prompts"
     )
     assert ", ".join(table.columns) == wanted
     halved = table[(table.method == "genarm") & (table.alpha_positivity == 0.5) & (table.alpha_conciseness == 0)]

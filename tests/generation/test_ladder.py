@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from pipeline.config.errors import UserError
 from pipeline.config.points import point_weights
 from pipeline.config.schema import Point
-from pipeline.evaluation.front import gap_recovered
 from pipeline.evaluation.judges.session import open_judge
 from pipeline.evaluation.ladder import UNDEFINED, lines_of, table
+from pipeline.evaluation.statistics import gap_recovered
 from pipeline.generation.ladder import judge_bases, sample
 from pipeline.generation.rows import point_requests
 
@@ -123,7 +123,7 @@ def judged(params, values):
         {
             "base": "smollm2-135m", "point": point, "prompt": f"prompt {prompt}", "sample": sample,
             "response": f"word {prompt} {sample}", "positivity": value + 0.1 * prompt, "kl": 3.0, "logp_base": -8.0,
-            "n_tokens": 4,
+            "n_tokens": 4, "finish": "eos",
         }
         for point, value in values.items()
         for prompt in range(6)
@@ -135,8 +135,10 @@ def test_the_table_has_one_line_per_base_and_method(params):
     values = dict.fromkeys(lines_of(params), 0.0) | {"dpo": 0.4, "p100": 0.3, "best_of_4/positivity": 0.2}
     lines = table(params, judged(params, values))
     wanted = (
-        "base, method, arm, alpha, reward_positivity, ci_low_positivity, ci_high_positivity, kl, perplexity, "
-        "distinct_2, gap_recovered, gap_ci_low, gap_ci_high"
+        "base, method, arm, alpha, reward_positivity, ci_low_positivity, ci_high_positivity, kl, readable, "
+        "ended, words, perplexity, distinct_2, distinct_2_within, repetition, relevance, relevance_ci_low, "
+        "relevance_ci_high, readable_positivity, held_out_positivity, held_out_positivity_ci_low, "
+        "held_out_positivity_ci_high, gap_recovered, gap_ci_low, gap_ci_high"
     )
     assert ", ".join(lines.columns) == wanted
     guided = lines[(lines.method == "genarm") & (lines.alpha == 1.0)].iloc[0]

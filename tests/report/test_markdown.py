@@ -51,6 +51,6 @@ def test_methods_are_listed_best_first_with_corrected_p_values(tmp_path):
     tables = {"table": table, "fronts": fronts}
     markdown.comparison_page(tables, ["kind", "short"], "better", tmp_path / "README.md")
     better, worse = rows(tmp_path / "README.md")
-    ends = ["0.90", "0.40", "2.0", "0.50", "10.0", "2.0", "1.50"]
+    ends = ["0.90", "0.40", "2.0", "10.0", "0.50", "2.0", "1.50"]
     assert better == ["| `better`", "0.500", "–", "–", *ends, "100 |"]
     assert worse == ["| `worse`", "0.100", "-0.400 [-0.500, -0.300]", "0.020", *ends, "16 |"]

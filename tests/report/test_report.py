@@ -22,7 +22,15 @@ def front():
         ):
             line |= {f"alpha_{name}": alpha, f"score_{name}": score, f"ci_low_{name}": score - 0.1}
             line |= {f"ci_high_{name}": score + 0.1, f"win_rate_{name}": 0.5}
-        rest = {"kl": 3.0 * place, "perplexity": 9.0, "distinct_2": 0.8, "n_tokens": 6.0, "forwards_per_token": 1}
+        quality = {"readable": 0.9, "ended": 0.5, "distinct_2_within": 0.9, "relevance": 0.7}
+        rest = {
+            "kl": 3.0 * place,
+            "perplexity": 9.0,
+            "distinct_2": 0.8,
+            **quality,
+            "n_tokens": 6.0,
+            "forwards_per_token": 1,
+        }
         lines.append(line | rest | {"on_front": place > 1})
     return pd.DataFrame(lines)
 
@@ -66,7 +74,8 @@ def page(smoke_params, front, scored, tmp_path):
         "truncated": 0.25,
     }  # fmt: skip
     metrics = {
-        "hypervolume": 0.5, "hypervolume_controls": 0.1, "reference": dict.fromkeys(names, 0.0), "mip": {"genarm": 0.4},
+        "hypervolume": 0.5, "hypervolume_controls": 0.1, "readable_hypervolume": 0.4,
+        "readable_hypervolume_controls": 0.1, "reference": dict.fromkeys(names, 0.0), "mip": {"genarm": 0.4},
         "spearman": {"genarm": dict.fromkeys(names, 1.0)}, "arms": dict.fromkeys(names, arm),
         "judge": {"kind": "oracle", "objectives": dict.fromkeys(names, told)},
     }  # fmt: skip
@@ -166,6 +175,7 @@ def test_colours_grow_with_the_reward_and_tell_more_from_less():
 
 def test_the_terminal_shows_the_front(front, capsys):
     metrics = {"hypervolume": 0.5, "hypervolume_controls": 0.1, "n_front": 2}
+    metrics |= {"readable_hypervolume": 0.4, "readable_hypervolume_controls": 0.1}
     terminal.front(front, ["positivity", "conciseness"], metrics)
     printed = capsys.readouterr().out
     assert "hypervolume 0.500" in printed and "mixed" in printed

@@ -1,0 +1,102 @@
+"""Trials on validation prompts: what was tried before a default was chosen, and what each gave.
+
+    python -m tests.bench.trials NAME [HYDRA OVERRIDE ...]
+
+A trial is a composition of conf/ with overrides. It samples and trains below scratch/trials/, in one folder for all
+trials whose options agree up to training, generates the *validation* prompts at every point of the sweep, and writes a
+line for each point to results/trials/table.csv (in the place of an earlier trial of that name), with the first texts in
+results/trials/texts.csv. Test prompts and held-out scorers are not looked at.
+"""
+
+import time
+from argparse import ArgumentParser
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pandas as pd
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from pipeline.config.load import to_params
+from pipeline.config.schema import Params
+from pipeline.config.workspace import Workspace
+from pipeline.data.files import read_jsonl, replacing
+from pipeline.evaluation.judges.session import open_judge
+from pipeline.evaluation.judging import judge_rows, scored_frame
+from pipeline.evaluation.statistics import prompt_means
+from pipeline.evaluation.text_quality import quality_columns
+from pipeline.generation.rows import generate_sweep
+from pipeline.stages import prepare, train
+from pipeline.stages.sweep import training_digest
+from tests.tiny import ROOT
+
+OUT, SCRATCH = Path("results/trials"), Path("scratch/trials")
+SHOWN = 5  # texts of each point
+
+
+def composed(overrides: list[str]) -> tuple[Params, Path]:
+    """The experiment, its held-out scorers left out, and the folder of its models."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("config", overrides=[*overrides, "tracking=disabled"])
+    params = to_params(config)
+    objectives = {name: replace(objective, held_out_scorer=None) for name, objective in params.objectives.items()}
+    options = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    return replace(params, objectives=objectives), SCRATCH / training_digest(options)
+
+
+def rows_of(params: Params, folder: Path) -> pd.DataFrame:
+    """Sample and train what is not there yet; generate and score the validation prompts."""
+    workspace = Workspace(folder / "models", folder / "results", Path("scratch"))
+    workspace.models.mkdir(parents=True, exist_ok=True)
+    if not workspace.model(params.base).exists():
+        workspace.model(params.base).symlink_to(Workspace().model(params.base).absolute())
+    if not (workspace.results / "prepare" / "data_card.json").exists():
+        prepare.run(params, workspace)
+    for objective in params.objectives:
+        if not workspace.arm(objective).exists():
+            train.run(params, workspace, objective)
+    prompts = [row["prompt"] for _, row in read_jsonl(Path(params.data.prompts)) if row["split"] == "validation"]
+    rows = generate_sweep(params, workspace, params.base, prompts)
+    return scored_frame(judge_rows(rows, open_judge(params, workspace), {}), params.objectives)
+
+
+def lines_of(name: str, overrides: list[str], params: Params, rows: pd.DataFrame) -> pd.DataFrame:
+    """A line for each point."""
+    lines = []
+    for point, own in rows.groupby("point", sort=False):
+        line: dict[str, object] = {"trial": name, "overrides": " ".join(overrides), "point": point}
+        line |= {objective: prompt_means(own, objective).mean() for objective in params.objectives}
+        line |= {"kl": own.kl.mean(), **quality_columns(own, params.objectives, params.judge, params.seed)}
+        lines.append(line)
+    return pd.DataFrame(lines).round(3)
+
+
+def keep(name: str, found: pd.DataFrame, file: Path) -> None:
+    """Put the lines of a trial in the place of those of an earlier one."""
+    before = pd.read_csv(file) if file.exists() else pd.DataFrame({"trial": []})
+    with replacing(file) as stream:
+        pd.concat([before[before.trial != name], found]).to_csv(stream, index=False)
+
+
+def main() -> None:
+    """Run a trial."""
+    parser = ArgumentParser("python -m tests.bench.trials")
+    parser.add_argument("name")
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_args()
+    started = time.monotonic()
+    params, folder = composed(options.overrides)
+    rows = rows_of(params, folder)
+    table = lines_of(options.name, options.overrides, params, rows)
+    texts = rows.groupby("point", sort=False).head(SHOWN)[["point", "prompt", "response"]]
+    keep(options.name, table, OUT / "table.csv")
+    keep(options.name, texts.assign(trial=options.name), OUT / "texts.csv")
+    print(table.drop(columns=["trial", "overrides"]).to_string(index=False))
+    for text in texts.itertuples():
+        print(f"{text.point}: {' '.join(text.response.split())}")
+    print(f"{folder}, {time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
