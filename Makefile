@@ -31,7 +31,7 @@ repro: install  ## the main job: data, two ARMs, the sweep, the front, the repor
 test: install  ## all tests, offline (FLAGS="--at-least 1400": fail if fewer pass)
 	python -m pytest -n auto --dist loadfile $(FLAGS)
 
-params: install  ## compose conf/ into params.yaml (ARGS="data=own data.path=mine.jsonl" to override)
+params: install  ## compose conf/ into params.yaml (ARGS="trainer.lr=1.0e-4" to override)
 	python -m pipeline sweep --cfg job --resolve $(ARGS) > .params.partial && mv .params.partial params.yaml
 
 plan: install  ## memory, forwards, time and judge calls of a run, before anything is loaded (EXPERIMENT=hh_rlhf, ARGS as for params)

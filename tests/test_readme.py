@@ -155,10 +155,24 @@ def test_held_out_accuracies_are_those_of_the_default_experiment():
     assert quotes(quoted[1], arm["accuracy"], arm["ci_low"], arm["ci_high"]) and int(quoted[2]) == arm["pairs"]
     assert quotes(quoted[3], *(like[key] for key in ("value", "ci_low", "ci_high")))
     assert int(quoted[4]) == like["pairs"] and quotes(quoted[5], arm["chosen_longer"]["value"])
-    text = prose(RESULTS_PAGE, "How the defaults were chosen")
-    assert quotes(re.search(r"hypervolume was 0.35 instead of ([\d.]+\d)", text)[1], metrics["hypervolume"])
-    tokens = csv("pareto/front.csv", "point").n_tokens["p000_c100"]
-    assert quotes(re.search(r"at its own end (\d+) of 48 tokens", text)[1], tokens)
+    front = csv("pareto/front.csv", "point")
+    quoted = re.search(
+        r"\(relevance (.*?), the sharpened control (.*?)\).*?\(distinct-2 (.*?), the control (.*?)\)", text
+    )
+    for place, column in ((1, "relevance"), (3, "distinct_2")):
+        assert quotes(f"{quoted[place]} {quoted[place + 1]}", front[column].p100_c000, front[column].sharpened)
+    spearman = re.search(r"Spearman ([\d.]+) of weight and score, that of positivity ([\d.]+\d)", text)
+    assert quotes(" ".join(spearman.groups()), *(metrics["spearman"]["genarm"][name] for name in OBJECTIVES[::-1]))
+
+
+def test_what_is_said_of_the_trials_is_in_their_table():
+    text, table = prose(RESULTS_PAGE, "How the defaults were chosen"), csv("trials/table.csv", "trial", "point")
+    assert len(table.index.unique("trial")) == 9 and "nine trials" in text and "[nine trials]" in TEXTS["README.md"]
+    quoted = re.search(
+        r"at the conciseness end ([\d.]+) of the.*? had ([\d.]+\d)\..*?worst there: ([\d.]+) readable", text
+    )
+    trials = ("paper_loss", "default", "labels_by_scorer")
+    assert quotes(" ".join(quoted.groups()), *(table.readable[trial, "p000_c100"] for trial in trials))
 
 
 def test_what_is_said_of_the_ladder_is_in_its_table():

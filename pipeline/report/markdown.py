@@ -12,8 +12,8 @@ from pipeline.data.files import Row, replacing
 _NONE = "–"
 # What the texts are, beside what they score: heading, column of the tables, digits.
 _QUALITY = (
-    ("readable", "readable", 2), ("ended", "ended", 2), ("words", "words", 0), ("perplexity", "perplexity", 1),
-    ("distinct-2", "distinct_2", 2), ("within", "distinct_2_within", 2), ("relevance", "relevance", 2),
+    ("readable", "readable", 2), ("ended", "ended", 2), ("perplexity", "perplexity", 1),
+    ("distinct-2", "distinct_2", 2), ("relevance", "relevance", 2),
 )  # fmt: skip
 
 
@@ -43,10 +43,9 @@ def front_page(front: pd.DataFrame, objectives: Sequence[str], metrics: Row, pat
         *_paragraph(
             "Scores have bootstrap intervals over prompts. *Held out*: the same measured by a scorer that nothing was "
             "trained or chosen on. KL is to the base, in nats per response. *Readable* and *ended* (by itself) are "
-            "shares of the responses. Perplexity is under the base; *distinct-2* is the share of different word pairs "
-            "over all responses, *within* over each; *relevance* is the share of other prompts "
-            "that a response is less like than its own. "
-            "pipeline/evaluation/text_quality.py defines them: they show when a scorer is gamed."
+            "shares of the responses; perplexity is under the base; distinct-2 is the share of different word pairs "
+            "over all responses; *relevance* is the share of other prompts that a response is less like than its own. "
+            "They show when a scorer is gamed; pipeline/evaluation/text_quality.py defines them."
         ),
         "",
         "![Reward against KL](reward_kl.png)",

@@ -5,7 +5,7 @@
 A trial is a composition of conf/ with overrides. It samples and trains below scratch/trials/, in one folder for all
 trials whose options agree up to training, generates the *validation* prompts at every point of the sweep, and writes a
 line for each point to results/trials/table.csv (in the place of an earlier trial of that name), with the first texts in
-results/trials/texts.csv. Test prompts and held-out scorers are not looked at.
+results/trials/texts.csv; README.md there shows the table. Test prompts and held-out scorers are not looked at.
 """
 
 import time
@@ -33,6 +33,8 @@ from tests.tiny import ROOT
 
 OUT, SCRATCH = Path("results/trials"), Path("scratch/trials")
 SHOWN = 5  # texts of each point
+CONTROLS, EVEN_AND_ENDS = ("base", "sharpened"), ("p100_c000", "p050_c050", "p000_c100")  # points of the page
+COLUMNS = ("positivity", "conciseness", "kl", "readable", "ended", "words", "perplexity", "distinct_2_within")
 
 
 def composed(overrides: list[str]) -> tuple[Params, Path]:
@@ -79,12 +81,43 @@ def keep(name: str, found: pd.DataFrame, file: Path) -> None:
         pd.concat([before[before.trial != name], found]).to_csv(stream, index=False)
 
 
+def page(table: pd.DataFrame) -> str:
+    """README.md: every trial at the ends and in the middle of the sweep."""
+    columns = list(COLUMNS)
+    lines = [
+        "# Trials",
+        "",
+        "Written by `python -m tests.bench.trials`: what was tried before the default experiment was settled, measured "
+        "on the 40 validation prompts, one response each (a standard error of a score is about 0.05). *Changes* are to "
+        "the default; [table.csv](table.csv) has every point and measure, [texts.csv](texts.csv) the first texts.",
+        "",
+        "| trial | changes | point | " + " | ".join(name.replace("_", " ") for name in columns) + " |",
+        "|---" * (len(columns) + 3) + "|",
+    ]
+    controls = table[table.point.isin(CONTROLS)].drop_duplicates("point").assign(trial="–", overrides="")
+    for line in pd.concat([controls, table[~table.point.isin(CONTROLS)]]).to_dict("records"):
+        if line["point"] in (*CONTROLS, *EVEN_AND_ENDS):
+            changes = f"`{line['overrides']}`" if isinstance(line["overrides"], str) and line["overrides"] else "–"
+            values = " | ".join(f"{line[name]:.2f}" for name in columns)
+            lines.append(f"| {line['trial']} | {changes} | {line['point']} | {values} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_page() -> None:
+    """Write README.md from table.csv."""
+    with replacing(OUT / "README.md") as stream:
+        stream.write(page(pd.read_csv(OUT / "table.csv")))
+
+
 def main() -> None:
     """Run a trial."""
     parser = ArgumentParser("python -m tests.bench.trials")
-    parser.add_argument("name")
+    parser.add_argument("name", nargs="?", help="of the trial; without it the page is written again")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
+    if options.name is None:
+        write_page()
+        return
     started = time.monotonic()
     params, folder = composed(options.overrides)
     rows = rows_of(params, folder)
@@ -92,6 +125,7 @@ def main() -> None:
     texts = rows.groupby("point", sort=False).head(SHOWN)[["point", "prompt", "response"]]
     keep(options.name, table, OUT / "table.csv")
     keep(options.name, texts.assign(trial=options.name), OUT / "texts.csv")
+    write_page()
     print(table.drop(columns=["trial", "overrides"]).to_string(index=False))
     for text in texts.itertuples():
         print(f"{text.point}: {' '.join(text.response.split())}")

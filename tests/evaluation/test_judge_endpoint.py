@@ -54,17 +54,18 @@ def test_nothing_is_asked_once_a_reply_cannot_be_kept(serve, run, workspace, mon
     monkeypatch.setattr(row_store, "_append", full)
     with pytest.raises(OSError, match="No space left"):
         run(asking(server))
-    assert len(server.requests) <= 3 + 3, "those under way at the third reply, four at a time"
+    assert len(server.requests) <= 3 + 4, "those under way at the third reply, four at a time"
     assert len(kept(workspace)) == len(server.requests) - 1
 
 
 def test_an_interrupted_run_keeps_what_is_under_way(serve, run, workspace):
     server = serve()
 
-    once = iter([True])
+    due = [40]
 
     def interrupting(body):
-        if len(server.requests) >= 40 and next(once, False):  # several threads answer: none need see just 40
+        if len(server.requests) >= due[0]:
+            due[0] += 10  # pressed again if the run goes on: Python drops an interrupt that arrives in a finaliser
             os.kill(os.getpid(), signal.SIGINT)
         return longer(body)
 
@@ -72,7 +73,7 @@ def test_an_interrupted_run_keeps_what_is_under_way(serve, run, workspace):
     with pytest.raises(KeyboardInterrupt):
         run(asking(server))
     asked = len(server.requests)
-    assert 40 <= asked < 60 and len(kept(workspace)) == asked
+    assert 40 <= asked < 70 and len(kept(workspace)) == asked
     assert scores_of(run(asking(server))) == [(1.0, 1.0)] * 100 and len(server.requests) == MANY
 
 

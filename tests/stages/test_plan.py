@@ -93,12 +93,18 @@ def test_what_preparing_samples_and_asks_is_reckoned(compose_params):
         plan.print_preparing(params, Console(file=out, width=300))
         return out.getvalue()
 
-    assert "15 prompts x 2 instructions" in told("objectives=sentence") and "= 120 responses" in told(
+    assert "15 prompts x 2 instructions" in told("objectives=sentence") and "= 30 responses" in told(
         "objectives=sentence"
     )
-    assert "x 1 instructions" in told(), "scorers share one set of responses"
-    judged = told("+judge@objectives.positivity.annotator=llm", "objectives.positivity.annotator.max_calls=100")
+    assert "15 prompts x 4 instructions" in told(), "two sentences of each of two objectives"
+    scored = ("objectives=scored", "data.sampling.responses_per_prompt=4")
+    assert "x 1 instructions" in told(*scored), "scorers share one set of responses"
+    judged = told(
+        *scored, "+judge@objectives.positivity.annotator=llm", "objectives.positivity.annotator.max_calls=100"
+    )
     assert (
         "labelling positivity: at most 180 answers of gpt-4o-mini on 90 pairs" in judged and "max_calls: 100" in judged
     )
-    assert told("data=own", "data.path=mine.jsonl") == "", "rows from files are sampled from nobody"
+    assert told("data=own", "data.path=mine.jsonl", "objectives=scored") == "", (
+        "rows from files are sampled from nobody"
+    )

@@ -28,7 +28,9 @@ def composed(compose_params, tiny):
 
 
 def test_a_sentence_becomes_a_front_with_a_scorer_and_negative_weights(composed, workspace):
-    params = composed("experiment=sentence_and_scorer", "objectives.conciseness.tie=0.0")
+    params = composed(
+        "experiment=sentence_and_scorer", "objectives.conciseness.tie=0.0", "objectives.conciseness.scorer=simplicity"
+    )
     fetch.run(params, workspace, "tiny")
     prepare.run(params, workspace)
     for name in params.objectives:
