@@ -93,7 +93,8 @@ def test_without_a_key_nothing_is_sampled_and_a_used_up_budget_keeps_its_answers
 
 def test_an_annotator_needs_a_rubric_and_an_unknown_key_is_named_with_its_place(compose_params):
     judged = ("objectives=positivity", "~sweep.points", "+sweep.points={base: {weights: {}}}", "sweep.control=base")
-    asked = (*judged, "+judge@objectives.positivity.annotator=llm")
+    sentences = ("objectives.positivity.wanted=null", "objectives.positivity.unwanted=null")
+    asked = (*judged, *sentences, "data.sampling.responses_per_prompt=2", "+judge@objectives.positivity.annotator=llm")
     params = compose_params(*asked)
     assert params.objectives["positivity"].source(params.data) == "judge"
     with pytest.raises(UserError, match=r"annotator.rubrics has none for positivity"):

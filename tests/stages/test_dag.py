@@ -147,7 +147,8 @@ def test_a_new_point_and_a_third_objective_retrain_nothing(copy):
     compose(copy, "experiment=smoke", "+sweep.points.p090={weights: {positivity: 0.9}}")
     printed = run(copy, "dvc", "repro")
     assert "Running stage 'train@" not in printed and "42 of 48 rows" in printed
-    compose(copy, "experiment=smoke", "objectives=three")
+    third = "{label: preferred_simplicity, scorer: simplicity, beta: 0.05, pretrained: null}"
+    compose(copy, "experiment=smoke", f"+objectives.simplicity={third}")
     printed = run(copy, "dvc", "repro")
     assert not any(f"Running stage 'train@{name}'" in printed for name in ("positivity", "conciseness"))
     assert "Running stage 'train@simplicity'" in printed and "42 of 42 rows" in printed
