@@ -165,6 +165,13 @@ def test_held_out_accuracies_are_those_of_the_default_experiment():
     assert quotes(" ".join(spearman.groups()), *(metrics["spearman"]["genarm"][name] for name in OBJECTIVES[::-1]))
 
 
+def test_the_spread_over_seeds_is_that_of_their_table():
+    fronts, text = csv("seeds/fronts.csv"), prose("README.md", "Honest limits")
+    quoted = re.search(r"hypervolume is ([\d.]+) to ([\d.]+) \(unguided ([\d.]+) to ([\d.]+)\)", text)
+    ends = (fronts[name].agg(["min", "max"]) for name in ("readable_hypervolume", "readable_hypervolume_controls"))
+    assert quotes(" ".join(quoted.groups()), *(value for pair in ends for value in pair)) and len(fronts) == 3
+
+
 def test_what_is_said_of_the_trials_is_in_their_table():
     text, table = prose(RESULTS_PAGE, "How the defaults were chosen"), csv("trials/table.csv", "trial", "point")
     assert len(table.index.unique("trial")) == 9 and "nine trials" in text and "[nine trials]" in TEXTS["README.md"]
