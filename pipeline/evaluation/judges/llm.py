@@ -18,6 +18,7 @@ from pipeline.evaluation.judges.rubric import Question
 
 _LONGEST_WAIT = 60.0  # seconds between two attempts
 _REFUSABLE = (400, 403, 413, 422)  # statuses that may be about one question
+_INTERRUPTIBLE = 0.05  # seconds: an interrupt that reaches another thread does not wake one that waits
 _DOUBTFUL = 8  # refusals in a row, for no known reason, that are taken for one of the settings
 
 Keep = Callable[[int, Reply], None]
@@ -75,7 +76,9 @@ class EndpointModel:
         run = _Run(enumerate(questions), keep)
         with ThreadPoolExecutor(self._judge.concurrency) as pool:
             try:
-                wait([pool.submit(self._work, run) for _ in range(self._judge.concurrency)])
+                working = [pool.submit(self._work, run) for _ in range(self._judge.concurrency)]
+                while wait(working, timeout=_INTERRUPTIBLE).not_done:
+                    pass
             finally:
                 run.stopped.set()
         if run.failures:
