@@ -161,6 +161,9 @@ def test_held_out_accuracies_are_those_of_the_default_experiment():
     )
     for place, column in ((1, "relevance"), (3, "distinct_2")):
         assert quotes(f"{quoted[place]} {quoted[place + 1]}", front[column].p100_c000, front[column].sharpened)
+    guided, floor = front.readable[front.method != "base"], r"readable at \(1, 0\), and ([\d.]+) or more at the other"
+    assert quotes(re.search(r"themselves: ([\d.]+) of them", text)[1], guided.p100_c000)
+    assert quotes(re.search(floor, text)[1], guided.drop("p100_c000").min())
     spearman = re.search(r"Spearman ([\d.]+) of weight and score, that of positivity ([\d.]+\d)", text)
     assert quotes(" ".join(spearman.groups()), *(metrics["spearman"]["genarm"][name] for name in OBJECTIVES[::-1]))
 
