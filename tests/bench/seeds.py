@@ -1,9 +1,10 @@
-"""The default experiment at several seeds of sampling, training and generation.
+"""The default experiment at several seeds of sampling, training and generation, and in float32.
 
     python -m tests.bench.seeds 1 2        # beside the committed run, whose seed is params.yaml's
 
-Runs `python -m pipeline sweep --multirun seed=…` and writes results/seeds/: table.csv with a line for each seed and
-point, fronts.csv with a line for each seed, and README.md with means and ranges.
+Runs `python -m pipeline sweep --multirun …` for what is not there yet and writes results/seeds/: table.csv with a line
+for each seed and point, fronts.csv with a line for each seed, float32.csv with that of float32, and README.md with
+means and ranges.
 """
 
 import json
@@ -21,6 +22,9 @@ SHOWN = ("readable", "ended", "words", "perplexity", "distinct_2", "distinct_2_w
 FRONT = ("hypervolume", "hypervolume_controls", "readable_hypervolume", "readable_hypervolume_controls")
 
 
+FLOAT32 = "models.smollm2-135m.dtype=float32"  # where the default is bfloat16: on CPUs that compute in it
+
+
 def measured(folder: Path, seed: int) -> tuple[pd.DataFrame, dict[str, float]]:
     """The front of a run, and its metrics."""
     metrics = json.loads((folder / "pareto" / "metrics.json").read_text(encoding="utf-8"))
@@ -35,7 +39,7 @@ def ranged(values: pd.Series, digits: int = 2) -> str:
     return f"{values.mean():.{digits}f} ({values.min():.{digits}f}–{values.max():.{digits}f})"
 
 
-def page(table: pd.DataFrame, fronts: pd.DataFrame, objectives: list[str]) -> str:
+def page(table: pd.DataFrame, fronts: pd.DataFrame, float32: pd.DataFrame, objectives: list[str]) -> str:
     """README.md."""
     scores = [*(f"score_{name}" for name in objectives), *(f"held_out_{name}" for name in objectives), *SHOWN]
     lines = [
@@ -49,33 +53,31 @@ def page(table: pd.DataFrame, fronts: pd.DataFrame, objectives: list[str]) -> st
     ]
     for point, own in table.groupby("point", sort=False):
         lines.append(f"| {point} | " + " | ".join(ranged(own[name]) for name in scores) + " |")
-    lines += ["", "| measure | " + " | ".join(f"seed {seed}" for seed in fronts.seed) + " | mean |"]
-    lines.append("|---" * (len(fronts) + 2) + "|")
+    columns = [*(f"seed {seed}" for seed in fronts.seed), "mean", f"seed {fronts.seed.iloc[0]}, float32"]
+    lines += ["", "| measure | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in fronts.columns.drop("seed"):
-        values = " | ".join(f"{value:.3f}" for value in fronts[name])
-        lines.append(f"| {name.replace('_', ' ')} | {values} | {fronts[name].mean():.3f} |")
-    spread = (
-        fronts.readable_hypervolume.max() - fronts.readable_hypervolume.min()
-    ) / fronts.readable_hypervolume.mean()
+        values = [*fronts[name], fronts[name].mean(), *float32[name]]
+        lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+    readable = fronts.readable_hypervolume
+    spread = (readable.max() - readable.min()) / readable.mean()
     lines += ["", f"The readable hypervolume spreads by {spread:.0%} of its mean."]
     return "\n".join(lines) + "\n"
 
 
 def main(seeds: list[int]) -> None:
     """Run what is not there yet, and write."""
-    missing = [seed for seed in seeds if not (JOBS / f"seed={seed}" / "pareto" / "metrics.json").exists()]
-    if missing:
-        job = ["-m", "pipeline", "sweep", "--multirun", f"seed={','.join(map(str, missing))}"]
-        subprocess.run([sys.executable, *job], check=True)
+    for job in [*(f"seed={seed}" for seed in seeds), FLOAT32]:
+        if not (JOBS / job / "pareto" / "metrics.json").exists():
+            subprocess.run([sys.executable, "-m", "pipeline", "sweep", "--multirun", job], check=True)
     params = load_params()
     runs = [measured(Path("results"), params.seed), *(measured(JOBS / f"seed={seed}", seed) for seed in seeds)]
     table, fronts = pd.concat([front for front, _ in runs]), pd.DataFrame([line for _, line in runs])
-    objectives = list(params.objectives)
-    for name, found in (("table", table), ("fronts", fronts)):
+    float32 = pd.DataFrame([measured(JOBS / FLOAT32, params.seed)[1]])
+    for name, found in (("table", table), ("fronts", fronts), ("float32", float32)):
         with replacing(OUT / f"{name}.csv") as stream:
             found.round(4).to_csv(stream, index=False)
     with replacing(OUT / "README.md") as stream:
-        stream.write(page(table, fronts, objectives))
+        stream.write(page(table, fronts, float32, list(params.objectives)))
 
 
 if __name__ == "__main__":
