@@ -9,6 +9,7 @@ import subprocess
 import pandas as pd
 import pytest
 
+from pipeline.evaluation import text_quality as quality
 from pipeline.report import markdown
 from tests.test_layers import FLOORS
 from tests.tiny import ROOT
@@ -29,6 +30,10 @@ def section(page, title):
 
 def prose(page, title):
     return " ".join(section(page, title).split())
+
+
+def prose_of_page(page):
+    return " ".join(TEXTS[page].split())
 
 
 def table_lines(page, title):
@@ -166,6 +171,28 @@ def test_held_out_accuracies_are_those_of_the_default_experiment():
     assert quotes(re.search(floor, text)[1], guided.drop("p100_c000").min())
     spearman = re.search(r"Spearman ([\d.]+) of weight and score, that of positivity ([\d.]+\d)", text)
     assert quotes(" ".join(spearman.groups()), *(metrics["spearman"]["genarm"][name] for name in OBJECTIVES[::-1]))
+
+
+def test_the_texts_of_the_first_page_are_those_of_the_report():
+    report = (ROOT / "results/report/index.html").read_text(encoding="utf-8").replace("\\u0027", "'")
+    shown = re.findall(r"^> - \(.*?\) (.*?)\.{0,1}(?: …)?$", section("README.md", "What comes out"), flags=re.MULTILINE)
+    assert len(shown) == 8
+    for text in shown:
+        assert text in report, text
+
+
+def test_what_counts_as_readable_is_what_the_code_says():
+    text = prose_of_page("pipeline/evaluation/README.md")
+    number = r"(\d+(?:\.\d+)?)"
+    parts = (
+        f"at least {number} words",
+        f"{number} distinct word pairs",
+        f"more than {number} of six",
+        f"most {number} under",
+    )
+    quoted = [re.search(part, text)[1] for part in parts]
+    limits = (quality.FEWEST_WORDS, quality.LOWEST_DISTINCT_2, quality.HIGHEST_REPETITION, quality.HIGHEST_PERPLEXITY)
+    assert quotes(" ".join(quoted), *limits) and quality.REPETITION_WORDS == 6
 
 
 def test_the_spread_over_seeds_is_that_of_their_table():

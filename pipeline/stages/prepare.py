@@ -15,6 +15,7 @@ from pipeline.data import sources
 from pipeline.data.card import DataCard
 from pipeline.data.files import Row, replacing, write_json, write_jsonl
 from pipeline.data.labelling import pair_of
+from pipeline.data.oracles import scorer
 from pipeline.data.preferences import Prompts, read_rows
 from pipeline.data.splits import SPLITS
 from pipeline.generation.samples import sampled_rows
@@ -24,6 +25,9 @@ from pipeline.models.control_tokens import control_names
 def run(params: Params, workspace: Workspace) -> None:
     """Read rows, or sample responses and label or contrast them; write results/prepare/ and models/classifiers.json."""
     data, out = params.data, workspace.results / "prepare"
+    for objective in params.objectives.values():  # refused here, and not after everything is generated
+        for name in filter(None, (objective.scorer, objective.held_out_scorer)):
+            scorer(name)
     card = DataCard(params.objectives, data.strict, control_names(workspace.model(data.sampler)))
     sources_used: dict[str, Row] = {
         name: {"source": objective.source(data)} for name, objective in params.objectives.items()

@@ -246,3 +246,11 @@ def test_two_sentences_on_the_command_line_are_an_experiment(compose_params):
     params = compose_params("objectives=sentence", "objectives.politeness.wanted='Be kind, please.'")
     assert params.objectives["politeness"].source(params.data) == "contrast" and params.loss.kind == "simpo"
     assert min(point.weights.get("politeness", 0) for point in params.sweep.points.values()) == -1.0
+
+
+@pytest.mark.parametrize("option", ["scorer", "held_out_scorer"])
+def test_a_scorer_that_is_not_there_is_refused_before_anything_is_sampled(compose_params, workspace, option):
+    params = compose_params(f"objectives.positivity.{option}=humour")
+    with pytest.raises(UserError, match="there is no scorer humour"):
+        prepare.run(dataclasses.replace(params, data=dataclasses.replace(params.data, sampler="tiny")), workspace)
+    assert not (workspace.scratch / "store").exists()
