@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 
 from pipeline.config.load import to_params
 from pipeline.config.workspace import Workspace
+from pipeline.stages.train import arm_job
 from pipeline.training.arm import ARM
-from pipeline.training.fit import Job, train
+from pipeline.training.fit import train
 from tests.tiny import ROOT
 
 PROMPTS = ["Describe a rainy Monday.", "Tips?", "Why?", "What is tea?", "Tell me a joke.", "How was it?", "And?"]
@@ -47,7 +48,7 @@ def main() -> None:
     workspace = Workspace(folder / "models", folder / "results", folder / "scratch")
     if len(sys.argv) > 3:
         ARM.on_train_batch_start = dying
-    trained = train(Job.of(params, workspace, "positivity"), ROWS, "rows", workspace.scratch, False)
+    trained = train(arm_job(params, workspace, "positivity"), ROWS, "rows", workspace.scratch, False)
     if trained is not None:
         weights = {name: p.detach().contiguous() for name, p in trained.model.named_parameters() if p.requires_grad}
         save_file(weights, folder / "arm.safetensors")

@@ -1,6 +1,7 @@
 """The floors of the package: imports point down, never in a circle, and a stage depends on the code that it runs."""
 
 import ast
+import re
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -101,3 +102,9 @@ def test_a_stage_depends_on_the_code_that_it_runs_and_on_no_other(stage):
     missing = sorted(str(path) for path in run if not any(below(path, dep) for dep in listed))
     assert not [path for path in missing if ROOT / path not in around], "edit them, and DVC would rerun nothing"
     assert all(any(below(path, dep) for path in run) for dep in listed), "edit them, and DVC would rerun for nothing"
+
+
+def test_below_generation_nobody_sees_the_whole_experiment():
+    """Libraries get the sections that they read: what a function depends on is in its signature."""
+    low = [name for name in modules() if room(name) and 1 < FLOORS[room(name)] <= 5 and room(name) != "generation"]
+    assert not [name for name in low if re.search(r"\bimport .*\bParams\b", modules()[name].read_text("utf-8"))]

@@ -6,11 +6,36 @@ from dataclasses import dataclass
 from pipeline.config.schema import Params, Point
 
 
-def point_weights(point: Point, params: Params, base: str) -> dict[str, float]:
+@dataclass(frozen=True)
+class PointLaw:
+    """What a point of the sweep asks of the decoder."""
+
+    method: str  # what is sampled from, as tables name it
+    alphas: Mapping[str, float]  # of the objectives
+    weights: Mapping[str, float]  # the exponents of the law, by lane
+    temperature: float
+
+
+def point_laws(params: Params, base: str) -> dict[str, PointLaw]:
+    """The laws of all points on a base.
+
+    An unguided point's temperature is divided by 1 + Σα of the guidance that it is to be as sharp as.
+    """
+    own = params.arm.base == base
+    return {
+        name: PointLaw(
+            point.method, point.weights, point_weights(point, own),
+            round(params.decoding.temperature / (1 + point.sharpen), 4),
+        )
+        for name, point in params.sweep.points.items()
+    }  # fmt: skip
+
+
+def point_weights(point: Point, own: bool) -> dict[str, float]:
     """The exponents of the point's law, by lane (`Point.method` names the laws).
 
-    The log-ratio form takes from what the ARMs were made from what it gives to them: where that is the base itself, the
-    base's own exponent falls.
+    The log-ratio form takes from what the ARMs were made from what it gives to them: where that is the base itself
+    (`own`), the base's own exponent falls.
     """
     weights = dict(point.weights)
     if point.form == "dpo":
@@ -19,7 +44,7 @@ def point_weights(point: Point, params: Params, base: str) -> dict[str, float]:
         return {BASE: 0.0, **weights}
     if point.form == "log_ratio":
         total = sum(weights.values())
-        return weights | ({BASE: 1.0 - total} if params.arm.base == base else {REFERENCE: -total})
+        return weights | ({BASE: 1.0 - total} if own else {REFERENCE: -total})
     return weights
 
 
@@ -31,11 +56,6 @@ def policy_lane(rival: str) -> str:
 def rival_of(lane: str) -> str | None:
     """The name of what was tuned that a lane stands for, as `policy_lane` writes it; None of any other lane."""
     return lane.removeprefix(_POLICY) if lane.startswith(_POLICY) else None
-
-
-def point_temperature(point: Point, params: Params) -> float:
-    """The decoder's temperature, divided by 1 + Σα of the guidance that an unguided point is to be as sharp as."""
-    return round(params.decoding.temperature / (1 + point.sharpen), 4)
 
 
 _POLICY = "policy/"

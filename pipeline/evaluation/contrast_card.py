@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from statistics import mean
 
-from pipeline.config.schema import Judge
 from pipeline.data.files import Row
-from pipeline.evaluation.statistics import Share, share
+from pipeline.evaluation.statistics import Bootstrap, Share, share
 from pipeline.evaluation.text_classifier import TextClassifier, features_of
 
 _SIDES = {"wanted": "response_0", "unwanted": "response_1"}
@@ -21,7 +20,7 @@ _MOSTLY = 0.75  # accuracy from which length or a phrase alone would pass for th
 
 
 def contrast_card(
-    name: str, rows: Sequence[Row], counts: Mapping[str, int], judge: Judge, seed: int
+    name: str, rows: Sequence[Row], counts: Mapping[str, int], bootstrap: Bootstrap
 ) -> tuple[Row, TextClassifier]:
     """The card of a contrast objective as a JSON value, and the classifier behind it.
 
@@ -29,8 +28,7 @@ def contrast_card(
         name: the objective.
         rows: its usable pairs, `response_0` preferred.
         counts: of pairs that were sampled, and left out by reason.
-        judge: `confidence` and `resamples` of the intervals.
-        seed: of the intervals.
+        bootstrap: of the intervals.
     """
     train = [row for row in rows if row["split"] == "train"]
     held_out = [row for row in rows if row["split"] != "train"]
@@ -38,9 +36,9 @@ def contrast_card(
     phrase, phrase_sign = telling_phrase(train)
 
     def accuracy(score: Callable[[str], float]) -> Share:
-        return accuracy_of(score, held_out, judge, seed)
+        return accuracy_of(score, held_out, bootstrap)
 
-    longer = accuracy_of(_words, train, judge, seed).value or 0.0
+    longer = accuracy_of(_words, train, bootstrap).value or 0.0
     direction = 1 if longer >= 0.5 else -1
     measured = {
         "classifier": accuracy(classifier.log_odds),
@@ -93,14 +91,13 @@ def verdict(name: str, measured: Mapping[str, Share], phrase: str, direction: in
     )
 
 
-def accuracy_of(score: Callable[[str], float], rows: Sequence[Row], judge: Judge, seed: int) -> Share:
+def accuracy_of(score: Callable[[str], float], rows: Sequence[Row], bootstrap: Bootstrap) -> Share:
     """The share of pairs whose preferred response scores higher, equal scores counting half."""
     right = []
     for row in rows:
         better, worse = (score(row[key]) for key in _SIDES.values())
         right.append(0.5 * (1 + (better > worse) - (better < worse)))
-    prompts = [row["prompt"] for row in rows]
-    return share(right, prompts, judge.confidence, judge.resamples, seed)  # type: ignore[arg-type]
+    return share(right, [row["prompt"] for row in rows], bootstrap)
 
 
 def telling_phrase(rows: Sequence[Row]) -> tuple[str, int]:

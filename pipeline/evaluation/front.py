@@ -3,16 +3,16 @@
 Shapes: N points, M objectives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import moocore
 import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from pipeline.config.points import BASE, point_temperature, point_weights
-from pipeline.config.schema import Params
-from pipeline.evaluation.statistics import bootstrap_mean, hypervolume, prompt_means
+from pipeline.config.points import BASE, PointLaw
+from pipeline.config.schema import Objective
+from pipeline.evaluation.statistics import Bootstrap, bootstrap_mean, hypervolume, prompt_means
 from pipeline.evaluation.text_quality import quality_columns
 
 
@@ -34,43 +34,44 @@ def rank_correlation(weights_N: np.ndarray, scores_N: np.ndarray) -> float | Non
     return float(spearmanr(weights_N, scores_N).statistic)
 
 
-def front_table(params: Params, scored: pd.DataFrame, wins: pd.DataFrame) -> pd.DataFrame:
+def front_table(
+    base: str,
+    laws: Mapping[str, PointLaw],
+    objectives: Mapping[str, Objective],
+    scored: pd.DataFrame,
+    wins: pd.DataFrame,
+    bootstrap: Bootstrap,
+) -> pd.DataFrame:
     """front.csv: one line per point with weights, scores and their intervals, cost in KL, win rates.
 
     Args:
-        scored: the judged rows; intervals resample prompts.
-        wins: what `win_rates` found.
+        base: the name of the model that is steered.
+        laws: those of the points.
+        objectives: of the run.
+        scored: the judged rows.
+        wins: what `win_rates` returns of them.
+        bootstrap: of the intervals, which resample prompts.
     """
-    judge, objectives = params.judge, list(params.objectives)
     lines = []
-    for name, point in params.sweep.points.items():
+    for name, law in laws.items():
         mine = scored[scored.point == name]
         line: dict[str, object] = {
-            "method": point.method,
-            "base": params.base,
+            "method": law.method,
+            "base": base,
             "point": name,
         }
-        line |= {f"alpha_{objective}": point.weights.get(objective, 0.0) for objective in objectives}
-        line["temperature"] = point_temperature(point, params)
-        weights = point_weights(point, params, params.base)
-        intervals = {
-            objective: bootstrap_mean(
-                prompt_means(mine, objective),
-                judge.confidence,
-                judge.resamples,
-                params.seed,
-            )
-            for objective in objectives
-        }
+        line |= {f"alpha_{objective}": law.alphas.get(objective, 0.0) for objective in objectives}
+        line["temperature"] = law.temperature
+        intervals = {objective: bootstrap_mean(prompt_means(mine, objective), bootstrap) for objective in objectives}
         line |= {f"score_{objective}": interval[0] for objective, interval in intervals.items()}
         line |= {f"ci_low_{objective}": interval[1] for objective, interval in intervals.items()}
         line |= {f"ci_high_{objective}": interval[2] for objective, interval in intervals.items()}
         line["kl"] = mine.kl.mean()
         won = wins[wins.point == name].set_index("objective").win_rate
         line |= {f"win_rate_{objective}": won[objective] for objective in objectives}
-        line |= quality_columns(mine, params.objectives, judge, params.seed)
+        line |= quality_columns(mine, objectives, bootstrap)
         line["n_tokens"] = mine.n_tokens.mean()
-        line["forwards_per_token"] = 1 + sum(weight != 0 for name, weight in weights.items() if name != BASE)
+        line["forwards_per_token"] = 1 + sum(weight != 0 for lane, weight in law.weights.items() if lane != BASE)
         lines.append(line)
     table = pd.DataFrame(lines)
     table["on_front"] = non_dominated(table[[f"score_{objective}" for objective in objectives]].to_numpy())
@@ -95,16 +96,15 @@ def long_scores(front: pd.DataFrame, objectives: Sequence[str]) -> pd.DataFrame:
     return pd.concat(parts).sort_values(["objective", "method", "alpha"])
 
 
-def front_metrics(params: Params, front: pd.DataFrame) -> dict[str, object]:
+def front_metrics(objectives: Mapping[str, Objective], front: pd.DataFrame) -> dict[str, object]:
     """metrics.json: hypervolume of the sweep and of the unguided points, MIP, size of the front, rank correlations.
 
     Of the readable hypervolumes, a response that one cannot read counts as at the reference point.
 
     MIP and rank correlations are those of each method of guidance: a weight of one is not a weight of another.
     """
-    objectives = list(params.objectives)
     scores = [f"score_{objective}" for objective in objectives]
-    reference = [params.objectives[objective].reference for objective in objectives]
+    reference = [objective.reference for objective in objectives.values()]
     readable = [f"readable_{objective}" for objective in objectives]
     controls = front[front.method == "base"]
     mip, spearman = {}, {}

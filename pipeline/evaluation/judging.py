@@ -6,11 +6,10 @@ from dataclasses import asdict
 import pandas as pd
 
 from pipeline.config.errors import UserError
-from pipeline.config.schema import Judge
 from pipeline.data.files import Row, digest
 from pipeline.evaluation.judges.session import HINT, Control, JudgeSession, Labelled
 from pipeline.evaluation.judges.verdicts import mean_score, reasons_text, undetermined
-from pipeline.evaluation.statistics import bootstrap_mean, share
+from pipeline.evaluation.statistics import Bootstrap, bootstrap_mean, share
 
 
 def responses_of(rows: Sequence[Row], point: str) -> dict[tuple[str, int], str]:
@@ -70,7 +69,7 @@ def card_pairs(pairs: Labelled, count: int, seed: int) -> dict[str, list[Row]]:
     }  # fmt: skip
 
 
-def judge_card(pairs: Labelled, judge: JudgeSession, config: Judge, seed: int) -> Row:
+def judge_card(pairs: Labelled, judge: JudgeSession, kind: str, bootstrap: Bootstrap) -> Row:
     """How far the judge agrees with held-out labels, for every objective.
 
     Per objective: `accuracy` with its interval over the prompts of pairs with a verdict (a tie agrees with no label),
@@ -81,8 +80,8 @@ def judge_card(pairs: Labelled, judge: JudgeSession, config: Judge, seed: int) -
     Args:
         pairs: those of `card_pairs`.
         judge: of the run.
-        config: its configuration.
-        seed: of the intervals.
+        kind: its name on the card.
+        bootstrap: of the intervals.
     """
     every, truncated, card = judge.verdicts(pairs), judge.truncated(pairs), {}
     for name, verdicts in every.items():
@@ -96,14 +95,14 @@ def judge_card(pairs: Labelled, judge: JudgeSession, config: Judge, seed: int) -
         both = [[one.score for one in each] for each in verdicts if len(each) == 2]
         turned = [each for each in both if None not in each]
         card[name] = {
-            "accuracy": asdict(share(right, prompts, config.confidence, config.resamples, seed)),
+            "accuracy": asdict(share(right, prompts, bootstrap)),
             "ties": _rate(score == 0.5 for score in scores),
             "undetermined": _rate(score is None for score in scores),
             "reasons": undetermined(verdicts),
             "position_bias": _rate(each[0] != each[1] and 0.5 not in each for each in turned) if turned else None,
             "truncated": truncated[name],
         }
-    return {"kind": config.kind, "objectives": card}
+    return {"kind": kind, "objectives": card}
 
 
 def check_card(card: Row) -> None:
@@ -137,7 +136,7 @@ def _rate(true: Iterable[bool]) -> float:
     return sum(listed) / max(1, len(listed))
 
 
-def win_rates(scored: pd.DataFrame, control: str, objectives: Sequence[str], judge: Judge, seed: int) -> pd.DataFrame:
+def win_rates(scored: pd.DataFrame, control: str, objectives: Sequence[str], bootstrap: Bootstrap) -> pd.DataFrame:
     """Win rate of every point against the control, prompt by prompt and sample by sample; a tie is half a win.
 
     Args:
@@ -157,7 +156,7 @@ def win_rates(scored: pd.DataFrame, control: str, objectives: Sequence[str], jud
             difference = compared.dropna()
             won = (difference > 0) + 0.5 * (difference == 0)
             by_prompt = won.groupby("prompt").mean().to_numpy()
-            mean, low, high = bootstrap_mean(by_prompt, judge.confidence, judge.resamples, seed)
+            mean, low, high = bootstrap_mean(by_prompt, bootstrap)
             ties, undetermined = int((difference == 0).sum()), len(compared) - len(difference)
             lines.append((point, name, mean, low, high, ties, undetermined, len(by_prompt)))
     return pd.DataFrame(

@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_array
 
-from pipeline.config.schema import Judge, Objective
+from pipeline.config.schema import Objective
 from pipeline.data.files import digest
 from pipeline.data.oracles import scorer
-from pipeline.evaluation.statistics import bootstrap_mean, prompt_means
+from pipeline.evaluation.statistics import Bootstrap, bootstrap_mean, prompt_means
 
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 _DRAWN_OUT = re.compile(r"([^\W\d_])\1{3}", re.I)  # a letter four times in a row, as no English word has it
@@ -136,9 +136,7 @@ def readable_scores(rows: pd.DataFrame, objectives: Mapping[str, Objective]) -> 
     )
 
 
-def quality_columns(
-    rows: pd.DataFrame, objectives: Mapping[str, Objective], judge: Judge, seed: int
-) -> dict[str, float]:
+def quality_columns(rows: pd.DataFrame, objectives: Mapping[str, Objective], bootstrap: Bootstrap) -> dict[str, float]:
     """The columns of a table that say what the texts of one of its lines are.
 
     `readable` and `ended` are shares of the responses; `perplexity` is per token of all of them, `distinct_2` of all
@@ -149,13 +147,12 @@ def quality_columns(
     Args:
         rows: those of the line: `prompt`, `response`, `finish`, `logp_base`, `n_tokens`, a score for each objective.
         objectives: of the run.
-        judge: `confidence` and `resamples` of the intervals.
-        seed: of the intervals.
+        bootstrap: of the intervals.
     """
 
     def with_interval(name: str, values: pd.Series) -> dict[str, float]:
         means = prompt_means(pd.DataFrame({"prompt": rows.prompt, name: values}), name)
-        mean, low, high = bootstrap_mean(means, judge.confidence, judge.resamples, seed)
+        mean, low, high = bootstrap_mean(means, bootstrap)
         return {name: mean, f"{name}_ci_low": low, f"{name}_ci_high": high}
 
     columns = {

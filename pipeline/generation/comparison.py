@@ -4,15 +4,30 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 
+import pandas as pd
+
 from pipeline.config.errors import UserError
 from pipeline.config.schema import LlmJudge, LocalJudge, Params
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import Row
+from pipeline.evaluation.judges.resources import Resources
 from pipeline.evaluation.judges.session import JudgeSession, open_judge
 from pipeline.evaluation.judging import judge_rows, responses_of
-from pipeline.evaluation.standings import UNGUIDED, entries
+from pipeline.evaluation.standings import UNGUIDED, Entry, Standings, entries
+from pipeline.evaluation.statistics import Bootstrap
 from pipeline.generation.methods.contender import Contender
 from pipeline.generation.rows import generate_stored, point_requests
+
+
+def entries_of(params: Params) -> list[Entry]:
+    """The lines of the experiment's comparison."""
+    return entries(params.comparison.methods, params.sweep.points)
+
+
+def standings_of(params: Params, scored: pd.DataFrame) -> Standings:
+    """What the experiment's tables make of its judged rows."""
+    bootstrap = Bootstrap.of(params.judge, params.seed)
+    return Standings(scored, entries_of(params), params.comparison.against, params.objectives, bootstrap)
 
 
 def contenders(params: Params, workspace: Workspace) -> dict[str, Contender]:
@@ -21,7 +36,7 @@ def contenders(params: Params, workspace: Workspace) -> dict[str, Contender]:
     Raises:
         UserError: something is not trained.
     """
-    lines = entries(params)
+    lines = entries_of(params)
     return {
         name: Contender(method, params, workspace, [line.mix for line in lines if line.method == name and line.mix])
         for name, method in params.comparison.methods.items()
@@ -37,7 +52,7 @@ def open_comparing_judge(params: Params, workspace: Workspace) -> JudgeSession:
     control = params.sweep.control
     if isinstance(params.judge, LlmJudge | LocalJudge) and params.sweep.points[control].guided:
         raise UserError(f"sweep.control {control} is guided: name an unguided point for judge={params.judge.kind}.")
-    return open_judge(params, workspace)
+    return open_judge(params.judge, params.objectives, Resources(params.models, workspace, params.decoding.device))
 
 
 def generate(params: Params, workspace: Workspace, prompts: Sequence[str], judge: JudgeSession) -> list[Row]:
@@ -52,7 +67,7 @@ def generate(params: Params, workspace: Workspace, prompts: Sequence[str], judge
     control = responses_of(rows, params.sweep.control)
     for name, contender in contenders(params, workspace).items():
         print(f"comparison: {name}")
-        lines = [line for line in entries(params) if line.method == name]
+        lines = [line for line in entries_of(params) if line.method == name]
         asked = [
             (line, line.mix, contender.request(line.mix, prompt, sample))
             for prompt in prompts[: params.comparison.methods[name].prompts]

@@ -43,14 +43,14 @@ class ModelSet:
         adapters: Mapping[str, Path] | None = None,
     ) -> None:  # fmt: skip
         self._params, self._used = params, used
-        self.strong = Source.of(params, workspace, base)
+        self.strong = Source.of(params.models, workspace, base)
         # By the names that are used: an experiment's other objectives and policies make no difference to these rows.
         self.arms = {name: workspace.arm(name) for name in sorted(used) if name in params.objectives}
         tuned = {lane: name for lane in sorted(used) if (name := rival_of(lane)) in params.tune.rivals and name}
         policies = {lane: workspace.rival(base, name) for lane, name in tuned.items()} | dict(adapters or {})
         self.policies = {lane: folder for lane, folder in policies.items() if lane in used}
         another = (self.arms or REFERENCE in used) and params.arm.base != base
-        self.weak = Source.of(params, workspace, params.arm.base) if another else None
+        self.weak = Source.of(params.models, workspace, params.arm.base) if another else None
 
     @property
     def loaded(self) -> list[tuple[Source, int]]:
@@ -104,3 +104,28 @@ class ModelSet:
             self.strong, self.arms, arm_base=self.weak, policies=self.policies, reference=REFERENCE in self._used,
             batch_size=batch_size,
         )  # fmt: skip
+
+
+def planned_models(
+    params: Params, workspace: Workspace, base: str, arms: int, policies: int, reference: bool
+) -> list[memory.Loaded]:
+    """The models that decoding on a base will hold once the ARMs are trained as `params.arm` says.
+
+    Args:
+        params: the experiment.
+        workspace: where fetched models are.
+        base: the model that is steered.
+        arms: how many ARMs guide it.
+        policies: how many adapters of the base itself are sampled from.
+        reference: whether what the ARMs were made from has a say.
+    """
+    start, another = params.arm.base, params.arm.base != base
+    if params.arm.tuning == "full":
+        models = [(base, 1 + policies)] + [(start, 1)] * (arms + (reference and another))
+    elif another and (arms or reference):
+        models = [(base, 1 + policies), (start, arms + reference)]
+    else:
+        models = [(base, 1 + policies + arms)]
+    sources = {name: Source.of(params.models, workspace, name) for name, _ in models}
+    configs = {name: memory.config_of(name, params.models[name], sources[name].folder) for name, _ in models}
+    return [memory.Loaded(name, sources[name], configs[name], lanes) for name, lanes in models]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.errors import UserError
-from pipeline.config.points import point_temperature, point_weights
+from pipeline.config.points import point_laws
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import Row, digest
@@ -22,16 +22,16 @@ from pipeline.models.loading import Source, resolve_device
 
 def point_requests(params: Params, base: str, prompts: Sequence[str]) -> Iterator[tuple[str, Request]]:
     """(point, request) for every prompt and sample at every point of the sweep, on a base."""
-    decoding = params.decoding
+    decoding, laws = params.decoding, point_laws(params, base)
     for prompt in prompts:
-        for name, point in params.sweep.points.items():
+        for name, law in laws.items():
             for sample in range(decoding.samples_per_prompt):
                 yield (
                     name,
                     Request(
                         prompt,
-                        weights=point_weights(point, params, base),
-                        temperature=point_temperature(point, params),
+                        weights=dict(law.weights),
+                        temperature=law.temperature,
                         top_k=decoding.top_k,
                         top_p=decoding.top_p,
                         min_p=decoding.min_p,

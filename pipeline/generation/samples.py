@@ -13,6 +13,8 @@ from pipeline.data.preferences import read_prompts
 from pipeline.decoding.request import Request
 from pipeline.evaluation.annotation import annotate, check_annotator
 from pipeline.evaluation.contrast_card import contrast_card
+from pipeline.evaluation.judges.resources import Resources
+from pipeline.evaluation.statistics import Bootstrap
 from pipeline.generation.rows import generate_stored, with_room
 from pipeline.models.loading import Source
 
@@ -41,19 +43,20 @@ def sampled_rows(
     contrasts = {name: params.objectives[name] for name, source in by_source.items() if source == "contrast"}
     scored = {name: params.objectives[name] for name, source in by_source.items() if source == "scorer"}
     annotated = [name for name, source in by_source.items() if source in ("judge", "reward_model")]
+    resources = Resources(params.models, workspace, params.decoding.device)
     for name in annotated:
-        check_annotator(name, params, workspace)
+        check_annotator(name, params.objectives[name], resources)
     prompts = read_prompts(params.data, params.seed)
     instructions = [instruction for objective in contrasts.values() for instruction in conditions(objective)]
     bare = [None] if scored or annotated else []
     samples = sample_responses(prompts, [*bare, *instructions], params, sampling, workspace, card)
     rows = list(label_samples(prompts, samples[None], scored)) if bare else []
     for name in annotated:
-        used[name]["annotator"] = dict(annotate(rows, name, params, workspace))
+        used[name]["annotator"] = dict(annotate(rows, name, params.objectives[name], resources))
     for name, objective in contrasts.items():
         counts = Counter[str]()
         pairs = contrast_pairs(prompts, name, objective, samples, counts)
-        found, classifier = contrast_card(name, pairs, counts, params.judge, params.seed)
+        found, classifier = contrast_card(name, pairs, counts, Bootstrap.of(params.judge, params.seed))
         used[name] |= found
         classifiers[name] = classifier.to_json()
         rows += pairs
@@ -72,7 +75,7 @@ def sample_responses(
 
     A prompt that leaves no room for a response under one of the instructions has none under any, and is counted.
     """
-    source = Source.of(params, workspace, params.data.sampler)
+    source = Source.of(params.models, workspace, params.data.sampler)
     texts = {
         instruction: {
             prompt["id"]: prompt["prompt"] if instruction is None else instructed(prompt["prompt"], instruction)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import (
 )
 
 from pipeline.config.errors import UserError
-from pipeline.config.schema import Params
+from pipeline.config.schema import Model
 from pipeline.config.workspace import Workspace
 from pipeline.models.architecture import text_config
 from pipeline.models.identity import ORIGIN
@@ -127,9 +128,9 @@ class Source:
     device_map: str | None = None
 
     @classmethod
-    def of(cls, params: Params, workspace: Workspace, name: str) -> "Source":
+    def of(cls, models: Mapping[str, Model], workspace: Workspace, name: str) -> "Source":
         """The fetched model of that name."""
-        spec = params.models[name]
+        spec = models[name]
         return cls(workspace.model(name), spec.template, spec.dtype, spec.quantisation, spec.device_map)
 
     def load(self, device: torch.device) -> PreTrainedModel:

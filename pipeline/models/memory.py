@@ -13,8 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.config.errors import UserError
-from pipeline.config.schema import Model, Params
-from pipeline.config.workspace import Workspace
+from pipeline.config.schema import Model
 from pipeline.models.architecture import text_config
 from pipeline.models.loading import Source, resolve_dtype
 
@@ -124,29 +123,6 @@ class Loaded:
         """A model whose folder is there, named as the folder is."""
         config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
         return cls(source.folder.name, source, config, lanes)
-
-
-def planned(params: Params, workspace: Workspace, base: str, arms: int, policies: int, reference: bool) -> list[Loaded]:
-    """The models that decoding on a base will hold once the ARMs are trained as `params.arm` says.
-
-    Args:
-        params: the experiment.
-        workspace: where fetched models are.
-        base: the model that is steered.
-        arms: how many ARMs guide it.
-        policies: how many adapters of the base itself are sampled from.
-        reference: whether what the ARMs were made from has a say.
-    """
-    start, another = params.arm.base, params.arm.base != base
-    if params.arm.tuning == "full":
-        models = [(base, 1 + policies)] + [(start, 1)] * (arms + (reference and another))
-    elif another and (arms or reference):
-        models = [(base, 1 + policies), (start, arms + reference)]
-    else:
-        models = [(base, 1 + policies + arms)]
-    sources = {name: Source.of(params, workspace, name) for name, _ in models}
-    configs = {name: config_of(name, params.models[name], source.folder) for name, source in sources.items()}
-    return [Loaded(name, sources[name], configs[name], lanes) for name, lanes in models]
 
 
 def needs_of(models: Sequence[Loaded], rows: int, new_tokens: int, device: torch.device) -> list[Need]:

@@ -6,9 +6,9 @@ python -m pipeline comparison
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import read_jsonl, replacing, write_json, write_jsonl
-from pipeline.evaluation import standings
 from pipeline.evaluation.judging import scored_frame
-from pipeline.generation.comparison import generate, open_comparing_judge, training_cost
+from pipeline.evaluation.standings import alpaca_eval
+from pipeline.generation.comparison import generate, open_comparing_judge, standings_of, training_cost
 from pipeline.generation.rows import prompts_with_room
 from pipeline.report import figures, markdown, pages, terminal
 
@@ -22,17 +22,18 @@ def run(params: Params, workspace: Workspace) -> None:
     training = training_cost(params, workspace)  # refuses what is not trained before anything is generated
     rows = generate(params, workspace, prompts, judge)
     scored = scored_frame(rows, params.objectives)
+    standings = standings_of(params, scored)
     tables = {
-        "table": standings.table(params, scored, training),
-        "fronts": standings.fronts(params, scored),
-        "matched": standings.matched(params, scored),
-        "wins": standings.win_rates(params, scored),
+        "table": standings.table(training),
+        "fronts": standings.fronts(),
+        "matched": standings.matched(),
+        "wins": standings.win_rates(),
     }
     write_jsonl(out / "rows.jsonl", rows)
     for name, found in tables.items():
         with replacing(out / f"{name}.csv") as stream:
             found.to_csv(stream, index=False)
-    for line, answers in standings.alpaca_eval(scored).items():
+    for line, answers in alpaca_eval(scored).items():
         write_json(out / "alpaca_eval" / f"{line.replace('/', '-').replace(' ', '-')}.json", answers)
     objectives = list(params.objectives)
     drawings = [figures.fronts(tables["table"], objectives), figures.rewards_kl(tables["table"], objectives)]

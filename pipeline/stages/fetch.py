@@ -47,7 +47,7 @@ def make_sibling(params: Params, workspace: Workspace, name: str) -> dict[str, f
     assert config is not None
     parents = replace(workspace, models=workspace.scratch / "parents")
     fetch(name, spec, parents.model(name))
-    source = Source.of(params, parents, name)
+    source = Source.of(params.models, parents, name)
     texts = [sampled_text(params, parents, name, source, split) for split in ("train", "validation")]
     (train, held_out), left_out = [groups for groups, _ in texts], sum(count for _, count in texts)
     device = resolve_device(params.decoding.device)

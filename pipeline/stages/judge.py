@@ -9,12 +9,15 @@ from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import Row, read_jsonl, replacing, write_json, write_jsonl
 from pipeline.evaluation import judging
+from pipeline.evaluation.judges.resources import Resources
 from pipeline.evaluation.judges.session import open_judge
+from pipeline.evaluation.statistics import Bootstrap
 
 
 def run(params: Params, workspace: Workspace, prepared: Path | None = None) -> None:
     """Judge what generate wrote; `prepared` is the results folder that holds prepare/, by default the same one."""
-    judge = open_judge(params, workspace)
+    judge = open_judge(params.judge, params.objectives, Resources(params.models, workspace, params.decoding.device))
+    bootstrap = Bootstrap.of(params.judge, params.seed)
     held_out = (prepared or workspace.results) / "prepare" / "pairs"
     out = workspace.results / "judge"
     rows = [judging.without_tokens(row) for _, row in read_jsonl(workspace.results / "generate" / "rows.jsonl")]
@@ -23,7 +26,7 @@ def run(params: Params, workspace: Workspace, prepared: Path | None = None) -> N
     control, objectives = params.sweep.control, list(params.objectives)
     compared = judging.responses_of(rows, control)
     judge.prepare(pairs, [(rows, compared)])
-    card = judging.judge_card(pairs, judge, params.judge, params.seed)
+    card = judging.judge_card(pairs, judge, params.judge.kind, bootstrap)
     write_json(out / "card.json", card)  # before the rows are paid for
     for line in judging.card_lines(card):
         print(f"judge: {line}")
@@ -31,7 +34,7 @@ def run(params: Params, workspace: Workspace, prepared: Path | None = None) -> N
     scored = judging.judge_rows(rows, judge, compared)
     write_jsonl(out / "scores.jsonl", scored)
     frame = judging.scored_frame(scored, objectives, ["point", "prompt", "sample"])
-    wins = judging.win_rates(frame, control, objectives, params.judge, params.seed)
+    wins = judging.win_rates(frame, control, objectives, bootstrap)
     with replacing(out / "wins.csv") as stream:
         wins.round(4).to_csv(stream, index=False)
     print(f"judge: {len(scored)} rows scored on {', '.join(params.objectives)}")

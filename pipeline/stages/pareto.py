@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from pipeline.config.points import point_laws
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import read_jsonl, replacing, write_json
 from pipeline.evaluation.front import front_metrics, front_table, long_scores
 from pipeline.evaluation.judging import scored_frame
+from pipeline.evaluation.statistics import Bootstrap
 from pipeline.report import figures, markdown, pages, terminal, tracking
 
 
@@ -27,11 +29,12 @@ def run(params: Params, workspace: Workspace, trained: Path | None = None) -> No
     judged = (row for _, row in read_jsonl(results / "judge" / "scores.jsonl"))
     scored = scored_frame(judged, objectives, columns)
     wins = pd.read_csv(results / "judge" / "wins.csv")
-    front = front_table(params, scored, wins)
+    bootstrap = Bootstrap.of(params.judge, params.seed)
+    front = front_table(params.base, point_laws(params, params.base), params.objectives, scored, wins, bootstrap)
     card = json.loads((results / "judge" / "card.json").read_text())
     arms = {name: json.loads((trained / name / "metrics.json").read_text()) for name in params.objectives}
     curves = pd.concat([pd.read_csv(trained / name / "curve.csv").assign(objective=name) for name in arms])
-    metrics = {**front_metrics(params, front), "arms": arms, "judge": card}
+    metrics = {**front_metrics(params.objectives, front), "arms": arms, "judge": card}
     tables = {
         "front.csv": front,
         "scores.csv": long_scores(front, objectives),

@@ -27,7 +27,8 @@ from pipeline.data.sources import read
 from pipeline.data.splits import SPLITS
 from pipeline.evaluation.judges.progress import CHARACTERS, token_cost
 from pipeline.evaluation.judges.rubric import RUBRICS
-from pipeline.evaluation.standings import entries
+from pipeline.generation.comparison import entries_of
+from pipeline.generation.model_set import planned_models
 from pipeline.models import memory
 from pipeline.models.loading import Source, resolve_device, resolve_dtype
 from pipeline.models.memory import PROMPT, Need
@@ -71,7 +72,7 @@ def calls(judge: LlmJudge, params: Params, rows: Rows) -> tuple[int, int, int]:
     if compared.bases:
         prompts = min(rows.prompts, compared.prompts or rows.prompts)
         own = sum(
-            min(prompts, compared.methods[entry.method].prompts or prompts) for entry in entries(params) if entry.mix
+            min(prompts, compared.methods[entry.method].prompts or prompts) for entry in entries_of(params) if entry.mix
         )
         pairs += own * rows.samples
     asked = orders * objectives * (pairs + judge.card_pairs)
@@ -172,7 +173,7 @@ def _judging(judge: LlmJudge, asked: int, read: int, written: int, price: tuple[
 
 def _training(params: Params, workspace: Workspace, console: Console) -> bool:
     config, name = params.trainer, params.arm.base
-    source, device = Source.of(params, workspace, name), resolve_device(config.accelerator)
+    source, device = Source.of(params.models, workspace, name), resolve_device(config.accelerator)
     shape = memory.shape_of(memory.config_of(name, params.models[name], source.folder))
     dtype, whole = resolve_dtype(source.dtype, device), params.arm.tuning == "full"
     each = config.devices if isinstance(config.devices, int) else max(1, torch.cuda.device_count())
@@ -195,7 +196,7 @@ def _decoding(
     tokens = PROMPT + decoding.max_new_tokens
     forms = {point.form for point in params.sweep.points.values() if point.guided}
     policies = len(params.objectives) if "dpo" in forms else 0
-    models = memory.planned(params, workspace, params.base, len(params.objectives), policies, "log_ratio" in forms)
+    models = planned_models(params, workspace, params.base, len(params.objectives), policies, "log_ratio" in forms)
     needs = memory.needs_of(models, decoding.batch_size, decoding.max_new_tokens, device)
     console.print(_table(params, needs, f"{decoding.batch_size} rows of {tokens} tokens ({PROMPT} of them prompt)"))
     spread = params.models[params.base].device_map is not None

@@ -5,6 +5,7 @@ python -m pipeline train --objective positivity
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +14,8 @@ from pipeline.config.errors import UserError
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import digest, file_digest, read_jsonl, replacing, write_json
-from pipeline.models.loading import model_digest
+from pipeline.evaluation.statistics import Bootstrap
+from pipeline.models.loading import Source, model_digest
 from pipeline.report import tracking
 from pipeline.training import export, hub
 from pipeline.training.arm import CURVE
@@ -24,7 +26,7 @@ def run(params: Params, workspace: Workspace, objective: str) -> None:
     """Train the ARM of one objective; write models/arms/<objective> and results/train/<objective>/."""
     if objective not in params.objectives:
         raise UserError(f"there is no objective {objective}: choose one of {', '.join(params.objectives)}.")
-    job, out = Job.of(params, workspace, objective), workspace.results / "train" / objective
+    job, out = arm_job(params, workspace, objective), workspace.results / "train" / objective
     pretrained = params.objectives[objective].pretrained
     if pretrained is None:
         produce(params, workspace, job, "train", workspace.arm(objective), out)
@@ -35,6 +37,18 @@ def run(params: Params, workspace: Workspace, objective: str) -> None:
         pd.DataFrame(columns=CURVE).to_csv(stream, index=False)
     write_json(out / "metrics.json", export.metrics(found))
     print(f"train: {objective}: {found.accuracy}, as it came from {pretrained.location}")
+
+
+def arm_job(params: Params, workspace: Workspace, objective: str) -> Job:
+    """The training of an objective's ARM."""
+    source = Source.of(params.models, workspace, params.arm.base)
+    if params.arm.quantisation is not None:
+        source = replace(source, quantisation=params.arm.quantisation)
+    terms = {objective: (params.objectives[objective].beta, 1.0)}
+    return Job(
+        objective, "arm", terms, params.arm.base, source, params.arm, params.loss, params.trainer, params.seed,
+        Bootstrap.of(params.judge, params.seed),
+    )  # fmt: skip
 
 
 def produce(params: Params, workspace: Workspace, job: Job, stage: str, folder: Path, out: Path) -> None:

@@ -8,9 +8,11 @@ import json
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import read_jsonl, replacing, write_jsonl
+from pipeline.evaluation.judges.resources import Resources
 from pipeline.evaluation.judges.session import open_judge
 from pipeline.evaluation.judging import scored_frame
 from pipeline.evaluation.ladder import lines_of, table
+from pipeline.evaluation.statistics import Bootstrap
 from pipeline.generation.ladder import Sampled, judge_bases, sample
 from pipeline.generation.rows import prompts_with_room
 from pipeline.report import figures, markdown, pages, terminal
@@ -21,15 +23,16 @@ def run(params: Params, workspace: Workspace) -> None:
     results, out = workspace.results, workspace.results / params.weak_to_strong.name
     prompts = [row["prompt"] for _, row in read_jsonl(results / "prepare" / "prompts.jsonl")]
     bases = params.weak_to_strong.bases
-    judge = open_judge(params, workspace)  # before anything is generated
+    # Before anything is generated that it could not judge.
+    judge = open_judge(params.judge, params.objectives, Resources(params.models, workspace, params.decoding.device))
     prompts = prompts_with_room(params, workspace, bases, prompts)
-    lines_of(params)  # refuses what it cannot compare before anything is generated
     sampled: dict[str, Sampled] = {}
     for base in reversed(bases):  # from the largest, so that what does not fit shows at once
         sampled[base] = sample(params, workspace, base, prompts)
     rows = judge_bases(params, {base: sampled[base] for base in bases}, judge)
     scored = scored_frame(rows, params.objectives)
-    lines = table(params, scored)
+    named = lines_of(params.sweep, list(params.objectives), params.arm.base, params.weak_to_strong.best_of)
+    lines = table(scored, named, params.objectives, Bootstrap.of(params.judge, params.seed))
     write_jsonl(out / "rows.jsonl", rows)
     with replacing(out / "table.csv") as stream:
         lines.to_csv(stream, index=False)

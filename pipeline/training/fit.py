@@ -4,7 +4,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig, PreTrainedModel
 
 from pipeline.config.errors import UserError
-from pipeline.config.schema import Arm, Loss, Params, Trainer
-from pipeline.config.workspace import Workspace
+from pipeline.config.schema import Arm, Loss, Trainer
 from pipeline.data.files import Row, digest
 from pipeline.data.splits import SPLITS
+from pipeline.evaluation.statistics import Bootstrap
 from pipeline.models import memory
 from pipeline.models.architecture import text_config
 from pipeline.models.loading import Source, load_model, resolve_device, resolve_dtype
@@ -40,7 +40,7 @@ class Job:
     """What is to be trained, and how."""
 
     name: str  # of an ARM its objective's
-    kind: Literal["arm", "dpo", "parm", "reward_model"]
+    kind: Literal["arm", "dpo", "parm", "reward_model", "rloo"]
     terms: Mapping[str, tuple[float, float]]  # for each objective that pairs are of: β, and how much the pairs count
     start: str  # the name of the model that it starts from
     source: Source  # that model
@@ -48,37 +48,7 @@ class Job:
     loss: Loss
     trainer: Trainer
     seed: int
-    confidence: float  # of the intervals of held-out accuracies
-    resamples: int  # of their bootstrap
-
-    @classmethod
-    def of(cls, params: Params, workspace: Workspace, objective: str) -> "Job":
-        """The ARM of an objective."""
-        source = Source.of(params, workspace, params.arm.base)
-        if params.arm.quantisation is not None:
-            source = replace(source, quantisation=params.arm.quantisation)
-        terms = {objective: (params.objectives[objective].beta, 1.0)}
-        return cls(
-            objective, "arm", terms, params.arm.base, source, params.arm, params.loss, params.trainer, params.seed,
-            params.judge.confidence, params.judge.resamples,
-        )  # fmt: skip
-
-    @classmethod
-    def of_rival(cls, params: Params, workspace: Workspace, base: str, name: str) -> "Job":
-        """What `tune.rivals` says of that name, on a base."""
-        rival = params.tune.rivals[name]
-        assert rival.kind != "rloo", "which no pairs train"
-        terms = {
-            objective: (params.objectives[objective].beta if rival.beta is None else rival.beta, weight)
-            for objective, weight in rival.weights.items()
-        }
-        arm = replace(params.arm, base=base, tuning="lora", quantisation=None)
-        trainer = replace(params.trainer, lr=rival.lr, epochs=rival.epochs)
-        return cls(
-            name, rival.kind, terms, base, Source.of(params, workspace, base), arm,
-            Loss(kind="dpo" if rival.kind == "dpo" else "arm"), trainer, params.seed, params.judge.confidence,
-            params.judge.resamples,
-        )  # fmt: skip
+    bootstrap: Bootstrap  # of the intervals of held-out accuracies
 
     def model(self, loaded: PreTrainedModel | PeftModel, dtype: torch.dtype) -> ResponseModel:
         """What is trained, of a model that `trainable` made ready."""
@@ -161,7 +131,7 @@ def train(job: Job, rows: Sequence[Row], identity: str, scratch: Path, logger: L
     if sharded:
         module.model = model = untrained(dtype, device)
     load_trained(module, best)
-    found = evaluate(model, job.loss, test, device, job.confidence, job.resamples, job.seed)
+    found = evaluate(model, job.loss, test, device, job.bootstrap)
     return Trained(model, module.history, module.padding, found, splits, trainer.global_step, checkpoints)
 
 

@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from torch.utils.data import DataLoader
 
 from pipeline.config.schema import Loss
-from pipeline.evaluation.statistics import Share, share
+from pipeline.evaluation.statistics import Bootstrap, Share, share
 from pipeline.training.arm import ResponseModel
 from pipeline.training.losses import implicit_rewards
 
@@ -38,9 +38,7 @@ def held_out(
     lengths_S: Sequence[int],
     pairs: Sequence[tuple[int, int]],
     prompts: Sequence[Hashable],
-    confidence: float,
-    resamples: int,
-    seed: int,
+    bootstrap: Bootstrap,
 ) -> HeldOut:
     """Accuracy and length bias from the rewards of responses and the pairs among them.
 
@@ -50,7 +48,7 @@ def held_out(
         lengths_S: its tokens.
         pairs: (chosen, rejected) as places among the responses.
         prompts: the prompt that each pair is of.
-        confidence, resamples, seed: of the intervals, as in `share`.
+        bootstrap: of the intervals.
     """
     chosen, rejected = np.array(pairs, dtype=int).reshape(-1, 2).T
     rewards, lengths = np.asarray(rewards_S, dtype=float), np.asarray(lengths_S)
@@ -61,7 +59,7 @@ def held_out(
 
     def among(true: np.ndarray, counted: np.ndarray) -> Share:
         own = [prompt for prompt, counts in zip(prompts, counted, strict=True) if counts]
-        return share(true[counted], own, confidence, resamples, seed)
+        return share(true[counted], own, bootstrap)
 
     return HeldOut(
         among(right, np.full(len(right), True)),
@@ -75,13 +73,7 @@ def held_out(
 
 @torch.no_grad()
 def evaluate(
-    model: ResponseModel,
-    loss: Loss,
-    loader: DataLoader[Any],
-    device: torch.device,
-    confidence: float,
-    resamples: int,
-    seed: int,
+    model: ResponseModel, loss: Loss, loader: DataLoader[Any], device: torch.device, bootstrap: Bootstrap
 ) -> HeldOut:
     """`held_out` of the pairs of a loader."""
     model.to(device).eval()
@@ -99,4 +91,4 @@ def evaluate(
         sides = (batch["chosen"] + first).tolist(), (batch["rejected"] + first).tolist()
         pairs += zip(*sides, strict=True)
         prompts += batch["prompt"].tolist()
-    return held_out(rewards, logps, lengths, pairs, prompts, confidence, resamples, seed)
+    return held_out(rewards, logps, lengths, pairs, prompts, bootstrap)

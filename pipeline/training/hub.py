@@ -56,7 +56,7 @@ def adopt(job: Job, spec: Model, rows: Sequence[Row], folder: Path) -> HeldOut:
     groups = tokenise(pairs, prompter, longest(arm.causal.config, job.trainer), f"{job.name}, test").groups
     size = job.trainer.micro_batch_size or job.trainer.batch_size
     loader = eval_loader(groups, size, prompter.eos)
-    return evaluate(arm, job.loss, loader, device, job.confidence, job.resamples, job.seed)
+    return evaluate(arm, job.loss, loader, device, job.bootstrap)
 
 
 def push(folder: Path, repository: str, private: bool) -> str:

@@ -4,7 +4,7 @@ It sees the very scores that the judge gives, which no other method does: an upp
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,24 +15,30 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from pipeline.config.errors import UserError
-from pipeline.config.schema import Arm, Params, Rival
+from pipeline.config.schema import Arm, Rival
 from pipeline.data.files import Row, digest, replacing_folder
 from pipeline.data.oracles import scorer
-from pipeline.models.loading import Source, resolve_device, resolve_dtype
+from pipeline.models.loading import resolve_device, resolve_dtype
 from pipeline.models.prompting import Prompter, ends_of
+from pipeline.training.fit import Job
 
 
 def train(
-    params: Params, rival: Rival, source: Source, prompts: Sequence[str], scratch: Path, folder: Path
+    job: Job,
+    rival: Rival,
+    scorers: Mapping[str, str | None],
+    prompts: Sequence[str],
+    scratch: Path,
+    folder: Path,
 ) -> tuple[list[Row], int]:
     """Train a LoRA policy of a base on Σ_i w_i · score_i of its own responses, and write its adapter.
 
     A killed run of the same policy goes on from its newest checkpoint.
 
     Args:
-        params: the experiment.
+        job: the base, the adapter, settings of training, the seed.
         rival: weights, β of the KL to the base, learning rate, epochs over the prompts.
-        source: the base.
+        scorers: the name of the scorer of each objective that has a weight.
         prompts: to answer while training.
         scratch: the folder of checkpoints, below which every policy has its own.
         folder: of the adapter.
@@ -48,27 +54,28 @@ def train(
         from trl import RLOOConfig
     except ImportError as error:
         raise UserError("kind: rloo needs TRL: pip install 'genarm-pipeline[rlhf]'.") from error
-    device = resolve_device(params.trainer.accelerator)
+    source, settings = job.source, job.trainer
+    device = resolve_device(settings.accelerator)
     prompter = source.prompter()
     tokenizer: Any = prompter.tokenizer
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    checkpoints = scratch / _identity(params, rival, source, device, prompts)
+    checkpoints = scratch / _identity(job, rival, scorers, device, prompts)
     config = RLOOConfig(
-        output_dir=str(checkpoints), per_device_train_batch_size=params.trainer.batch_size * rival.samples,
+        output_dir=str(checkpoints), per_device_train_batch_size=settings.batch_size * rival.samples,
         num_generations=rival.samples, max_completion_length=rival.max_new_tokens, temperature=1.0,
-        beta=rival.beta or 0.0, learning_rate=rival.lr, lr_scheduler_type=params.trainer.scheduler,
-        warmup_steps=params.trainer.warmup_steps, weight_decay=params.trainer.weight_decay,
-        max_grad_norm=params.trainer.gradient_clip, num_train_epochs=rival.epochs, seed=params.seed, logging_steps=1,
-        save_steps=params.trainer.checkpoint_every, save_total_limit=1, report_to="none", use_cpu=device.type == "cpu",
+        beta=rival.beta or 0.0, learning_rate=rival.lr, lr_scheduler_type=settings.scheduler,
+        warmup_steps=settings.warmup_steps, weight_decay=settings.weight_decay,
+        max_grad_norm=settings.gradient_clip, num_train_epochs=rival.epochs, seed=job.seed, logging_steps=1,
+        save_steps=settings.checkpoint_every, save_total_limit=1, report_to="none", use_cpu=device.type == "cpu",
         bf16=resolve_dtype(source.dtype, device) == torch.bfloat16, gradient_checkpointing=False,
     )  # fmt: skip
     model: Any = source.load(device).requires_grad_(True)
     model.generation_config.eos_token_id = sorted(ends_of(prompter, model.generation_config))  # as in decoding
     trainer = _trainer_class(prompter)(
-        model=model, reward_funcs=_reward(params, rival, prompter), args=config,
+        model=model, reward_funcs=_reward(rival, scorers, prompter), args=config,
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
-        processing_class=tokenizer, peft_config=_lora(params.arm),
+        processing_class=tokenizer, peft_config=_lora(job.arm),
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=_newest(checkpoints))
     policy: Any = trainer.accelerator.unwrap_model(trainer.model)
@@ -83,11 +90,12 @@ def train(
     return history, int(trainer.state.num_input_tokens_seen)
 
 
-def _identity(params: Params, rival: Rival, source: Source, device: torch.device, prompts: Sequence[str]) -> str:
+def _identity(
+    job: Job, rival: Rival, scorers: Mapping[str, str | None], device: torch.device, prompts: Sequence[str]
+) -> str:
     """Digest of all that the policy depends on, which its checkpoints are kept by."""
-    scorers = {name: params.objectives[name].scorer for name in rival.weights}
-    settings = [asdict(rival), asdict(params.arm), asdict(params.trainer), params.seed]
-    return digest([source.identity(device), settings, scorers, list(prompts)])
+    settings = [asdict(rival), asdict(job.arm), asdict(job.trainer), job.seed]
+    return digest([job.source.identity(device), settings, scorers, list(prompts)])
 
 
 def _newest(checkpoints: Path) -> str | None:
@@ -115,11 +123,11 @@ def _trainer_class(prompter: Prompter) -> Any:
     return PromptedTrainer
 
 
-def _reward(params: Params, rival: Rival, prompter: Prompter) -> Any:
+def _reward(rival: Rival, names: Mapping[str, str | None], prompter: Prompter) -> Any:
     """What TRL asks for: the reward of every completion, as the text that its tokens spell in a generated row."""
     scorers = {}
     for name in rival.weights:
-        kind = params.objectives[name].scorer
+        kind = names[name]
         if kind is None:
             raise UserError(f"objectives.{name} has no scorer to train against: set objectives.{name}.scorer.")
         scorers[name] = scorer(kind)

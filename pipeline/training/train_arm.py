@@ -9,6 +9,7 @@ from pipeline.config.errors import UserError
 from pipeline.config.schema import Arm, Loss, Trainer
 from pipeline.data.files import Row, digest
 from pipeline.data.splits import SPLITS
+from pipeline.evaluation.statistics import Bootstrap
 from pipeline.models.loading import Source, model_digest
 from pipeline.training import export
 from pipeline.training.fit import Job, train
@@ -58,7 +59,7 @@ def train_arm(
     source, config = Source(base, template), trainer or Trainer()
     job = Job(
         folder.name, "arm", {folder.name: (beta, 1.0)}, base.name, source, arm or Arm(base=base.name), loss or Loss(),
-        config, seed, 0.95, 2000,
+        config, seed, Bootstrap(seed=seed),
     )  # fmt: skip
     digests = {"base digest": model_digest(base), "pairs digest": digest(rows)}
     with TemporaryDirectory() as scratch:

@@ -19,7 +19,8 @@ from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import read_jsonl, replacing
 from pipeline.decoding.request import Request
-from pipeline.evaluation.standings import UNGUIDED, entries
+from pipeline.evaluation.standings import UNGUIDED
+from pipeline.generation.comparison import entries_of
 from pipeline.generation.methods.contender import Contender
 from pipeline.generation.model_set import Decoder, ModelSet
 from pipeline.generation.rows import point_requests
@@ -47,7 +48,7 @@ def methods(params: Params, workspace: Workspace, prompts: Sequence[str]) -> lis
     plain = [Request(prompt, max_new_tokens=TOKENS, seed=params.seed) for prompt in prompts]
     runs: dict[str, Run] = {UNGUIDED: (unguided, plain)}
     for name, method in params.comparison.methods.items():
-        mixes = [line.mix for line in entries(params) if line.method == name and line.front and line.mix]
+        mixes = [line.mix for line in entries_of(params) if line.method == name and line.front and line.mix]
         mix = max(mixes, key=lambda mix: min(mix.shares.values()) if len(mix.shares) > 1 else 0.0)
         contender = Contender(method, params, workspace, [mix])
         runs[name] = contender.decoder(ROWS), [contender.request(mix, prompt, 0) for prompt in prompts]

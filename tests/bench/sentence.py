@@ -25,7 +25,7 @@ from pipeline.config.workspace import Workspace
 from pipeline.data.files import read_jsonl, replacing, write_json
 from pipeline.evaluation.judging import judge_rows, scored_frame
 from pipeline.evaluation.standings import UNGUIDED
-from pipeline.evaluation.statistics import bootstrap_mean, prompt_means
+from pipeline.evaluation.statistics import Bootstrap, bootstrap_mean, prompt_means
 from pipeline.evaluation.text_quality import distinct_2
 from pipeline.generation import comparison
 from pipeline.generation.rows import generate_sweep
@@ -134,7 +134,7 @@ def line_of(params: Params, rows: pd.DataFrame, objective: str, method: str, alp
     """The measures of a method at a strength."""
     judge = params.judge
     values = prompt_means(rows, objective)
-    mean, low, high = bootstrap_mean(values, judge.confidence, judge.resamples, params.seed)
+    mean, low, high = bootstrap_mean(values, Bootstrap.of(judge, params.seed))
     each = 2.718281828459045 ** (-rows.logp_base / rows.n_tokens)
     return {
         "objective": objective, "method": method, "alpha": alpha, "score": mean, "ci_low": low, "ci_high": high,

@@ -22,9 +22,10 @@ from pipeline.config.load import to_params
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import read_jsonl, replacing
+from pipeline.evaluation.judges.resources import Resources
 from pipeline.evaluation.judges.session import open_judge
 from pipeline.evaluation.judging import judge_rows, scored_frame
-from pipeline.evaluation.statistics import prompt_means
+from pipeline.evaluation.statistics import Bootstrap, prompt_means
 from pipeline.evaluation.text_quality import quality_columns
 from pipeline.generation.rows import generate_sweep
 from pipeline.stages import prepare, train
@@ -60,7 +61,8 @@ def rows_of(params: Params, folder: Path) -> pd.DataFrame:
             train.run(params, workspace, objective)
     prompts = [row["prompt"] for _, row in read_jsonl(Path(params.data.prompts)) if row["split"] == "validation"]
     rows = generate_sweep(params, workspace, params.base, prompts)
-    return scored_frame(judge_rows(rows, open_judge(params, workspace), {}), params.objectives)
+    resources = Resources(params.models, workspace, params.decoding.device)
+    return scored_frame(judge_rows(rows, open_judge(params.judge, params.objectives, resources), {}), params.objectives)
 
 
 def lines_of(name: str, overrides: list[str], params: Params, rows: pd.DataFrame) -> pd.DataFrame:
@@ -69,7 +71,10 @@ def lines_of(name: str, overrides: list[str], params: Params, rows: pd.DataFrame
     for point, own in rows.groupby("point", sort=False):
         line: dict[str, object] = {"trial": name, "overrides": " ".join(overrides), "point": point}
         line |= {objective: prompt_means(own, objective).mean() for objective in params.objectives}
-        line |= {"kl": own.kl.mean(), **quality_columns(own, params.objectives, params.judge, params.seed)}
+        line |= {
+            "kl": own.kl.mean(),
+            **quality_columns(own, params.objectives, Bootstrap.of(params.judge, params.seed)),
+        }
         lines.append(line)
     return pd.DataFrame(lines).round(3)
 

@@ -20,6 +20,7 @@ from pipeline.data.contrast import (
 from pipeline.data.files import read_jsonl, write_jsonl
 from pipeline.decoding.request import Request
 from pipeline.evaluation.contrast_card import contrast_card
+from pipeline.evaluation.statistics import Bootstrap
 from pipeline.evaluation.text_classifier import TextClassifier
 from pipeline.generation.samples import sample_responses
 from pipeline.stages import judge, prepare
@@ -188,7 +189,7 @@ def made(better, worse):
     ],
 )
 def test_the_card_says_when_there_is_no_signal_or_only_length_or_a_phrase(smoke_params, better, worse, says):
-    card, _ = contrast_card("warmth", made(better, worse), Counter(sampled=40), smoke_params.judge, 0)
+    card, _ = contrast_card("warmth", made(better, worse), Counter(sampled=40), Bootstrap.of(smoke_params.judge, 0))
     assert says in card["verdict"]
     assert card["ended"] == {"wanted": 1.0, "unwanted": 0.0}
 
@@ -198,7 +199,7 @@ def test_the_card_measures_on_pairs_that_nothing_was_fitted_on(smoke_params):
     for pair in rows:  # the held-out pairs contradict the others
         if pair["split"] == "test":
             pair["response_0"], pair["response_1"] = pair["response_1"], pair["response_0"]
-    card, classifier = contrast_card("warmth", rows, Counter(sampled=40), smoke_params.judge, 0)
+    card, classifier = contrast_card("warmth", rows, Counter(sampled=40), Bootstrap.of(smoke_params.judge, 0))
     assert card["held-out accuracy"]["classifier"]["value"] == 0.0
     assert classifier.probability("a happy lovely one") > 0.5 > classifier.probability("a sad awful one")
 

@@ -3,8 +3,8 @@ import pytest
 from pipeline.config.schema import LlmJudge
 from pipeline.data.files import write_jsonl
 from pipeline.evaluation.judges import llm
-from pipeline.evaluation.judges.verdicts import Verdicts
 from tests.endpoint import KEY, Server
+from tests.judges import verdicts_of
 
 
 @pytest.fixture
@@ -55,6 +55,6 @@ def verdicts(smoke_params, workspace):
     """The scores of a judge's verdicts for one objective; every call is a run of its own."""
 
     def of(judge, pairs):
-        return scores_of(Verdicts(judge, smoke_params, workspace).of({"positivity": pairs})["positivity"])
+        return scores_of(verdicts_of(judge, smoke_params, workspace).of({"positivity": pairs})["positivity"])
 
     return of

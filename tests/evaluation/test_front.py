@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pipeline.config.errors import UserError
+from pipeline.config.points import point_laws
 from pipeline.config.schema import Objective, OracleJudge
 from pipeline.evaluation.front import (
     front_metrics,
@@ -18,9 +19,9 @@ from pipeline.evaluation.front import (
     non_dominated,
     rank_correlation,
 )
-from pipeline.evaluation.judges.session import open_judge
 from pipeline.evaluation.judging import judge_rows, win_rates
-from pipeline.evaluation.statistics import bootstrap_mean, gap_recovered, hypervolume
+from pipeline.evaluation.statistics import Bootstrap, bootstrap_mean, gap_recovered, hypervolume
+from tests.judges import judge_of
 
 QUICK = settings(max_examples=50, deadline=None, derandomize=True)
 JUDGE = OracleJudge(kind="oracle", confidence=0.95, resamples=100)
@@ -115,7 +116,7 @@ def test_rank_correlation_sees_order_and_shrugs_at_constants():
 @QUICK
 @given(values=arrays(float, st.integers(1, 30), elements=st.integers(-50, 50).map(lambda n: n / 10)))
 def test_an_interval_holds_its_mean_and_lies_in_the_range_of_the_values(values):
-    mean, low, high = bootstrap_mean(values, 0.95, 200, 0)
+    mean, low, high = bootstrap_mean(values, Bootstrap(0.95, 200, 0))
     assert mean == pytest.approx(values.mean())
     assert values.min() - 1e-9 <= low <= mean + 1e-9
     assert mean - 1e-9 <= high <= values.max() + 1e-9
@@ -123,21 +124,21 @@ def test_an_interval_holds_its_mean_and_lies_in_the_range_of_the_values(values):
 
 @pytest.mark.parametrize("values", [[0.3], [0.3] * 20])
 def test_a_constant_has_an_interval_of_no_width(values):
-    assert bootstrap_mean(np.array(values), 0.95, 200, 0) == pytest.approx((0.3, 0.3, 0.3))
+    assert bootstrap_mean(np.array(values), Bootstrap(0.95, 200, 0)) == pytest.approx((0.3, 0.3, 0.3))
 
 
 def test_a_seed_fixes_the_interval_and_more_confidence_widens_it():
     values = np.random.default_rng(0).normal(size=30)
-    found = bootstrap_mean(values, 0.95, 300, 7)
-    assert bootstrap_mean(values, 0.95, 300, 7) == found
-    assert bootstrap_mean(values, 0.95, 300, 8) != found
-    _, low, high = bootstrap_mean(values, 0.5, 300, 7)
+    found = bootstrap_mean(values, Bootstrap(0.95, 300, 7))
+    assert bootstrap_mean(values, Bootstrap(0.95, 300, 7)) == found
+    assert bootstrap_mean(values, Bootstrap(0.95, 300, 8)) != found
+    _, low, high = bootstrap_mean(values, Bootstrap(0.5, 300, 7))
     assert found[1] < low < high < found[2]
 
 
 def test_the_interval_covers_the_true_mean_about_as_often_as_it_says():
     samples = np.random.default_rng(1).normal(2.0, 3.0, size=(200, 50))
-    intervals = [bootstrap_mean(sample, 0.95, 300, seed) for seed, sample in enumerate(samples)]
+    intervals = [bootstrap_mean(sample, Bootstrap(0.95, 300, seed)) for seed, sample in enumerate(samples)]
     covered = sum(low <= 2.0 <= high for _, low, high in intervals) / len(intervals)
     assert 0.88 <= covered <= 0.99
 
@@ -152,7 +153,7 @@ def frame(**scores):
 
 
 def rates(scored, control="control", judge=JUDGE):
-    wins = win_rates(scored, control, ["warm", "short"], judge, 0)
+    wins = win_rates(scored, control, ["warm", "short"], Bootstrap.of(judge, 0))
     return {(row.point, row.objective): row for row in wins.itertuples()}
 
 
@@ -198,16 +199,22 @@ def test_every_prompt_weighs_the_same_in_a_win_rate():
 @pytest.mark.parametrize("drawn", [1, 50, 1000])
 def test_a_bootstrap_drawn_in_parts_is_the_same_and_small(monkeypatch, drawn):
     values, others = np.random.default_rng(0).random((2, 60))
-    whole = bootstrap_mean(values, 0.95, 300, 1), gap_recovered(values + others, values, values + 1, 0.95, 300, 1)
+    whole = (
+        bootstrap_mean(values, Bootstrap(0.95, 300, 1)),
+        gap_recovered(values + others, values, values + 1, Bootstrap(0.95, 300, 1)),
+    )
     monkeypatch.setattr("pipeline.evaluation.statistics._DRAWN", drawn)
-    parts = bootstrap_mean(values, 0.95, 300, 1), gap_recovered(values + others, values, values + 1, 0.95, 300, 1)
+    parts = (
+        bootstrap_mean(values, Bootstrap(0.95, 300, 1)),
+        gap_recovered(values + others, values, values + 1, Bootstrap(0.95, 300, 1)),
+    )
     assert parts == whole
 
 
 def test_a_bootstrap_of_many_prompts_fits_into_little_memory():
     values = np.random.default_rng(0).random(50_000)
     tracemalloc.start()
-    bootstrap_mean(values, 0.95, 200, 0)
+    bootstrap_mean(values, Bootstrap(0.95, 200, 0))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 60e6  # bytes; all at once are 160 million
@@ -215,14 +222,14 @@ def test_a_bootstrap_of_many_prompts_fits_into_little_memory():
 
 def test_rows_are_scored_under_the_names_of_their_objectives(smoke_params, workspace):
     objectives = {"brief": Objective(label="x", scorer="conciseness")}
-    judge = open_judge(replace(smoke_params, objectives=objectives), workspace)
+    judge = judge_of(replace(smoke_params, objectives=objectives), workspace)
     assert judge_rows([{"response": "Tea is on."}], judge, {}) == [{"response": "Tea is on.", "brief": 0.925}]
     assert judge_rows([{"response": "a", "tokens": [7]}], judge, {})[0].keys() == {"response", "brief"}
 
 
 def test_an_objective_without_a_scorer_cannot_be_judged(smoke_params, workspace):
     with pytest.raises(UserError, match=r"objectives\.brief has no scorer"):
-        open_judge(replace(smoke_params, objectives={"brief": Objective(label="x")}), workspace)
+        judge_of(replace(smoke_params, objectives={"brief": Objective(label="x")}), workspace)
 
 
 @pytest.fixture
@@ -244,8 +251,10 @@ def judged(params, unknown=()):
         for n in range(4)
     ]  # fmt: skip
     scored = pd.DataFrame(rows)
-    wins = win_rates(scored, params.sweep.control, list(params.objectives), params.judge, 0)
-    return params, front_table(params, scored, wins)
+    bootstrap = Bootstrap.of(params.judge, 0)
+    wins = win_rates(scored, params.sweep.control, list(params.objectives), bootstrap)
+    laws = point_laws(params, params.base)
+    return params, front_table(params.base, laws, params.objectives, scored, wins, bootstrap)
 
 
 def test_the_front_table_has_one_line_per_point_with_scores_cost_and_wins(front):
@@ -263,7 +272,7 @@ def test_the_front_table_has_one_line_per_point_with_scores_cost_and_wins(front)
 
 def test_front_metrics_are_those_of_the_table(front):
     params, table = front
-    metrics = front_metrics(params, table)
+    metrics = front_metrics(params.objectives, table)
     scores = table[["score_positivity", "score_conciseness"]].to_numpy()
     assert metrics["hypervolume"] == pytest.approx(swept_area(scores, (0.0, 0.0)))
     assert metrics["hypervolume_controls"] == pytest.approx(swept_area(scores[:2], (0.0, 0.0)))
@@ -277,12 +286,12 @@ def test_front_metrics_are_those_of_the_table(front):
 def test_every_law_of_guidance_is_measured_by_itself(compose_params):
     """A sweep in the log-ratio form has a MIP, rank correlations and a scatter of scores as well."""
     params, table = judged(compose_params("experiment=cross_family", "judge.resamples=50"))
-    metrics = front_metrics(params, table)
+    metrics = front_metrics(params.objectives, table)
     assert metrics["mip"].keys() == metrics["spearman"].keys() == {"genarm_log_ratio"}
     assert metrics["spearman"]["genarm_log_ratio"]["positivity"] is not None
     assert len(long_scores(table, list(params.objectives))) == 2 * 6
     params, table = judged(compose_params("+sweep.points.p050_c050.form=log_ratio", "judge.resamples=50"))
-    metrics = front_metrics(params, table)
+    metrics = front_metrics(params.objectives, table)
     assert metrics["mip"].keys() == {"genarm", "genarm_log_ratio"}
     by_hand = table.set_index("point").loc["p050_c050", ["score_positivity", "score_conciseness"]].mean()
     assert metrics["mip"]["genarm_log_ratio"] == pytest.approx(by_hand)
@@ -294,7 +303,7 @@ def test_a_point_without_any_verdict_has_no_score_and_stops_nothing(compose_para
     assert np.isnan([line.score_positivity, line.win_rate_positivity]).all() and not line.on_front
     assert line.score_conciseness > 0
     scores = table[table.point != "p100_c000"][["score_positivity", "score_conciseness"]].to_numpy()
-    assert front_metrics(params, table)["hypervolume"] == pytest.approx(swept_area(scores, (0.0, 0.0)))
+    assert front_metrics(params.objectives, table)["hypervolume"] == pytest.approx(swept_area(scores, (0.0, 0.0)))
 
 
 def test_long_scores_hold_each_guided_point_once_per_objective(front):

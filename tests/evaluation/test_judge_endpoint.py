@@ -14,10 +14,11 @@ from pipeline.data import row_store
 from pipeline.evaluation.judges.progress import Progress
 from pipeline.evaluation.judges.reply import Reply, refusal_reason
 from pipeline.evaluation.judges.rubric import Question
-from pipeline.evaluation.judges.verdicts import Verdicts, undetermined
+from pipeline.evaluation.judges.verdicts import undetermined
 from pipeline.stages import judge as stage
 from tests.endpoint import KEY, completion, longer, parts
 from tests.evaluation.conftest import asking, rows_of, scores_of
+from tests.judges import verdicts_of
 
 PAIRS = [(f"Why {number}?", "long and good " * (number % 7 + 1), f"short {number}") for number in range(100)]
 REFUSED = {"error": {"message": "The response was filtered.", "code": "content_filter"}}
@@ -29,7 +30,7 @@ def run(smoke_params, workspace):
     """Verdicts of one run on positivity, by default on a hundred pairs in both orders."""
 
     def of(judge, pairs=PAIRS):
-        return Verdicts(judge, smoke_params, workspace).of({"positivity": pairs})["positivity"]
+        return verdicts_of(judge, smoke_params, workspace).of({"positivity": pairs})["positivity"]
 
     return of
 
@@ -197,7 +198,7 @@ def test_a_run_has_one_budget_for_card_rows_and_objectives(serve, smoke_params, 
 def test_objectives_with_one_rubric_share_their_questions(serve, smoke_params, workspace):
     server = serve()
     judge = asking(server, rubrics={"positivity": "overall", "conciseness": "overall"})
-    found = Verdicts(judge, smoke_params, workspace).of(dict.fromkeys(smoke_params.objectives, PAIRS[:5]))
+    found = verdicts_of(judge, smoke_params, workspace).of(dict.fromkeys(smoke_params.objectives, PAIRS[:5]))
     assert found["positivity"] == found["conciseness"] and len(server.requests) == 10
 
 

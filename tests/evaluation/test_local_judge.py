@@ -12,12 +12,13 @@ from pipeline.config.errors import UserError
 from pipeline.config.schema import LocalJudge, Model
 from pipeline.evaluation.judges.local_llm import LocalModel, Spelled
 from pipeline.evaluation.judges.rubric import Question
-from pipeline.evaluation.judges.verdicts import Verdicts, undetermined
+from pipeline.evaluation.judges.verdicts import undetermined
 from pipeline.models.fetch import fetch
-from pipeline.models.loading import load_model
+from pipeline.models.loading import Source, load_model
 from pipeline.models.prompting import Prompter
 from tests.evaluation.conftest import scores_of
 from tests.foreign import sentencepiece
+from tests.judges import verdicts_of
 from tests.tiny import tiny_model, tiny_tokenizer, write_tiny
 
 PAIRS = [(f"Why {number}?", "long and good " * (number + 1), "short") for number in range(3)]
@@ -98,7 +99,9 @@ def test_a_verdicts_probability_is_that_of_all_of_its_tokens(smoke_params, works
     params = params_of(smoke_params, judge)
     questions = [Question("Which?", *pair) for pair in PAIRS]
     replies = {}
-    LocalModel(judge, params, workspace).ask(questions, replies.__setitem__)
+    LocalModel(judge, Source.of(params.models, workspace, judge.model), params.decoding.device).ask(
+        questions, replies.__setitem__
+    )
     model = load_model(workspace.model("judge"), torch.float32, torch.device("cpu"))
     prompter = Prompter.load(workspace.model("judge"), None)
     for place, question in enumerate(questions):
@@ -117,17 +120,17 @@ def test_a_verdicts_probability_is_that_of_all_of_its_tokens(smoke_params, works
 def test_verdicts_of_a_local_model_are_kept_and_not_asked_for_again(smoke_params, workspace, tmp_path, monkeypatch):
     judge = local(write_tiny(tmp_path / "wide", context=4096), workspace)
     params = params_of(smoke_params, judge)
-    found = scores_of(Verdicts(judge, params, workspace).of({"positivity": PAIRS})["positivity"])
+    found = scores_of(verdicts_of(judge, params, workspace).of({"positivity": PAIRS})["positivity"])
     assert all(one in (0.0, 0.5, 1.0) for both in found for one in both)
     monkeypatch.setattr("pipeline.models.loading.Source.load", lambda *_: pytest.fail("the model is loaded again"))
-    assert scores_of(Verdicts(judge, params, workspace).of({"positivity": PAIRS})["positivity"]) == found
+    assert scores_of(verdicts_of(judge, params, workspace).of({"positivity": PAIRS})["positivity"]) == found
 
 
 def test_improbable_verdicts_and_long_questions_are_undetermined(smoke_params, workspace, tmp_path):
     judge = local(write_tiny(tmp_path / "wide", context=1000), workspace, least=0.999)
     params = params_of(smoke_params, judge)
     pairs = [PAIRS[0], ("Why?", "long " * 900, "short")]
-    found = Verdicts(judge, params, workspace).of({"positivity": pairs})["positivity"]
+    found = verdicts_of(judge, params, workspace).of({"positivity": pairs})["positivity"]
     assert undetermined(found) == {"all verdicts are improbable": 2, "context_length_exceeded": 2}
 
 

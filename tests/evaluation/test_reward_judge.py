@@ -11,11 +11,11 @@ from pipeline.config.errors import UserError
 from pipeline.config.schema import RewardJudge, Scoring
 from pipeline.evaluation import judging
 from pipeline.evaluation.judges import reward_model
-from pipeline.evaluation.judges.reward_model import RewardModels
-from pipeline.evaluation.judges.session import open_judge
+from pipeline.evaluation.statistics import Bootstrap
 from pipeline.models.control_tokens import ControlTokens
 from pipeline.stages import judge as stage
 from tests.evaluation.conftest import rows_of
+from tests.judges import judge_of, rewards_of
 from tests.tiny import tiny_tokenizer
 
 TEMPLATE = "USER: {prompt} ASSISTANT:{response}"
@@ -61,7 +61,7 @@ def test_a_text_beyond_the_context_loses_its_beginning_and_is_counted(classifier
     model, folder = classifier
     params = judged_by(smoke_params, folder)
     rows = [{"prompt": "Why? " * 200, "response": "good"}, {"prompt": "Why?", "response": "good"}]
-    long, _ = judging.judge_rows(rows, open_judge(params, workspace), {})
+    long, _ = judging.judge_rows(rows, judge_of(params, workspace), {})
     assert "judge: positivity: 1 of 2 texts exceed the reward model's context" in capsys.readouterr().out
     tokenizer = tiny_tokenizer()
     text = TEMPLATE.replace("{prompt}", rows[0]["prompt"]).replace("{response}", "good")
@@ -71,7 +71,7 @@ def test_a_text_beyond_the_context_loses_its_beginning_and_is_counted(classifier
         assert long["positivity"] == pytest.approx(float(model(torch.tensor([ids[-64:]])).logits), abs=1e-4)
     long_pair = {"prompt": "Why? " * 200, "chosen": "good", "rejected": "bad"}
     labelled = {"positivity": [long_pair, {"prompt": "Why?", "chosen": "a", "rejected": "b"}]}
-    card = judging.judge_card(labelled, open_judge(params, workspace), params.judge, 0)
+    card = judging.judge_card(labelled, judge_of(params, workspace), params.judge.kind, Bootstrap.of(params.judge, 0))
     assert card["objectives"]["positivity"]["truncated"] == 0.5
     assert "0.500 of the texts truncated" in judging.card_lines(card)[0]
 
@@ -115,8 +115,8 @@ def test_what_is_scored_before_a_failure_is_kept(classifier, smoke_params, works
 
     monkeypatch.setattr(reward_model, "_rewards", failing)
     with pytest.raises(MemoryError):
-        RewardModels(judge, params, workspace).of({"positivity": rows})
-    RewardModels(judge, params, workspace).of({"positivity": rows})
+        rewards_of(judge, params, workspace).of({"positivity": rows})
+    rewards_of(judge, params, workspace).of({"positivity": rows})
     assert sum(seen[4:]) == 4, "six were kept"
 
 
@@ -153,11 +153,11 @@ def test_folders_are_checked_when_the_judge_is_opened(classifier, smoke_params, 
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(UserError, match=r"holds no model \(no config\.json\)"):
-        open_judge(judged_by(smoke_params, empty), workspace)
+        judge_of(judged_by(smoke_params, empty), workspace)
     (empty / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "gone"}')
     (empty / "adapter_model.bin").write_bytes(b"a pickle")
     with pytest.raises(UserError, match=r"holds no adapter_model\.safetensors: convert"):
-        open_judge(judged_by(smoke_params, empty), workspace)
+        judge_of(judged_by(smoke_params, empty), workspace)
     (empty / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="is an adapter of gone, which is not among the models at hand"):
-        open_judge(judged_by(smoke_params, empty), workspace)
+        judge_of(judged_by(smoke_params, empty), workspace)

@@ -2,8 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline.evaluation import standings
-from pipeline.evaluation.standings import entries
+from pipeline.evaluation.standings import alpaca_eval
+from pipeline.generation.comparison import entries_of, standings_of
 
 SHARES = {"p100_c000": 1.0, "p075_c025": 0.75, "p050_c050": 0.5, "p025_c075": 0.25, "p000_c100": 0.0}
 
@@ -22,7 +22,7 @@ def rows(params):
     generator, found = np.random.default_rng(0), []
     prompts = [f"prompt {number:02}" for number in generator.permutation(20)]
     levels = dict(zip(prompts, generator.normal(0, 0.2, 20), strict=True))
-    for entry in entries(params):
+    for entry in entries_of(params):
         asked = prompts[:7] if entry.method == "cards" else prompts
         strength = entry.mix.strength if entry.mix else 0.0
         share = SHARES.get(entry.point, 0.5)
@@ -43,7 +43,7 @@ def rows(params):
 
 def test_the_table_has_the_columns_that_it_promises(params, rows):
     methods = ("base", "genarm", "mod", "cards")
-    table = standings.table(params, rows, dict.fromkeys(methods, 1000))
+    table = standings_of(params, rows).table(dict.fromkeys(methods, 1000))
     wanted = (
         "method, point, alpha_positivity, alpha_conciseness, reward_positivity, reward_conciseness, "
         "ci_low_positivity, ci_low_conciseness, ci_high_positivity, ci_high_conciseness, kl, readable, ended, words, "
@@ -60,13 +60,13 @@ def test_the_table_has_the_columns_that_it_promises(params, rows):
 
 
 def test_fronts_are_compared_on_the_prompts_that_both_answered(params, rows):
-    fronts = standings.fronts(params, rows).set_index("method")
+    fronts = standings_of(params, rows).fronts().set_index("method")
     assert fronts.loc["genarm", "delta_hv"] == 0 and fronts.loc["mod", "delta_ci_low"] > 0
     assert np.isnan(fronts.loc["genarm", "p_holm"])
     assert fronts.loc["mod", "p_holm"] == pytest.approx(3 * 2 / 301, abs=1e-4), "of three differences the surest"
     assert fronts.loc["cards", "delta_ci_high"] < 0 and fronts.loc["cards", "prompts"] == 7
     seven = rows[rows.prompt.isin(rows[rows.method == "cards"].prompt.unique())]
-    again = standings.fronts(params, seven).set_index("method")
+    again = standings_of(params, seven).fronts().set_index("method")
     assert again.loc["cards", "delta_hv"] == fronts.loc["cards", "delta_hv"]
     shares = np.array([[share, 1 - share] for share in SHARES.values()])
     means = 0.3 + 0.4 * shares + np.array([1, -1]) * (rows[rows.line == "base/base"].positivity.mean() - 0.3)
@@ -74,7 +74,7 @@ def test_fronts_are_compared_on_the_prompts_that_both_answered(params, rows):
 
 
 def test_rewards_are_compared_at_equal_kl(params, rows):
-    matched = standings.matched(params, rows).set_index(["objective", "kl", "method"])
+    matched = standings_of(params, rows).matched().set_index(["objective", "kl", "method"])
     start = rows[rows.line == "base/base"].positivity.mean()
     at = matched.loc["positivity", 8.0, "genarm"]
     assert at.reward == pytest.approx(start + 0.15, abs=1e-4) and np.isnan(at.difference)
@@ -90,25 +90,25 @@ def test_what_has_no_verdict_is_left_out_and_counted(params, rows):
     known, unknown = rows.copy(), rows.prompt.unique()[:2]
     known.loc[(known.line == "mod/p050_c050") & known.prompt.isin(unknown), "positivity"] = np.nan
     left = rows[~rows.prompt.isin(unknown)]
-    fronts, whole, fewer = (standings.fronts(params, found).set_index("method") for found in (known, rows, left))
+    fronts, whole, fewer = (standings_of(params, found).fronts().set_index("method") for found in (known, rows, left))
     assert fronts.loc["mod"].prompts == 18 and fronts.loc["genarm"].prompts == 20
     assert fronts.loc["mod", "delta_hv"] == fewer.loc["mod", "delta_hv"]
     assert fronts.loc["genarm", "hypervolume"] == whole.loc["genarm", "hypervolume"]
     tokens = dict.fromkeys(("base", *params.comparison.methods), 0)
-    table = standings.table(params, known, tokens)
+    table = standings_of(params, known).table(tokens)
     assert table.reward_positivity.notna().all()
     known["positivity"] = np.nan
-    assert standings.fronts(params, known).prompts.eq(0).all() and standings.matched(params, known).empty
+    assert standings_of(params, known).fronts().prompts.eq(0).all() and standings_of(params, known).matched().empty
 
 
 def test_whoever_earns_more_on_every_prompt_always_wins(params, rows):
-    wins = standings.win_rates(params, rows).set_index(["method", "other"])
+    wins = standings_of(params, rows).win_rates().set_index(["method", "other"])
     assert wins.loc[("mod", "genarm"), "win_rate"] == 1 and wins.loc[("genarm", "mod"), "win_rate"] == 0
     assert wins.loc[("genarm", "cards"), "prompts"] == 7
 
 
 def test_responses_are_exported_by_line(rows):
-    exported = standings.alpaca_eval(rows)
+    exported = alpaca_eval(rows)
     assert set(exported) == set(rows.line)
     assert exported["mod/p050_c050"][0] == {
         "instruction": rows.prompt.iloc[0], "output": f"mod says {rows.prompt.iloc[0]}", "generator": "mod/p050_c050",

@@ -2,7 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline.config.schema import Objective, OracleJudge
+from pipeline.config.schema import Objective
+from pipeline.evaluation.statistics import Bootstrap
 from pipeline.evaluation.text_quality import (
     HIGHEST_PERPLEXITY,
     distinct_2,
@@ -15,7 +16,7 @@ from pipeline.evaluation.text_quality import (
     repetition,
 )
 
-JUDGE = OracleJudge(kind="oracle", confidence=0.95, resamples=100)
+SURE = Bootstrap(0.95, 100, 0)
 WARM = Objective(label="x", scorer="positivity", held_out_scorer="polarity", reference=-0.5)
 
 
@@ -76,7 +77,7 @@ def test_an_unreadable_response_scores_at_the_reference_and_never_gains_by_it():
 def test_the_columns_say_what_the_texts_are():
     frame = rows("It is a lovely day.", "It is a day", "Nooooo", warm=0.5)
     frame.loc[1, "finish"] = "length"
-    columns = quality_columns(frame, {"warm": WARM}, JUDGE, 0)
+    columns = quality_columns(frame, {"warm": WARM}, SURE)
     assert columns["readable"] == columns["ended"] == pytest.approx(2 / 3)
     assert columns["words"] == pytest.approx(10 / 3) and columns["perplexity"] == pytest.approx(10)
     assert columns["relevance"] == columns["relevance_ci_low"] == columns["relevance_ci_high"] == 0.5, "no word of any"

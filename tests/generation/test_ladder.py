@@ -10,15 +10,19 @@ from hypothesis import strategies as st
 from pipeline.config.errors import UserError
 from pipeline.config.points import point_weights
 from pipeline.config.schema import Point
-from pipeline.evaluation.judges.session import open_judge
 from pipeline.evaluation.ladder import UNDEFINED, lines_of, table
-from pipeline.evaluation.statistics import gap_recovered
+from pipeline.evaluation.statistics import Bootstrap, gap_recovered
 from pipeline.generation.ladder import judge_bases, sample
 from pipeline.generation.rows import point_requests
+from tests.judges import judge_of
 
-SURE = (0.95, 500, 0)
+SURE = Bootstrap(0.95, 500, 0)
 COMPOSED = {"weak_to_strong": ["objectives=positivity"]}
 REWARDS = st.lists(st.floats(-1, 1), min_size=8, max_size=20)
+
+
+def named_lines(params):
+    return lines_of(params.sweep, list(params.objectives), params.arm.base, params.weak_to_strong.best_of)
 
 
 @pytest.fixture
@@ -32,28 +36,28 @@ def test_the_tuned_base_recovers_all_of_the_gap_and_the_control_nothing(control)
     control_P = np.array(control)
     tuned_P = control_P + np.linspace(0.5, 1.0, len(control_P))
     for guided_P, wanted in ((tuned_P, 1.0), (control_P, 0.0), ((tuned_P + control_P) / 2, 0.5)):
-        assert gap_recovered(guided_P, control_P, tuned_P, *SURE) == pytest.approx((wanted, wanted, wanted))
+        assert gap_recovered(guided_P, control_P, tuned_P, SURE) == pytest.approx((wanted, wanted, wanted))
 
 
 def test_prompts_are_resampled_together():
     """Prompts that differ widely say little about the levels, and all about the share, which is the same in each."""
     generator = np.random.default_rng(0)
     control_P, gap_P = generator.normal(0, 5, 50), generator.uniform(1, 2, 50)
-    value, low, high = gap_recovered(control_P + 0.6 * gap_P, control_P, control_P + gap_P, *SURE)
+    value, low, high = gap_recovered(control_P + 0.6 * gap_P, control_P, control_P + gap_P, SURE)
     assert value == pytest.approx(0.6) and high - low < 1e-9
-    _, low, high = gap_recovered(control_P + generator.normal(0.6, 0.5, 50), control_P, control_P + gap_P, *SURE)
+    _, low, high = gap_recovered(control_P + generator.normal(0.6, 0.5, 50), control_P, control_P + gap_P, SURE)
     assert low < 0.4 < high < 1 and high - low > 0.05
 
 
 def test_the_share_of_a_gap_that_may_be_nothing_is_not_defined():
     control_P = np.zeros(40)
     tuned_P = np.tile([1.0, -1.0], 20)
-    assert gap_recovered(control_P + 1, control_P, tuned_P, *SURE) is None
-    assert gap_recovered(control_P - 1, control_P, control_P - 2, *SURE) == pytest.approx((0.5, 0.5, 0.5))
+    assert gap_recovered(control_P + 1, control_P, tuned_P, SURE) is None
+    assert gap_recovered(control_P - 1, control_P, control_P - 2, SURE) == pytest.approx((0.5, 0.5, 0.5))
 
 
 def test_every_point_is_a_line_with_its_method_and_alpha(params):
-    lines = lines_of(params)
+    lines = named_lines(params)
     assert [*lines] == [*params.sweep.points, "best_of_4/positivity"]
     told = {name: (line.method, line.arm, line.alpha) for name, line in lines.items()}
     assert told["base"] == ("control", "", 0.0)
@@ -77,7 +81,8 @@ def test_controls_are_as_sharp_as_guidance_at_every_temperature(compose_params, 
 
 def test_a_point_of_several_objectives_is_for_none_alone(compose_params):
     told = {
-        name: dataclasses.astuple(line) for name, line in lines_of(compose_params("experiment=cross_family")).items()
+        name: dataclasses.astuple(line)[:4]
+        for name, line in named_lines(compose_params("experiment=cross_family")).items()
     }
     assert told["p100_c000"] == ("genarm_log_ratio", "positivity", "smollm2-135m", 1.0)
     assert told["p050_c010"] == ("genarm_log_ratio", "", "smollm2-135m", 0.6)
@@ -86,7 +91,7 @@ def test_a_point_of_several_objectives_is_for_none_alone(compose_params):
 
 def test_the_law_of_each_form_by_lane(params):
     def weights(form, base, **given):
-        return point_weights(Point(given, form=form), params, base)
+        return point_weights(Point(given, form=form), params.arm.base == base)
 
     assert weights("plain", "smollm2-135m", positivity=0.5) == {"positivity": 0.5}
     assert weights("log_ratio", "smollm2-135m", positivity=0.5) == {"positivity": 0.5, "reference": -0.5}
@@ -132,8 +137,10 @@ def judged(params, values):
 
 
 def test_the_table_has_one_line_per_base_and_method(params):
-    values = dict.fromkeys(lines_of(params), 0.0) | {"dpo": 0.4, "p100": 0.3, "best_of_4/positivity": 0.2}
-    lines = table(params, judged(params, values))
+    values = dict.fromkeys(named_lines(params), 0.0) | {"dpo": 0.4, "p100": 0.3, "best_of_4/positivity": 0.2}
+    lines = table(
+        judged(params, values), named_lines(params), params.objectives, Bootstrap.of(params.judge, params.seed)
+    )
     wanted = (
         "base, method, arm, alpha, reward_positivity, ci_low_positivity, ci_high_positivity, kl, readable, "
         "ended, words, perplexity, distinct_2, distinct_2_within, repetition, relevance, relevance_ci_low, "
@@ -152,8 +159,8 @@ def test_the_table_has_one_line_per_base_and_method(params):
 
 
 def test_a_gap_that_includes_nothing_says_so(params):
-    rows = judged(params, dict.fromkeys(lines_of(params), 0.0))
-    lines = table(params, rows)
+    rows = judged(params, dict.fromkeys(named_lines(params), 0.0))
+    lines = table(rows, named_lines(params), params.objectives, Bootstrap.of(params.judge, params.seed))
     assert set(lines[~lines.method.isin(["control", "dpo"])].gap_recovered) == {UNDEFINED}
 
 
@@ -167,7 +174,7 @@ def test_best_of_n_is_the_best_of_its_own_samples(smoke_params, tiny, workspace)
         weak_to_strong=dataclasses.replace(smoke_params.weak_to_strong, best_of=3),
     )
     sampled = {"tiny": sample(params, workspace, "tiny", ["Why?", "Tell me about tea."])}
-    rows = judge_bases(params, sampled, open_judge(params, workspace))
+    rows = judge_bases(params, sampled, judge_of(params, workspace))
     by_point = pd.DataFrame(rows).groupby("point")
     assert by_point.size().to_dict() == {"base": 4, "best_of_3/positivity": 4, "best_of_3/conciseness": 4}
     for _, row in by_point.get_group("best_of_3/positivity").iterrows():

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from pipeline.evaluation.statistics import Bootstrap
 from pipeline.models.loading import load_model
 from pipeline.training.arm import ARM, ResponseModel, trainable
 from pipeline.training.checkpoints import load_trained, newest_checkpoint
@@ -45,7 +46,7 @@ def test_training_draws_the_curve_of_the_cpu(tiny, smoke_params, groups, tmp_pat
     assert losses(here.history) == pytest.approx(losses(there.history), abs=1e-3)
     assert len({round(loss, 3) for loss in losses(there.history)}) > 5
     loader = eval_loader(groups, 2, 0)
-    found, wanted = (evaluate(each.model, ARM_LOSS, loader, device, 0.95, 50, 0) for each in (here, there))
+    found, wanted = (evaluate(each.model, ARM_LOSS, loader, device, Bootstrap(0.95, 50, 0)) for each in (here, there))
     assert found.reward_mean == pytest.approx(wanted.reward_mean, abs=0.05)
 
 

@@ -11,10 +11,10 @@ from pipeline.config.schema import RewardJudge, Scoring
 from pipeline.decoding.backbone import Backbone
 from pipeline.decoding.decoder import GuidedDecoder, Request
 from pipeline.decoding.guidance import LAW_VERSION
-from pipeline.evaluation.judges.reward_model import RewardModels
 from pipeline.models.identity import ORIGIN, folder_identity
 from pipeline.models.prompting import Prompter
 from tests.generation.test_rows import rows_of, sweep  # noqa: F401
+from tests.judges import rewards_of
 from tests.reference import PROMPTS, run
 from tests.tiny import ROOT, tiny_model, tiny_tokenizer
 
@@ -118,7 +118,7 @@ def test_a_reward_model_that_changed_in_the_middle_of_its_weights_or_in_its_temp
 ):
     specs = {name: Scoring(source="path", location=str(folder)) for name in smoke_params.objectives}
     judge = RewardJudge(kind="reward_model", models=specs)
-    rewards = RewardModels(judge, smoke_params, workspace)
+    rewards = rewards_of(judge, smoke_params, workspace)
     known = {rewards._identity("positivity")}
     weights = folder / "model.safetensors"
     content = bytearray(weights.read_bytes())

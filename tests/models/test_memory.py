@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, LlamaConfig
 
 from pipeline.config.errors import UserError
-from pipeline.generation.model_set import ModelSet
+from pipeline.generation.model_set import ModelSet, planned_models
 from pipeline.models import loading, memory
 from pipeline.models.loading import load_model, resolve_dtype
 from tests.tiny import tiny_model
@@ -56,7 +56,7 @@ def planned(params, workspace, base, **changes):
 def test_what_cannot_fit_is_refused_before_it_loads(smoke_params, workspace, tiny, monkeypatch):
     params = planned(smoke_params, workspace, "large")
     SEVENTY.save_pretrained(workspace.model("large"))
-    needs = memory.needs_of(memory.planned(params, workspace, "large", 0, 0, False), 4, 8, torch.device("cpu"))
+    needs = memory.needs_of(planned_models(params, workspace, "large", 0, 0, False), 4, 8, torch.device("cpu"))
     with pytest.raises(UserError, match=r"large \(\d+\.\d GB\) need .* GB and cpu has .* free: lower decoding"):
         memory.refuse_too_large(needs, torch.device("cpu"), False)
     monkeypatch.setattr(memory, "available_bytes", lambda *_: 1e15)
@@ -79,7 +79,7 @@ def test_what_is_loaded_depends_on_what_guides(smoke_params, workspace):
         tiny_model(500).config.save_pretrained(workspace.model(name))
 
     def loaded(params, *counts):
-        return [(model.name, model.lanes) for model in memory.planned(params, workspace, *counts)]
+        return [(model.name, model.lanes) for model in planned_models(params, workspace, *counts)]
 
     assert loaded(params, "large", 0, 0, False) == [("large", 1)]
     assert loaded(params, "large", 2, 1, True) == [("large", 2), ("small", 3)]

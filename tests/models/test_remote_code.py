@@ -8,8 +8,8 @@ import pytest
 
 from pipeline.config.errors import UserError
 from pipeline.config.schema import Model, RewardJudge, Scoring
-from pipeline.evaluation.judges.reward_model import RewardModels
 from pipeline.models.fetch import fetch
+from tests.judges import rewards_of
 from tests.tiny import ROOT, tiny_tokenizer
 
 LOADERS = ("from_pretrained", "from_config")
@@ -59,7 +59,7 @@ def test_fetch_refuses_a_model_that_is_code(armed, tmp_path):
 
 def test_a_reward_model_that_is_code_is_refused(armed, smoke_params, workspace):
     judge = RewardJudge(kind="reward_model", models=dict.fromkeys(smoke_params.objectives, Scoring("path", str(armed))))
-    rewards = RewardModels(judge, smoke_params, workspace)
+    rewards = rewards_of(judge, smoke_params, workspace)
     with pytest.raises(UserError, match=r"could not be loaded .*contains custom code.*a model without code of its own"):
         rewards.of({"positivity": [{"prompt": "Why?", "response": "So.", "finish": "eos"}]})
 

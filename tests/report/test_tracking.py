@@ -14,7 +14,7 @@ import wandb
 from pipeline.config.errors import UserError
 from pipeline.config.schema import Tracking
 from pipeline.report import tracking
-from pipeline.training.fit import Job
+from pipeline.stages.train import arm_job
 
 LINE = {
     "method": "genarm",
@@ -45,7 +45,7 @@ def test_offline_is_one_run_per_point_without_network_or_secret(smoke_params, wo
 def test_disabled_writes_nothing(smoke_params, workspace):
     params = with_mode(smoke_params, "disabled")
     tracking.log_points(params, workspace, "group", [LINE], pd.DataFrame([SAMPLE]))
-    with tracking.training_logger(params, Job.of(params, workspace, "positivity"), "train", workspace) as logger:
+    with tracking.training_logger(params, arm_job(params, workspace, "positivity"), "train", workspace) as logger:
         assert logger is False
     assert not workspace.scratch.exists()
 
@@ -142,7 +142,7 @@ def test_a_full_disk_under_an_offline_run_is_told(smoke_params, workspace, monke
     params = with_mode(smoke_params, "offline")
     with pytest.raises(OSError, match=r"No space left on device: '.*\.wandb'"):
         tracking.log_points(params, workspace, "group", [LINE], pd.DataFrame([SAMPLE]))
-    job = Job.of(params, workspace, "positivity")
+    job = arm_job(params, workspace, "positivity")
     with pytest.raises(OSError, match="No space left"), tracking.training_logger(params, job, "train", workspace):
         pass
     with pytest.raises(ZeroDivisionError), tracking.training_logger(params, job, "train", workspace):

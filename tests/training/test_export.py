@@ -7,12 +7,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from pipeline.config.schema import Arm
-from pipeline.evaluation.statistics import share
+from pipeline.evaluation.statistics import Bootstrap, share
 from pipeline.models.loading import load_model
+from pipeline.stages.train import arm_job
 from pipeline.training import export
 from pipeline.training.arm import ResponseModel, trainable
 from pipeline.training.batches import PromptGroup, Tokenised, collate
-from pipeline.training.fit import Job, Trained
+from pipeline.training.fit import Trained
 from pipeline.training.held_out import HeldOut
 
 CPU = torch.device("cpu")
@@ -32,10 +33,12 @@ def changed(tiny, arm):
 def test_an_arm_folder_is_what_others_load_with_a_card(tiny, smoke_params, prompter, workspace, tmp_path, tuning):
     arm = Arm("tiny", tuning, targets="all-linear")
     model, params = changed(tiny, arm), dataclasses.replace(smoke_params, arm=arm)
-    held_out = HeldOut(*(share([True, True, False], [0, 1, 1], 0.95, 50, 0) for _ in range(3)), None, 0.0, 1.0)
+    held_out = HeldOut(
+        *(share([True, True, False], [0, 1, 1], Bootstrap(0.95, 50, 0)) for _ in range(3)), None, 0.0, 1.0
+    )
     splits = {"train": Tokenised([PromptGroup([5], [[1], [2]], [(0, 1)])])}
     trained = Trained(model, [], 0.0, held_out, splits, 1, tmp_path)
-    card = export.model_card(Job.of(params, workspace, "positivity"), "mit", {"pairs digest": "abc"}, trained)
+    card = export.model_card(arm_job(params, workspace, "positivity"), "mit", {"pairs digest": "abc"}, trained)
     with torch.no_grad():
         wanted = model(BATCH)
     export.save(model, prompter.tokenizer, tmp_path / "arm", "tiny", card, held_out)

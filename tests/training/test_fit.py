@@ -6,12 +6,14 @@ import torch
 
 from pipeline.config.errors import UserError
 from pipeline.config.schema import Loss, Trainer
+from pipeline.evaluation.statistics import Bootstrap
 from pipeline.models.loading import load_model
+from pipeline.stages.train import arm_job
 from pipeline.training import arm as arm_module
 from pipeline.training.arm import ARM, ResponseModel, trainable
 from pipeline.training.batches import collate, tokenise
 from pipeline.training.checkpoints import load_trained, newest_checkpoint
-from pipeline.training.fit import Job, eval_loader, fit, train
+from pipeline.training.fit import eval_loader, fit, train
 from pipeline.training.held_out import evaluate
 from pipeline.training.reference_logps import attach_reference
 
@@ -50,9 +52,9 @@ def test_training_learns_and_keeps_the_best_step(tiny, smoke_params, groups, tmp
         tiny, smoke_params, dropout=0.0, config=dataclasses.replace(CONFIG, epochs=6, lr=2e-2), beta=1.0
     )
     loader = eval_loader(groups, 2, 0)
-    before = evaluate(module.model, ARM_LOSS, loader, CPU, 0.95, 50, 0).accuracy
+    before = evaluate(module.model, ARM_LOSS, loader, CPU, Bootstrap(0.95, 50, 0)).accuracy
     fitted(module, groups, tmp_path, dataclasses.replace(CONFIG, epochs=6, lr=2e-2))
-    after = evaluate(module.model, ARM_LOSS, loader, CPU, 0.95, 50, 0).accuracy
+    after = evaluate(module.model, ARM_LOSS, loader, CPU, Bootstrap(0.95, 50, 0)).accuracy
     assert after.value > max(before.value, 0.8)
     losses = [row["loss"] for row in module.history if row["phase"] == "eval"]
     assert len(losses) == 6 and losses[-1] < losses[0]
@@ -310,7 +312,7 @@ def trained(params, tiny, workspace, **changes):
     params = dataclasses.replace(params, models={"tiny": spec})
     for section, values in changes.items():
         params = dataclasses.replace(params, **{section: dataclasses.replace(getattr(params, section), **values)})
-    return train(Job.of(params, workspace, "positivity"), ROWS, "rows", workspace.scratch, False)
+    return train(arm_job(params, workspace, "positivity"), ROWS, "rows", workspace.scratch, False)
 
 
 def test_runs_that_differ_in_what_they_compute_share_no_checkpoint(tiny, smoke_params, workspace):

@@ -14,6 +14,7 @@ from pipeline.config.errors import UserError
 from pipeline.config.schema import Arm, Loss, Rival, Trainer
 from pipeline.data.files import write_jsonl
 from pipeline.decoding.fused_lora import read_adapter
+from pipeline.evaluation.statistics import Bootstrap
 from pipeline.generation.methods.lookahead_cache import TextReward
 from pipeline.models.loading import Source, load_model
 from pipeline.models.parm import adapter_at, collapse
@@ -102,7 +103,7 @@ def test_a_reward_model_learns_and_is_what_others_load(tiny, prompter, tmp_path)
     losses = fitted(module, tmp_path / "checkpoints")
     assert losses[-1] < losses[0]
     loader = eval_loader(GROUPS, 4, 0)
-    found = evaluate(model.eval(), Loss(), loader, CPU, 0.95, 50, 0)
+    found = evaluate(model.eval(), Loss(), loader, CPU, Bootstrap(0.95, 50, 0))
     assert found.accuracy.value > 0.9
     batch = collate(GROUPS[:1], 0)
     with torch.no_grad():
@@ -227,8 +228,13 @@ def test_rloo_asks_and_ends_as_the_decoder_does(tiny, smoke_params, workspace, t
     monkeypatch.setattr(rloo, "_trainer_class", recording)
     prompts = ["Why <end> tea?", "<user>rain<reply>"]
     rival = Rival({"conciseness": 1.0}, kind="rloo", beta=0.0, max_new_tokens=4)
-    params = dataclasses.replace(smoke_params, trainer=dataclasses.replace(smoke_params.trainer, batch_size=2))
-    rloo.train(params, rival, source, prompts, workspace.scratch, tmp_path / "policy")
+    params = dataclasses.replace(
+        smoke_params,
+        trainer=dataclasses.replace(smoke_params.trainer, batch_size=2),
+        tune=dataclasses.replace(smoke_params.tune, bases=("tiny",), rivals={"short": rival}),
+    )
+    job = dataclasses.replace(tune.rival_job(params, workspace, "tiny", "short"), source=source)
+    rloo.train(job, rival, {"conciseness": "conciseness"}, prompts, workspace.scratch, tmp_path / "policy")
     assert {prompt for prompt, _ in trained} == set(prompts)
     assert all(ids == prompter.prompt_ids(prompt) for prompt, ids in trained)
     tokenizer = prompter.tokenizer

@@ -73,8 +73,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("more", nargs="*", help="after --: further flags of vLLM's server")
     options = parser.parse_args(arguments)
     params, workspace = load_params(), Workspace()
-    source = Source.of(params, workspace, params.base)
-    weak = Source.of(params, workspace, params.arm.base) if params.arm.base != params.base else None
+    source = Source.of(params.models, workspace, params.base)
+    weak = Source.of(params.models, workspace, params.arm.base) if params.arm.base != params.base else None
     arms = {name: workspace.arm(name) for name in params.objectives}
     adapters, beside = plan_backbones(source, arms, weak, {}, reference=weak is not None)
     ends, marks = ends_and_marks(source)

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from pipeline.config.errors import UserError
-from pipeline.config.schema import LocalJudge, Params
-from pipeline.config.workspace import Workspace
+from pipeline.config.schema import LocalJudge
 from pipeline.evaluation.judges.reply import CONTEXT_LENGTH, Reply
 from pipeline.evaluation.judges.rubric import Question
 from pipeline.models.loading import Source, resolve_device
@@ -29,9 +28,8 @@ class LocalModel:
         UserError: it is not at hand.
     """
 
-    def __init__(self, judge: LocalJudge, params: Params, workspace: Workspace) -> None:
-        self._judge, self._device = judge, resolve_device(params.decoding.device)
-        self._source = Source.of(params, workspace, judge.model)
+    def __init__(self, judge: LocalJudge, source: Source, device: str) -> None:
+        self._judge, self._source, self._device = judge, source, resolve_device(device)
         self._model: Any = None
         # What its replies depend on beside the question.
         self.identity = ["local_llm", "whole answers", *self._source.identity(self._device), judge.least]

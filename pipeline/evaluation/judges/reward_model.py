@@ -16,15 +16,15 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline.config.errors import UserError
-from pipeline.config.schema import Params, RewardJudge, Scoring
-from pipeline.config.workspace import Workspace
+from pipeline.config.schema import RewardJudge, Scoring
 from pipeline.data.chat import is_dialogue, turns_of
 from pipeline.data.files import Row, digest
 from pipeline.data.row_store import RowStore
+from pipeline.evaluation.judges.resources import Resources
 from pipeline.models.architecture import text_config
 from pipeline.models.control_tokens import ControlTokens, fill_chat_template
 from pipeline.models.identity import folder_identity
-from pipeline.models.loading import Source, model_digest, resolve_device, resolve_dtype
+from pipeline.models.loading import model_digest, resolve_device, resolve_dtype
 from pipeline.models.prompting import Prompter, left_pad
 from pipeline.models.reward_model import merged_classifier
 
@@ -42,17 +42,23 @@ class Reward:
 class RewardModels:
     """Rewards by one model per objective; made once for a run. What is scored is kept.
 
+    Args:
+        judge: the reward models.
+        objectives: their names.
+        resources: the models at hand, of which reward models may be adapters, and the stores, which keep rewards.
+
     Raises:
         UserError: an objective has no reward model, or the folder of one does not hold what it needs.
     """
 
-    def __init__(self, judge: RewardJudge, params: Params, workspace: Workspace) -> None:
-        self._judge, self._params, self._workspace = judge, params, workspace
-        for name in params.objectives:
+    def __init__(self, judge: RewardJudge, objectives: Sequence[str], resources: Resources) -> None:
+        self._judge, self._resources, self._path = judge, resources, resources.store / "rewards.jsonl"
+        self._device = resolve_device(resources.device)
+        for name in objectives:
             if name not in judge.models:
                 raise UserError(f"judge.models has no reward model for {name}: add judge.models.{name}.")
             if judge.models[name].source == "path":
-                _check_folder(name, Path(judge.models[name].location), params, workspace)
+                _check_folder(name, Path(judge.models[name].location), resources)
 
     def of(self, rows: Mapping[str, Sequence[Row]]) -> dict[str, list[Reward]]:
         """The rewards of the rows of every objective; one model is in memory at a time, and each is loaded once.
@@ -66,7 +72,7 @@ class RewardModels:
     def _of(self, name: str, rows: Sequence[Row]) -> list[Reward]:
         identity = self._identity(name)
         keys = [digest([identity, row["prompt"], row["response"], row.get("finish") == "length"]) for row in rows]
-        store = RowStore(self._workspace.scratch / "store" / "rewards.jsonl", keys)
+        store = RowStore(self._path, keys)
         missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in store}
         if missing:
             taken = list(missing)
@@ -79,11 +85,11 @@ class RewardModels:
     def _identity(self, name: str) -> str:
         """What rewards depend on beside the row: how the model is asked, and its files or the commit of the hub."""
         spec = self._judge.models[name]
-        device = resolve_device(self._params.decoding.device)
+        device = self._device
         how = ["whole or without its beginning", repr(spec), str(resolve_dtype(spec.dtype, device)), device.type]
         if spec.source == "path":
             folder, own = Path(spec.location), _trained_on(spec)
-            return digest([*how, folder_identity(folder), own and model_digest(self._workspace.model(own))])
+            return digest([*how, folder_identity(folder), own and model_digest(self._resources.source(own).folder)])
         with _loading(spec):
             config = AutoConfig.from_pretrained(spec.location, revision=spec.revision, trust_remote_code=False)
             return digest([*how, config._commit_hash])
@@ -91,7 +97,7 @@ class RewardModels:
     def _score(self, name: str, rows: Sequence[Row]) -> Iterator[list[tuple[int, Reward]]]:
         """Yield batches of (place of a row, reward), the shortest responses first."""
         spec = self._judge.models[name]
-        model, tokenizer, own = _load(spec, self._params, self._workspace)
+        model, tokenizer, own = _load(spec, self._resources)
         control = ControlTokens.of(tokenizer, spec.template) if own is None else own.control
         context = _context(model, tokenizer)
         order = sorted(range(len(rows)), key=lambda place: len(rows[place]["response"]))
@@ -113,7 +119,7 @@ class RewardModels:
             ]
 
 
-def _check_folder(name: str, folder: Path, params: Params, workspace: Workspace) -> None:
+def _check_folder(name: str, folder: Path, resources: Resources) -> None:
     if not folder.is_dir():
         raise UserError(f"judge.models.{name}: there is no folder {folder}: train it, or correct the path.")
     adapter = (folder / "adapter_config.json").is_file()
@@ -126,7 +132,7 @@ def _check_folder(name: str, folder: Path, params: Params, workspace: Workspace)
             f"judge.models.{name}: {folder} holds no adapter_model.safetensors: convert its weights to safetensors."
         )
     base = _adapted(folder)
-    if base not in params.models or not workspace.model(base).is_dir():
+    if not resources.has(base):
         raise UserError(
             f"judge.models.{name}: {folder} is an adapter of {base}, which is not among the models at hand: add it to "
             "models and fetch."
@@ -216,20 +222,20 @@ def _last_rewards(model: Any, pad: int, ids: Sequence[list[int]]) -> list[float]
     return rewards
 
 
-def _load(spec: Scoring, params: Params, workspace: Workspace) -> tuple[Any, Any, Prompter | None]:
+def _load(spec: Scoring, resources: Resources) -> tuple[Any, Any, Prompter | None]:
     """The classifier in eval mode on its device, its tokenizer, and if it was trained here how its base is asked.
 
     Raises:
         UserError: it cannot be had, or is no sequence classifier with one label.
     """
-    device = resolve_device(params.decoding.device)
+    device = resolve_device(resources.device)
     where: dict[str, Any] = {"revision": spec.revision} if spec.source == "hub" else {"local_files_only": True}
     own = None
     with _loading(spec):
         tokenizer = AutoTokenizer.from_pretrained(spec.location, **where, trust_remote_code=False)
         if name := _trained_on(spec):
-            model = merged_classifier(Path(spec.location), workspace.model(name))
-            own = Source.of(params, workspace, name).prompter()
+            model = merged_classifier(Path(spec.location), resources.source(name).folder)
+            own = resources.source(name).prompter()
         else:
             config = AutoConfig.from_pretrained(spec.location, **where, trust_remote_code=False)
             kind = (config.architectures or ["a model without architecture"])[0]

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.config.errors import UserError
-from pipeline.config.schema import LlmJudge, LocalJudge, Objective, OracleJudge, Params, RewardJudge
-from pipeline.config.workspace import Workspace
+from pipeline.config.schema import Judge, LlmJudge, LocalJudge, Objective, OracleJudge, RewardJudge
 from pipeline.data.files import Row
 from pipeline.data.oracles import scorer
+from pipeline.evaluation.judges.resources import Resources
 from pipeline.evaluation.judges.reward_model import Reward, RewardModels
 from pipeline.evaluation.judges.verdicts import Verdict, Verdicts, mean_score, reasons_text, undetermined
 from pipeline.evaluation.text_classifier import TextClassifier
@@ -51,19 +51,25 @@ class JudgeSession(Protocol):
         """Per objective the share of these texts that were read without their beginning; None: it reads none so."""
 
 
-def open_judge(params: Params, workspace: Workspace) -> JudgeSession:
+def open_judge(judge: Judge, objectives: Mapping[str, Objective], resources: Resources) -> JudgeSession:
     """The configured judge.
+
+    Args:
+        judge: its configuration.
+        objectives: what it judges by.
+        resources: what it finds on this machine.
 
     Raises:
         UserError: an objective has no scorer, reward model or rubric, a folder lacks something, or there is no key.
     """
-    match params.judge:
+    names = list(objectives)
+    match judge:
         case OracleJudge():
-            return _Oracle(params.objectives, workspace.classifiers)
+            return _Oracle(objectives, resources.workspace.classifiers)
         case RewardJudge():
-            return _RewardModel(RewardModels(params.judge, params, workspace), list(params.objectives))
+            return _RewardModel(RewardModels(judge, names, resources), names)
         case LlmJudge() | LocalJudge():
-            return _Pairwise(Verdicts(params.judge, params, workspace), list(params.objectives))
+            return _Pairwise(Verdicts(judge, names, resources), names)
 
 
 class _Oracle:

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pipeline.config.errors import UserError
-from pipeline.config.schema import LlmJudge, LocalJudge, Params
-from pipeline.config.workspace import Workspace
+from pipeline.config.schema import LlmJudge, LocalJudge
 from pipeline.data.files import digest
 from pipeline.data.row_store import RowStore
 from pipeline.evaluation.judges.llm import EndpointModel
 from pipeline.evaluation.judges.local_llm import LocalModel
 from pipeline.evaluation.judges.progress import Progress
 from pipeline.evaluation.judges.reply import Reply
+from pipeline.evaluation.judges.resources import Resources
 from pipeline.evaluation.judges.rubric import Question, read_rubric
 
 Pair = tuple[str, str, str]  # a prompt, a response, and another
@@ -53,21 +53,26 @@ class Verdict:
 class Verdicts:
     """A judge's verdicts on pairs, for every objective; made once for a run, whose budget it keeps.
 
+    Args:
+        judge: who is asked.
+        objectives: their names.
+        resources: the models at hand, among them a local judge, and the stores, which keep the replies.
+
     Raises:
         UserError: there is no rubric for an objective, or the judge lacks what it needs.
     """
 
-    def __init__(self, judge: LlmJudge | LocalJudge, params: Params, workspace: Workspace) -> None:
-        for name in params.objectives:
+    def __init__(self, judge: LlmJudge | LocalJudge, objectives: Sequence[str], resources: Resources) -> None:
+        for name in objectives:
             if name not in judge.rubrics:
                 raise UserError(f"judge.rubrics has none for {name}: add judge.rubrics.{name}=overall.")
-        self._rubrics = {name: read_rubric(judge.rubrics[name]) for name in params.objectives}
+        self._rubrics = {name: read_rubric(judge.rubrics[name]) for name in objectives}
         self._model: JudgeModel
         if isinstance(judge, LlmJudge):
             self._model = EndpointModel(judge)
         else:
-            self._model = LocalModel(judge, params, workspace)
-        self._judge, self._path = judge, workspace.scratch / "store" / "verdicts.jsonl"
+            self._model = LocalModel(judge, resources.source(judge.model), resources.device)
+        self._judge, self._path = judge, resources.store / "verdicts.jsonl"
         self._calls = 0  # of this run
 
     def of(self, pairs: Mapping[str, Sequence[Pair]]) -> dict[str, list[tuple[Verdict, ...]]]:

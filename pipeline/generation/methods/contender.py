@@ -42,7 +42,7 @@ class Contender:
 
     def __init__(self, method: Method, params: Params, workspace: Workspace, mixes: Sequence[Mix]) -> None:
         self._method, self._params, self._workspace = method, params, workspace
-        self._source = Source.of(params, workspace, params.base)
+        self._source = Source.of(params.models, workspace, params.base)
         place = Place(params, workspace)
         self._laws: dict[tuple[str, float], Law] = {}
         self._rewards: dict[str, Path] = {}

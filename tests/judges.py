@@ -1,0 +1,24 @@
+"""The judges of an experiment, opened with what they find on this machine."""
+
+from pipeline.config.schema import LlmJudge, LocalJudge, Params, RewardJudge
+from pipeline.config.workspace import Workspace
+from pipeline.evaluation.judges.resources import Resources
+from pipeline.evaluation.judges.reward_model import RewardModels
+from pipeline.evaluation.judges.session import JudgeSession, open_judge
+from pipeline.evaluation.judges.verdicts import Verdicts
+
+
+def resources_of(params: Params, workspace: Workspace) -> Resources:
+    return Resources(params.models, workspace, params.decoding.device)
+
+
+def judge_of(params: Params, workspace: Workspace) -> JudgeSession:
+    return open_judge(params.judge, params.objectives, resources_of(params, workspace))
+
+
+def verdicts_of(judge: LlmJudge | LocalJudge, params: Params, workspace: Workspace) -> Verdicts:
+    return Verdicts(judge, list(params.objectives), resources_of(params, workspace))
+
+
+def rewards_of(judge: RewardJudge, params: Params, workspace: Workspace) -> RewardModels:
+    return RewardModels(judge, list(params.objectives), resources_of(params, workspace))
