@@ -15,7 +15,7 @@ STAGES = {
     "download": "get one published dataset: datasets/<name>/",
     "prepare": "read, check, label and split the preference data: results/prepare/",
     "train": "train the ARM of one objective: models/arms/<objective>/",
-    "tune": "train what ARMs are compared with: models/arms/rivals/",
+    "tune": "train what ARMs are compared with: models/rivals/",
     "generate": "every test prompt at every point of the sweep: results/generate/",
     "explain": "token rewards of some responses: results/explain/",
     "identify": "digests of models that judge or label: results/identify/",

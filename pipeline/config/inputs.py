@@ -6,14 +6,14 @@ DVC's templates look a path up by a fixed key only, so what follows from several
 """
 
 from collections.abc import Mapping
-from pathlib import PurePath
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-SECTIONS = ("fetch", "models", "objectives", "judge")  # what the section follows from
+SECTIONS = ("fetch", "models", "objectives", "judge", "sweep", "tune")  # what the section follows from
 # A dependency that the stage has anyway, where an entry names no file of its own: DVC needs a path that is there.
-_NONE = {stage: f"pipeline/stages/{stage}.py" for stage in ("fetch", "prepare", "train", "judge")}
+_STAGES = ("fetch", "prepare", "train", "generate", "explain", "judge", "weak_to_strong", "comparison")
+_NONE = {stage: f"pipeline/stages/{stage}.py" for stage in _STAGES}
 
 
 def inputs_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,6 +28,8 @@ def inputs_of(config: Mapping[str, Any]) -> dict[str, Any]:
         `fetch` and `train`: per model and objective, the arguments of the command and the paths that it reads.
         `judge`: the folder and options of a model of `models` that judges, and where digests of reward models are.
         `prepare`: where digests of the models that label are.
+        `generate`, `explain`, `weak_to_strong`, `comparison`: where rivals are, for a sweep that asks DPO policies, and
+        for a comparison that trains some.
         `identify`: per role and objective, the folder of a model whose digest is written there.
     """
     models, judge = config.get("models") or {}, config.get("judge") or {}
@@ -58,6 +60,9 @@ def inputs_of(config: Mapping[str, Any]) -> dict[str, Any]:
         **_identified("annotator", annotators),
     }
     roles = {entry["arguments"]["role"] for entry in identify.values()}
+    points = (config.get("sweep") or {}).get("points") or {}
+    asks_policies = any((point or {}).get("form") == "dpo" for point in points.values())
+    tuned = bool((config.get("tune") or {}).get("bases"))
     return {
         "fetch": fetch,
         "train": train,
@@ -68,6 +73,14 @@ def inputs_of(config: Mapping[str, Any]) -> dict[str, Any]:
             "digests": "results/identify/judge" if "judge" in roles else _NONE["judge"],
         },
         "identify": identify,
+        **{
+            stage: {"rivals": "models/rivals" if asks_policies else _NONE[stage]}
+            for stage in ("generate", "explain", "weak_to_strong")
+        },
+        "comparison": {
+            "rivals": "models/rivals" if tuned else _NONE["comparison"],
+            "tuned": "results/tune" if tuned else _NONE["comparison"],
+        },
     }
 
 
@@ -75,7 +88,7 @@ def _identified(role: str, judges: Mapping[str, Mapping[str, Any] | None]) -> di
     """The entries of models that stages cannot depend on by a path of their own, since any number may be named.
 
     These are the reward models of judges and annotators that lie on this machine, and the models of annotators that
-    are fetched. Reward models below models/arms are left out: the stages that judge depend on that folder.
+    are fetched.
     """
     entries = {}
     for name, judge in judges.items():
@@ -83,7 +96,6 @@ def _identified(role: str, judges: Mapping[str, Mapping[str, Any] | None]) -> di
         folder, option = None, ""
         if judge and judge.get("kind") == "reward_model":
             folder, option = _folder((judge.get("models") or {}).get(name) or {}), f"{section}.models.{name}.location"
-            folder = None if folder and PurePath(folder).parts[:2] == ("models", "arms") else folder
         elif judge and judge.get("kind") == "local_llm" and role == "annotator":
             folder, option = f"models/{judge.get('model')}", f"{section}.model"
         if folder:

@@ -176,8 +176,9 @@ def _check(params: Params, origin: str) -> None:
             raise UserError(f"{origin}: {key} {name} is no model: did you mean {close[0]}?")
         if name not in params.fetch:
             raise UserError(f"{origin}: {key} {name} is not among the models that fetch lists: add it there.")
-    if "arms" in params.models or "rivals" in objectives:
-        raise UserError(f"{origin}: no model can be called arms and no objective rivals: those are folders' names.")
+    for name in ("arms", "rivals"):
+        if name in params.models:
+            raise UserError(f"{origin}: no model can be called {name}: that is a folder's name.")
     for name in objectives.keys() & set(COLUMNS):
         raise UserError(f"{origin}: an objective cannot be called {name}, as a column of the tables is: rename it.")
     _check_labels(objectives, origin)

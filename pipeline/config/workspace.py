@@ -26,5 +26,5 @@ class Workspace:
         return self.models / "classifiers.json"
 
     def rival(self, base: str, name: str) -> Path:
-        """The folder of what was trained for comparison: beside the ARMs, so that one folder is all there is."""
-        return self.models / "arms" / "rivals" / base / name
+        """The folder of what was trained for comparison."""
+        return self.models / "rivals" / base / name

@@ -1,4 +1,4 @@
-"""tune: what ARMs are compared with, trained on the same pairs: an adapter of a base, models/arms/rivals/<base>/.
+"""tune: what ARMs are compared with, trained on the same pairs: an adapter of a base, models/rivals/<base>/.
 
 python -m pipeline tune --base smollm2-135m --rival positivity
 """

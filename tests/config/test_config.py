@@ -525,6 +525,18 @@ def test_dvc_watches_what_lies_outside_the_project(compose_params):
     assert (local.judge.model, local.judge.options) == ("models/smollm2-360m", "models.smollm2-360m")
 
 
+def test_a_new_rival_reruns_only_what_asks_it():
+    rivals = str(Workspace().rival("base", "name").parents[1])
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        plain = compose("config", overrides=["tune=comparison", "comparison=default"]).inputs
+        policies = compose("config", overrides=["experiment=weak_to_strong"]).inputs
+    for stage in ("generate", "explain", "weak_to_strong"):
+        assert plain[stage].rivals == f"pipeline/stages/{stage}.py" and policies[stage].rivals == rivals
+    assert (plain.comparison.rivals, plain.comparison.tuned) == (rivals, "results/tune")
+    of_others = [dep for stage in STAGES for dep in STAGES[stage]["deps"] if dep.startswith(rivals)]
+    assert not of_others, "through `inputs` alone"
+
+
 def test_inputs_that_belong_to_other_models_are_refused():
     config = default()
     config["models"]["smollm2-135m"] |= {"source": "path", "location": "/models/mine"}  # by hand, in params.yaml
