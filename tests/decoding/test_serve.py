@@ -111,6 +111,14 @@ def guidance(weights):
     return {"guidance": {"weights": weights}}
 
 
+def regex(pattern):
+    return {"structured_outputs": {"regex": pattern}}
+
+
+def schema(content):
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": content}}}
+
+
 @pytest.mark.parametrize("place", range(len(POINTS)))
 def test_a_guided_answer_is_the_decoders(client, expected, place):
     said = client.chat.completions.create(
@@ -192,7 +200,16 @@ def test_requests_without_guidance_pass_untouched(client, expected):
         (guidance({"kindness": 1.0}), "weights name kindness, but the ARMs are positivity, conciseness"),
         (guidance([1.0]), "valid dictionary"),
         ({**guidance({}), "logit_bias": {"5": 1.0}}, "cannot have logit_bias"),
-        ({**guidance({}), "response_format": {"type": "json_object"}}, "cannot have response_format"),
+        (
+            {
+                **guidance({}),
+                **regex("("),
+            },
+            "[Ii]nvalid|[Ff]ailed|cannot",
+        ),
+        ({**guidance({}), **regex("a*"), "ignore_eos": True}, "cannot have min_tokens or ignore_eos"),
+        ({**guidance({}), **regex("a*"), "min_tokens": 2}, "cannot have min_tokens or ignore_eos"),
+        ({**guidance({}), **schema({"type": "integer", "multipleOf": 7})}, "xgrammar does not know: simplify it"),
         ({**guidance({}), "kindness": 1}, "cannot have kindness"),
         ({**guidance({}), "presence_penalty": 3.0}, "presence_penalty must be in"),
         (guidance({"positivity": "much"}), "valid number"),
@@ -240,10 +257,10 @@ def models_of(base, beside=()):
         "base": "tiny", "folder": str(base.folder), "groups": 2, "adapters": ["positivity"], "ends": ends,
         "guides": guides.to_json(beside), "marks": marks, "template": base.template,
     }  # fmt: skip
-    config = SimpleNamespace(
+    model = SimpleNamespace(
         max_model_len=512, max_logprobs=20, get_vocab_size=lambda: len(base.prompter().tokenizer), is_diffusion=False
     )
-    return Models(described, config)
+    return Models(described, SimpleNamespace(model_config=model, structured_outputs_config=None))
 
 
 def chat(**fields):
@@ -534,6 +551,51 @@ def test_penalties_are_taken_off_the_guided_law(client):
     for name in ("presence_penalty", "frequency_penalty"):
         penalised = client.completions.create(**how, **{name: 2.0}, **more).choices[0].logprobs.tokens
         assert penalised != plain, name
+
+
+def test_a_format_is_kept_to_on_the_guided_law(client, source, adapters, small):  # noqa: F811
+    """What the grammar allows keeps the odds that the guided law gives it; the models' own laws stay whole."""
+    arms = {"positivity": adapters["one"], "conciseness": small.folder}
+    decoder = GuidedDecoder.load(Source(source.folder, dtype="float32"), arms, device="cpu")
+    weights, words = {"positivity": 1.0, "conciseness": 0.5}, ("good", "great", "bad")
+    answer = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": TEXT}], max_tokens=30, seed=4, temperature=0.8,
+        logprobs=True, top_logprobs=20, extra_body={**guidance(weights), **regex("|".join(words))},
+    ).choices[0]  # fmt: skip
+    assert answer.message.content in words and answer.finish_reason == "stop"
+    tokenizer = source.prompter().tokenizer
+    spelled = {tokenizer.decode([token]): token for token in range(len(tokenizer))}
+    allowed = [token for text, token in spelled.items() if text and any(word.startswith(text) for word in words)]
+    law = decoder.trace(Request(TEXT, weights, temperature=0.8, max_new_tokens=30), allowed[:1]).logps
+    expected = law["guided"][0, allowed].log_softmax(-1).sort(descending=True).values.tolist()
+    first = answer.logprobs.content[0]
+    assert [one.logprob for one in first.top_logprobs] == pytest.approx(expected, abs=1e-3)
+    for name in ("base", *weights):
+        assert first.model_extra["models"][name] == pytest.approx(float(law[name][0, spelled[first.token]]), abs=1e-3)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_answers_are_json_of_the_schema_that_is_asked_for(client, point):
+    """Whole and streamed, several at once, some of them begun again in the middle since the cache is small."""
+    content = {
+        "type": "object", "additionalProperties": False, "required": ["mood", "words"],
+        "properties": {
+            "mood": {"enum": ["good", "bad"]},
+            "words": {"type": "array", "maxItems": 2, "items": {"enum": ["love", "happy", "sad"]}},
+        },
+    }  # fmt: skip
+    how = {
+        "model": "tiny", "messages": [{"role": "user", "content": TEXT}], "max_tokens": 120, "seed": 1, "n": 3,
+        "extra_body": {**guidance(point), **schema(content)},
+    }  # fmt: skip
+    whole = [choice.message.content for choice in client.chat.completions.create(**how).choices]
+    streamed = ["", "", ""]
+    for chunk in client.chat.completions.create(**how, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content
+    assert streamed == whole
+    for text in whole:
+        answer = json.loads(text)
+        assert set(answer) == {"mood", "words"} and answer["mood"] in ("good", "bad") and len(answer["words"]) <= 2
 
 
 def test_what_ends_a_response_and_what_does_not(client, expected):

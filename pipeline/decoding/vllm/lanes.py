@@ -29,6 +29,7 @@ class Shaping:
     min_tokens: int = 0  # that are drawn before one of `stop_token_ids` can be
     stop_token_ids: tuple[int, ...] = ()  # that end a response
     top_logprobs: int | None = None  # likeliest tokens whose log-probabilities are kept; None: nothing is kept
+    grammar: str | None = None  # that the response keeps to, as `grammar.GrammarCompiler` returns it
 
 
 def sealed(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,12 +76,15 @@ def lane_params(
         "top_p": request.top_p, "min_p": request.min_p, "sums": sums, **asdict(shaping),
     }  # fmt: skip
     of_base = {"guides": dict(guides), "prompts": [list(prompt) for prompt in prompts]}
+    of_others = {"grammar": None}  # it is long, and the base's lane speaks for the group
     return [
         SamplingParams(
             temperature=0.0, max_tokens=request.max_new_tokens - first, ignore_eos=True, detokenize=False,
             stop_token_ids=[*shaping.stop_token_ids, mark],
             output_kind=RequestOutputKind.FINAL_ONLY if lane else output,
-            extra_args=sealed({**facts, **({} if lane else of_base), "lane": lane, "model": model, "alpha": alpha}),
+            extra_args=sealed(
+                {**facts, **(of_others if lane else of_base), "lane": lane, "model": model, "alpha": alpha}
+            ),
         )
         for lane, (model, alpha) in enumerate(alphas.items())
     ]  # fmt: skip

@@ -1,9 +1,10 @@
 """Log-probabilities of one drawn token: of the guided law, and of each model that had a say.
 
-The law is the guided one at the request's temperature (at 1 where it is greedy), penalties included, before top-k,
-top-p and min-p. Each model's is its own at temperature 1.
+The law is the guided one at the request's temperature (at 1 where it is greedy), penalties and format included, before
+top-k, top-p and min-p. Each model's is its own at temperature 1.
 """
 
+import math
 from collections.abc import Mapping
 from typing import TypedDict
 
@@ -17,7 +18,7 @@ class TokenLogprobs(TypedDict):
 
     token: int
     logprob: float
-    top: list[tuple[int, float]]  # the likeliest tokens, likeliest first
+    top: list[tuple[int, float]]  # the likeliest tokens, likeliest first, without those that cannot be drawn
     models: dict[str, float]  # of the token under the base, the ARMs
 
 
@@ -34,6 +35,6 @@ def token_logprobs(law_V: Tensor, token: int, size: int, models: Mapping[str, Te
     return {
         "token": token,
         "logprob": float(law_V[token]),
-        "top": list(zip(ids_K.tolist(), logps_K.tolist(), strict=True)),
+        "top": [(one, logp) for one, logp in zip(ids_K.tolist(), logps_K.tolist(), strict=True) if logp > -math.inf],
         "models": {name: float(normalised(logits_V)[token]) for name, logits_V in models.items()},
     }

@@ -32,6 +32,7 @@ from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from pipeline.decoding.guidance import cut, draw, kl_divergence, normalised, truncate
+from pipeline.decoding.vllm.grammar import Grammars
 from pipeline.decoding.vllm.guides import Guided, Guides
 from pipeline.decoding.vllm.lanes import check_seal, facts_of
 from pipeline.decoding.vllm.logprobs import TokenLogprobs, token_logprobs
@@ -58,6 +59,7 @@ class LaneProcessor(LogitsProcessor):
         self._device = device
         self._guides = Guides(config["guides"], device)
         self._vocab_size = min([int(config["vocab_size"]), *self._guides.vocab_sizes])
+        self._grammars = Grammars(vllm_config)
         self._rows: dict[int, Lane] = {}
         self._plan: Plan | None = None
         self._changed = False
@@ -89,7 +91,7 @@ class LaneProcessor(LogitsProcessor):
         for index, params, prompt, output in batch_update.added:
             self._rows.pop(index, None)
             if facts := facts_of(params):
-                self._rows[index] = lane_of(facts, prompt or (), output)
+                self._rows[index] = lane_of(facts, prompt or (), output, self._grammars)
         for one, two, direction in batch_update.moved:
             first, second = self._rows.pop(one, None), self._rows.pop(two, None)
             if first is not None:
@@ -147,7 +149,7 @@ class LaneProcessor(LogitsProcessor):
         plan.steps += 1
 
     def _shape(self, plan: Plan, total_GV: Tensor) -> None:
-        """Take penalties off the sums of groups, and ends out of those that are not long enough."""
+        """Take penalties off the sums of groups, and take out early ends and what a grammar forbids."""
         for place, counts_V in plan.counts.items():
             lane = plan.lanes[place]
             penalty_V = lane.frequency_penalty * counts_V + lane.presence_penalty * (counts_V > 0)
@@ -155,6 +157,10 @@ class LaneProcessor(LogitsProcessor):
         for place, lane in enumerate(plan.lanes):
             if lane.min_tokens and len(lane.before) + plan.lengths[place] + plan.steps < lane.min_tokens:
                 total_GV[place, [token for token in lane.stop_token_ids if token < self._vocab_size]] = -torch.inf
+        matchers = {
+            place: (lane.matcher, lane.drawn) for place, lane in enumerate(plan.lanes) if lane.matcher is not None
+        }
+        self._grammars.mask(matchers, total_GV)
 
     def _recorded(
         self, plan: Plan, law_GV: Tensor, token_G: Tensor, seen: Tensor, beside: Sequence[tuple[str, list[int], Tensor]]

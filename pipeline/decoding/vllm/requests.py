@@ -21,6 +21,7 @@ from pipeline.config.errors import UserError
 from pipeline.config.points import BASE
 from pipeline.data.chat import UnfitError, spelled
 from pipeline.decoding.request import Request
+from pipeline.decoding.vllm.grammar import GrammarCompiler
 from pipeline.decoding.vllm.guides import from_json
 from pipeline.decoding.vllm.lanes import Shaping
 from pipeline.decoding.vllm.response import Job
@@ -32,7 +33,7 @@ _SUPPORTED = {
     "model", "messages", "prompt", "guidance", "temperature", "top_k", "top_p", "min_p", "max_tokens", "n",
     "max_completion_tokens", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "stream", "stream_options",
     "presence_penalty", "frequency_penalty", "logprobs", "top_logprobs", "chat_template_kwargs", "user", "request_id",
-    "add_special_tokens",
+    "add_special_tokens", "response_format", "structured_outputs",
 }  # fmt: skip
 # What a client may write where it changes nothing, beside a field's own default.
 _NEUTRAL: dict[str, Any] = {"best_of": 1, "repetition_penalty": 1, "tool_choice": "auto"}
@@ -66,7 +67,7 @@ class Models:
 
     Args:
         described: what the launcher wrote.
-        config: vLLM's, of the base.
+        config: vLLM's.
     """
 
     def __init__(self, described: Mapping[str, Any], config: Any) -> None:
@@ -80,7 +81,8 @@ class Models:
         self._base_prompter = Prompter(self.tokenizer, described["template"]) if templated else None
         self._guides = [(one.source.prompter(), one.source.context) for one in beside]
         self.ends, self.marks = frozenset(described["ends"]), described["marks"]
-        self.config, self.context = config, int(config.max_model_len)
+        self.config, self.context = config, int(config.model_config.max_model_len)
+        self.grammars = GrammarCompiler(config)
 
     def prompts(self, request: GuidedChat | GuidedCompletion) -> list[list[int]]:
         """The prompt in token ids, as the base and then each guide reads it.
@@ -143,7 +145,10 @@ def read_jobs(request: GuidedChat | GuidedCompletion, models: Models) -> list[Jo
     if not 1 <= most <= room:
         raise UserError(f"max_tokens is {most}, and between 1 and {room} fit behind the prompt.")
     params = request.to_sampling_params(most, {})
-    params.verify(models.config, None, None, models.tokenizer)
+    params.verify(models.config.model_config, None, models.config.structured_outputs_config, models.tokenizer)
+    structured = params.structured_outputs
+    if structured is not None and (params.min_tokens or params.ignore_eos):
+        raise UserError("a response ends where its format does: it cannot have min_tokens or ignore_eos.")
     if params.n > models.groups:
         raise UserError(f"n is {params.n}, and the server writes {models.groups} responses at once (--groups).")
     # The prompt as `GuidedDecoder` knows it, so that the same seed writes the same text.
@@ -156,7 +161,7 @@ def read_jobs(request: GuidedChat | GuidedCompletion, models: Models) -> list[Jo
     shaping = _shaping(request, params, models)
     mark = tuple(token for token in models.marks if token not in shaping.stop_token_ids)[:2]
     return [
-        Job(replace(sampled, sample=sample), shaping, prompts[0], prompts[1:], models.ends, mark)
+        Job(replace(sampled, sample=sample), shaping, prompts[0], prompts[1:], models.ends, structured, mark)
         for sample in range(params.n)
     ]
 

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from pipeline.decoding.guidance import random_stream
+from pipeline.decoding.vllm.grammar import Grammars, Matcher
 from pipeline.decoding.vllm.logprobs import TokenLogprobs
 
 
@@ -38,6 +39,7 @@ class Lane:
     min_tokens: int
     stop_token_ids: Sequence[int]
     top_logprobs: int | None
+    matcher: Matcher | None  # of the grammar that the response keeps to
     output: Sequence[int]  # vLLM's own list: it grows as tokens are drawn
 
     @property
@@ -73,11 +75,17 @@ class Plan:
     records: dict[str, TokenLogprobs] = field(default_factory=dict)  # of the last step, likewise
 
 
-def lane_of(facts: Mapping[str, Any], prompt: Sequence[int], output: Sequence[int]) -> Lane:
+def lane_of(facts: Mapping[str, Any], prompt: Sequence[int], output: Sequence[int], grammars: Grammars) -> Lane:
     """A lane of what it tells, its prompt and vLLM's list of its tokens."""
     lane, first = facts["lane"], facts["first"]
     # Only the base's lane draws, and speaks for the guides.
     uniforms = np.empty(0) if lane else random_stream(facts["stream"], facts["last"])[first:]
     names = [each.name for each in fields(Lane)]
-    computed = {"uniforms": uniforms, "before": list(prompt[len(prompt) - first :]), "output": output}
+    grammar = facts["grammar"]
+    computed = {
+        "uniforms": uniforms,
+        "before": list(prompt[len(prompt) - first :]),
+        "output": output,
+        "matcher": None if grammar is None else grammars.matcher(grammar, facts["stop_token_ids"]),
+    }
     return Lane(**{"prompts": (), "guides": {}, **{name: facts[name] for name in names if name in facts}, **computed})

@@ -8,6 +8,7 @@ import json
 import os
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
@@ -52,7 +53,7 @@ class GuidedRoutes:
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Load tokenizers and templates."""
-        models = Models(json.loads(os.environ[SERVE]), engine_client.model_config)
+        models = Models(json.loads(os.environ[SERVE]), engine_client.vllm_config)
         adapters = {
             name: adapter
             for name, adapter in state.openai_serving_models.lora_requests.items()
@@ -139,6 +140,9 @@ async def _guided(request: GuidedChat | GuidedCompletion, raw_request: Request) 
     state = raw_request.app.state
     try:
         jobs = read_jobs(request, state.guided_models)
+        if (structured := jobs[0].structured) is not None:
+            grammar = await state.guided_models.grammars.compile(structured)
+            jobs = [replace(job, shaping=replace(job.shaping, grammar=grammar)) for job in jobs]
     except UserError as error:
         raise VLLMValidationError(str(error)) from error
     answer = answers.Answer(request, state.guided_models.base, len(jobs[0].prompt), state.guided_models.tokenizer)
