@@ -72,7 +72,8 @@ def trial(method: str, beta: float, lr: float) -> pd.DataFrame:
             columns = ("reward_positivity", "reward_conciseness", "kl", "readable", "perplexity")
             line |= {f"{column}_{point}": found[column] for column in columns}
         lines.append(line)
-    return pd.DataFrame(lines).round(4)
+    table = pd.DataFrame(lines)
+    return table.round({column: 4 for column in table if column not in ("beta", "lr")})
 
 
 def settings_of(text: str) -> tuple[float, float]:

@@ -24,12 +24,13 @@ from transformers import AutoTokenizer
 pytest.importorskip("vllm", reason="vLLM is not installed: make vllm")
 from openai import AsyncOpenAI, BadRequestError, OpenAI
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams
 
 from pipeline.config.errors import UserError
 from pipeline.decoding.backbone import SideBackbone
 from pipeline.decoding.decoder import GuidedDecoder
 from pipeline.decoding.request import Request, until_stop
-from pipeline.decoding.vllm import guides
+from pipeline.decoding.vllm import grammar, guides
 from pipeline.decoding.vllm.answers import Answer
 from pipeline.decoding.vllm.requests import GuidedChat, Models, read_jobs
 from pipeline.decoding.vllm.response import Delta, Responder
@@ -207,6 +208,7 @@ def test_requests_without_guidance_pass_untouched(client, expected):
             },
             "[Ii]nvalid|[Ff]ailed|cannot",
         ),
+        ({**guidance({}), "structured_outputs": {"grammar": "root ::= root"}}, "the format allows no text at all"),
         ({**guidance({}), **regex("a*"), "ignore_eos": True}, "cannot have min_tokens or ignore_eos"),
         ({**guidance({}), **regex("a*"), "min_tokens": 2}, "cannot have min_tokens or ignore_eos"),
         ({**guidance({}), **schema({"type": "integer", "multipleOf": 7})}, "xgrammar does not know: simplify it"),
@@ -317,6 +319,29 @@ def test_a_base_with_a_template_is_asked_as_everywhere_else(source, tmp_path):  
     assert job.prompt == expected
     with pytest.raises(UserError, match="has room for one turn"):
         read_jobs(chat(messages=several, **guidance({})), models_of(base))
+
+
+def test_variables_reach_the_chat_template_of_a_guided_request(source, tmp_path):  # noqa: F811
+    shutil.copytree(source.folder, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    tokenizer.chat_template += "{% if enable_thinking is defined and not enable_thinking %} no{% endif %}"
+    tokenizer.save_pretrained(tmp_path / "base")
+    models, body = models_of(Source(tmp_path / "base")), guidance({"positivity": 1.0})
+    [plain] = read_jobs(chat(**body), models)
+    [job] = read_jobs(chat(chat_template_kwargs={"enable_thinking": False}, **body), models)
+    assert job.prompt == [*plain.prompt, *tokenizer(" no").input_ids]
+
+
+def test_a_format_that_takes_too_long_to_compile_is_refused(monkeypatch):
+    compiler = grammar.GrammarCompiler(SimpleNamespace())
+    monkeypatch.setattr(grammar, "_LONGEST", 0.05)
+    monkeypatch.setattr(compiler, "_compiled", lambda structured: time.sleep(0.5))
+    structured = StructuredOutputsParams(regex="a*")
+    with pytest.raises(UserError, match="does not know: simplify it"):
+        asyncio.run(compiler.compile(structured))
+    structured._backend = "xgrammar"
+    with pytest.raises(UserError, match=r"takes more than 0\.05 seconds to compile: simplify it"):
+        asyncio.run(compiler.compile(structured))
 
 
 def test_a_load_of_mixed_weights_and_leaving_clients_gets_every_answer_right(server, expected):

@@ -48,7 +48,7 @@ class GrammarCompiler:
         """The compiled format as JSON, which any process with the same tokenizer can read.
 
         Raises:
-            UserError: it cannot be compiled, or that takes too long.
+            UserError: it cannot be compiled, that takes too long, or no text has this format.
         """
         if structured._backend != "xgrammar":
             raise UserError("the format uses something that xgrammar does not know: simplify it.")
@@ -65,7 +65,12 @@ class GrammarCompiler:
         return _backend(self._config)
 
     def _compiled(self, structured: StructuredOutputsParams) -> str:
-        return str(self._compiler.compile_grammar(*get_structured_output_key(structured)).ctx.serialize_json())
+        grammar = self._compiler.compile_grammar(*get_structured_output_key(structured))
+        bitmask = self._compiler.allocate_token_bitmask(1)
+        grammar.fill_bitmask(bitmask, 0)
+        if not bitmask.any():
+            raise UserError("the format allows no text at all: correct it.")
+        return str(grammar.ctx.serialize_json())
 
 
 class Matcher:

@@ -9,13 +9,14 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from vllm import SamplingParams
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.exceptions import VLLMValidationError
 
 from pipeline.config.errors import UserError
 from pipeline.config.points import BASE
@@ -48,14 +49,26 @@ class Guidance(BaseModel):
     weights: dict[str, Alpha]
 
 
-class GuidedChat(ChatCompletionRequest):
+class _Readable(BaseModel):
+    """Refuses what ends vLLM's own validators, which read fields before their types are checked."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _refuse_other_types(cls, body: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return validate(body)
+        except (AttributeError, TypeError) as error:
+            raise VLLMValidationError(f"a field's value is of another type than it can have: {error}.") from error
+
+
+class GuidedChat(_Readable, ChatCompletionRequest):
     """A chat with `guidance`."""
 
     field_names: ClassVar[set[str] | None] = None  # which vLLM computes once per class
     guidance: Guidance | None = None
 
 
-class GuidedCompletion(CompletionRequest):
+class GuidedCompletion(_Readable, CompletionRequest):
     """A completion with `guidance`."""
 
     field_names: ClassVar[set[str] | None] = None

@@ -100,8 +100,8 @@ class Responder:
             finish = "error"
             raise GenerationError(
                 f"a guided request was begun {_PARTS} times and lost a lane each time: its lanes do not fit into "
-                "vLLM's cache or into one step (--max-num-batched-tokens), or a model's logits are not finite (set "
-                "dtype to float32)."
+                "vLLM's cache or into one step (--max-num-batched-tokens), a model's logits are not finite (set dtype "
+                "to float32), or its format allows no further token."
             )
         finally:
             REQUESTS.labels(finish).inc()
