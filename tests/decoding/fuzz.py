@@ -10,8 +10,8 @@ _VALUES = [
 _FORMATS = [
     {"regex": "("}, {"regex": "(a?){200}"}, {"regex": "[a-z]{1,40}|\ud83d"}, {"choice": []},
     {"choice": ["a", "\u2028"]}, {"grammar": "root ::= root"}, {"grammar": 'root ::= "a" root | "b"'},
-    {"json": "{"}, {"json": {"type": "nothing"}}, {"json": {"$ref": "#"}}, {"json": {"enum": []}}, {"json_object": False},
-    {"type": "json_object"}, {"type": "text"},
+    {"json": "{"}, {"json": {"type": "nothing"}}, {"json": {"$ref": "#"}}, {"json": {"enum": []}},
+    {"json_object": False}, {"type": "json_object"}, {"type": "text"},
     {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "array", "minItems": 10**9}}},
     {"type": "json_schema"}, {"type": "structural_tag", "format": {}}, {"structural_tag": "{}"},
 ]  # fmt: skip

@@ -22,15 +22,15 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make vllm")
+import xgrammar
 from openai import AsyncOpenAI, BadRequestError, OpenAI
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import StructuredOutputsParams
 
 from pipeline.config.errors import UserError
 from pipeline.decoding.backbone import SideBackbone
 from pipeline.decoding.decoder import GuidedDecoder
 from pipeline.decoding.request import Request, until_stop
-from pipeline.decoding.vllm import grammar, guides
+from pipeline.decoding.vllm import compilation, guides
 from pipeline.decoding.vllm.answers import Answer
 from pipeline.decoding.vllm.requests import GuidedChat, Models, read_jobs
 from pipeline.decoding.vllm.response import Delta, Responder
@@ -259,10 +259,10 @@ def models_of(base, beside=()):
         "base": "tiny", "folder": str(base.folder), "groups": 2, "adapters": ["positivity"], "ends": ends,
         "guides": guides.to_json(beside), "marks": marks, "template": base.template,
     }  # fmt: skip
-    model = SimpleNamespace(
+    config = SimpleNamespace(
         max_model_len=512, max_logprobs=20, get_vocab_size=lambda: len(base.prompter().tokenizer), is_diffusion=False
     )
-    return Models(described, SimpleNamespace(model_config=model, structured_outputs_config=None))
+    return Models(described, config)
 
 
 def chat(**fields):
@@ -332,16 +332,28 @@ def test_variables_reach_the_chat_template_of_a_guided_request(source, tmp_path)
     assert job.prompt == [*plain.prompt, *tokenizer(" no").input_ids]
 
 
-def test_a_format_that_takes_too_long_to_compile_is_refused(monkeypatch):
-    compiler = grammar.GrammarCompiler(SimpleNamespace())
-    monkeypatch.setattr(grammar, "_LONGEST", 0.05)
-    monkeypatch.setattr(compiler, "_compiled", lambda structured: time.sleep(0.5))
-    structured = StructuredOutputsParams(regex="a*")
-    with pytest.raises(UserError, match="does not know: simplify it"):
-        asyncio.run(compiler.compile(structured))
-    structured._backend = "xgrammar"
-    with pytest.raises(UserError, match=r"takes more than 0\.05 seconds to compile: simplify it"):
-        asyncio.run(compiler.compile(structured))
+def test_formats_are_compiled_within_bounds(source, monkeypatch):  # noqa: F811
+    """What takes too long is killed, and the next one has a new process."""
+    tokenizer = source.prompter().tokenizer
+    compiler = compilation.GrammarCompiler(lambda: xgrammar.TokenizerInfo.from_huggingface(tokenizer))
+
+    async def compile_all():
+        await compiler.compile("regex", "a*")  # once the process is there
+        monkeypatch.setattr(compilation, "_SECONDS", 1.0)
+        with pytest.raises(compilation.FormatError, match="more than 1 seconds or too much memory"):
+            await compiler.compile("regex", "|".join("a" * length for length in range(1, 3000)))
+        monkeypatch.setattr(compilation, "_SECONDS", 60.0)
+        for kind, text, sentence in (
+            ("regex", "(", "the format cannot be compiled"),
+            ("json", "{", "the format cannot be compiled"),
+            ("grammar", "root ::= root", "allows no text at all"),
+        ):
+            with pytest.raises(compilation.FormatError, match=sentence):
+                await compiler.compile(kind, text)
+        assert json.loads(await compiler.compile("json", '{"type": "integer"}'))
+        compiler.close()
+
+    asyncio.run(compile_all())
 
 
 def test_a_load_of_mixed_weights_and_leaving_clients_gets_every_answer_right(server, expected):

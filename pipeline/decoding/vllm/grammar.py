@@ -1,76 +1,28 @@
-"""Formats of responses (JSON schemas, regular expressions, choices, grammars) on the guided law.
+"""Formats of responses (JSON schemas, regular expressions, choices, grammars) on the guided law, inside vLLM.
 
 vLLM takes forbidden tokens out of the logits of each row before processors see them. Here the logits of several rows
 are summed, and the base's own law is needed whole, for the KL to it: so the processor follows a group's grammar itself
-and applies it to the sum. Compiler and matcher are the ones that vLLM uses, xgrammar's. Grammars are compiled where
-requests are read: inside the engine everybody would wait for that.
+and applies it to the sum, with the matcher that vLLM uses too, xgrammar's.
 
 Shapes: G groups, V vocabulary.
 """
 
-import asyncio
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
 import xgrammar
 from torch import Tensor
 from vllm.config import VllmConfig
-from vllm.sampling_params import StructuredOutputsParams
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.structured_output.backend_types import StructuredOutputOptions
 from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
-from vllm.v1.structured_output.request import get_structured_output_key
-
-from pipeline.config.errors import UserError
-
-_LONGEST = 10.0  # seconds that a compilation may take
 
 
-def _backend(config: VllmConfig) -> XgrammarBackend:
-    """VLLM's compiler for the vocabulary of the base."""
-    tokenizer = cached_tokenizer_from_config(model_config=config.model_config)
-    return XgrammarBackend(config, tokenizer=tokenizer, vocab_size=config.model_config.get_vocab_size())
-
-
-class GrammarCompiler:
-    """Compiles the formats of requests, one after the other.
-
-    Args:
-        config: vLLM's.
-    """
-
-    def __init__(self, config: VllmConfig) -> None:
-        self._config = config
-        self._pool = ThreadPoolExecutor(1)  # a compilation cannot be interrupted, and hostile ones must not pile up
-
-    async def compile(self, structured: StructuredOutputsParams) -> str:
-        """The compiled format as JSON, which any process with the same tokenizer can read.
-
-        Raises:
-            UserError: it cannot be compiled, that takes too long, or no text has this format.
-        """
-        if structured._backend != "xgrammar":
-            raise UserError("the format uses something that xgrammar does not know: simplify it.")
-        compilation = asyncio.get_running_loop().run_in_executor(self._pool, self._compiled, structured)
-        try:
-            return await asyncio.wait_for(compilation, _LONGEST)
-        except TimeoutError as error:
-            raise UserError(f"the format takes more than {_LONGEST:g} seconds to compile: simplify it.") from error
-        except (RuntimeError, ValueError) as error:  # xgrammar's own are of these kinds
-            raise UserError(f"the format cannot be compiled: {error}") from error
-
-    @cached_property
-    def _compiler(self) -> XgrammarBackend:
-        return _backend(self._config)
-
-    def _compiled(self, structured: StructuredOutputsParams) -> str:
-        grammar = self._compiler.compile_grammar(*get_structured_output_key(structured))
-        bitmask = self._compiler.allocate_token_bitmask(1)
-        grammar.fill_bitmask(bitmask, 0)
-        if not bitmask.any():
-            raise UserError("the format allows no text at all: correct it.")
-        return str(grammar.ctx.serialize_json())
+def token_info(config: VllmConfig) -> xgrammar.TokenizerInfo:
+    """The base's vocabulary as vLLM describes it to xgrammar; grammars fit only the one they were compiled for."""
+    tokenizer, size = cached_tokenizer_from_config(config.model_config), config.model_config.get_vocab_size()
+    backend = XgrammarBackend(config, tokenizer=tokenizer, vocab_size=size)
+    return backend.compile_grammar(StructuredOutputOptions.REGEX, "a").ctx.tokenizer_info  # which it keeps to itself
 
 
 class Matcher:
@@ -78,7 +30,7 @@ class Matcher:
 
     Args:
         grammar: as `GrammarCompiler.compile` returns it.
-        tokens: what xgrammar knows of the tokenizer.
+        tokens: the vocabulary.
         ends: tokens that end a response, which may be drawn where the format is complete.
     """
 
@@ -107,8 +59,7 @@ class Grammars:
 
     @cached_property
     def _tokens(self) -> xgrammar.TokenizerInfo:
-        any_grammar = _backend(self._config).compile_grammar(StructuredOutputOptions.REGEX, "a")
-        return any_grammar.ctx.tokenizer_info
+        return token_info(self._config)
 
     def matcher(self, grammar: str, ends: Sequence[int]) -> Matcher:
         """Follow a response from its beginning."""

@@ -29,7 +29,7 @@ class Shaping:
     min_tokens: int = 0  # that are drawn before one of `stop_token_ids` can be
     stop_token_ids: tuple[int, ...] = ()  # that end a response
     top_logprobs: int | None = None  # likeliest tokens whose log-probabilities are kept; None: nothing is kept
-    grammar: str | None = None  # that the response keeps to, as `grammar.GrammarCompiler` returns it
+    grammar: str | None = None  # that the response keeps to, as `compilation.GrammarCompiler` returns it
 
 
 def sealed(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ bound before anything is allocated for it.
 """
 
 import inspect
+import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,12 +18,16 @@ from vllm import SamplingParams
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import check_json_nesting
+from vllm.v1.structured_output.backend_types import StructuredOutputOptions
+from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
+from vllm.v1.structured_output.request import get_structured_output_key
+from vllm.v1.structured_output.utils import choice_as_grammar, grammar_is_likely_lark
 
 from pipeline.config.errors import UserError
 from pipeline.config.points import BASE
 from pipeline.data.chat import UnfitError, spelled
 from pipeline.decoding.request import Request
-from pipeline.decoding.vllm.grammar import GrammarCompiler
 from pipeline.decoding.vllm.guides import from_json
 from pipeline.decoding.vllm.lanes import Shaping
 from pipeline.decoding.vllm.response import Job
@@ -80,7 +85,7 @@ class Models:
 
     Args:
         described: what the launcher wrote.
-        config: vLLM's.
+        config: vLLM's, of the base.
     """
 
     def __init__(self, described: Mapping[str, Any], config: Any) -> None:
@@ -94,8 +99,7 @@ class Models:
         self._base_prompter = Prompter(self.tokenizer, described["template"]) if templated else None
         self._guides = [(one.source.prompter(), one.source.context) for one in beside]
         self.ends, self.marks = frozenset(described["ends"]), described["marks"]
-        self.config, self.context = config, int(config.model_config.max_model_len)
-        self.grammars = GrammarCompiler(config)
+        self.config, self.context = config, int(config.max_model_len)
 
     def prompts(self, request: GuidedChat | GuidedCompletion) -> list[list[int]]:
         """The prompt in token ids, as the base and then each guide reads it.
@@ -158,7 +162,7 @@ def read_jobs(request: GuidedChat | GuidedCompletion, models: Models) -> list[Jo
     if not 1 <= most <= room:
         raise UserError(f"max_tokens is {most}, and between 1 and {room} fit behind the prompt.")
     params = request.to_sampling_params(most, {})
-    params.verify(models.config.model_config, None, models.config.structured_outputs_config, models.tokenizer)
+    params.verify(models.config, None, None, models.tokenizer)
     structured = params.structured_outputs
     if structured is not None and (params.min_tokens or params.ignore_eos):
         raise UserError("a response ends where its format does: it cannot have min_tokens or ignore_eos.")
@@ -174,9 +178,38 @@ def read_jobs(request: GuidedChat | GuidedCompletion, models: Models) -> list[Jo
     shaping = _shaping(request, params, models)
     mark = tuple(token for token in models.marks if token not in shaping.stop_token_ids)[:2]
     return [
-        Job(replace(sampled, sample=sample), shaping, prompts[0], prompts[1:], models.ends, structured, mark)
+        Job(replace(sampled, sample=sample), shaping, prompts[0], prompts[1:], models.ends, mark)
         for sample in range(params.n)
     ]
+
+
+def read_format(request: GuidedChat | GuidedCompletion) -> tuple[str, str] | None:
+    """The format that a request asks for, as `GrammarCompiler.compile` takes it; None without one.
+
+    Raises:
+        UserError: it is of no kind that can be compiled.
+        VLLMValidationError: the same, as vLLM's own classes say it.
+    """
+    structured = request.extract_structured_outputs()
+    if structured is None:
+        return None
+    if structured.json_object is False or structured.choice == []:
+        raise UserError("json_object is true where it is there, and choice has choices.")
+    check_json_nesting(structured.json)
+    check_json_nesting(structured.structural_tag, structural_tag=True)
+    kind, text = get_structured_output_key(structured)
+    try:
+        if kind == StructuredOutputOptions.JSON and has_xgrammar_unsupported_json_features(json.loads(text)):
+            raise UserError("the schema uses something that xgrammar does not know: simplify it.")
+        if kind == StructuredOutputOptions.CHOICE:
+            return "grammar", choice_as_grammar(json.loads(text))
+    except ValueError as error:
+        raise UserError(f"the format cannot be read: {error}") from error
+    if kind == StructuredOutputOptions.JSON_OBJECT:
+        return "json", '{"type": "object"}'
+    if kind == StructuredOutputOptions.GRAMMAR and grammar_is_likely_lark(text):
+        return "lark", text
+    return kind.name.lower(), text
 
 
 def _shaping(request: GuidedChat | GuidedCompletion, params: SamplingParams, models: Models) -> Shaping:
@@ -230,13 +263,9 @@ def chat_prompt(messages: Sequence[Any]) -> str:
             raise UserError("messages are plain texts here.")
         turns.append({"role": message["role"], "content": content})
     try:
-        prompt = spelled(turns)
-        prompt.encode()
+        return spelled(turns)
     except UnfitError as error:
         raise UserError(f"messages are turns of system, user and assistant, a user's last, and not {error}.") from error
-    except UnicodeEncodeError as error:
-        raise UserError("a message holds half of a character that is written in two (a lone surrogate).") from error
-    return prompt
 
 
 def template_options(

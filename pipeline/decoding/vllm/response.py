@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from vllm.exceptions import GenerationError
 from vllm.inputs.engine import tokens_input
 from vllm.lora.request import LoRARequest
-from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from vllm.sampling_params import RequestOutputKind
 
 from pipeline.config.points import BASE
 from pipeline.decoding.request import Request
@@ -48,7 +48,6 @@ class Job:
     prompt: Sequence[int]
     prompts: Sequence[Sequence[int]]  # of the guides
     ends: frozenset[int]  # tokens that end it because the model says so; a client's own are in `shaping`
-    structured: StructuredOutputsParams | None  # the format that it keeps to, not compiled yet
     mark: tuple[int, int]  # two tokens that do not end it, for lanes of groups that are not whole
 
 

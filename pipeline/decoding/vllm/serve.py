@@ -35,6 +35,8 @@ def command(
     """What starts vLLM's server."""
     arguments = {"served_model_name": name, "host": "127.0.0.1", "port": port}
     arguments |= settings(base, adapters, beside, groups)
+    # Its other compilers take what this one does not know, and for some of that all memory there is.
+    arguments["structured_outputs_config"] = {"backend": "xgrammar"}
     if adapters:
         arguments["lora_modules"] = [f"{arm}={folder.absolute()}" for arm, folder in adapters.items()]
     if base.template is not None:

@@ -9,6 +9,7 @@ import os
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
@@ -22,7 +23,9 @@ from vllm.exceptions import VLLMValidationError
 
 from pipeline.config.errors import UserError
 from pipeline.decoding.vllm import answers
-from pipeline.decoding.vllm.requests import GuidedChat, GuidedCompletion, Models, read_jobs
+from pipeline.decoding.vllm.compilation import FormatError, GrammarCompiler
+from pipeline.decoding.vllm.grammar import token_info
+from pipeline.decoding.vllm.requests import GuidedChat, GuidedCompletion, Models, read_format, read_jobs
 from pipeline.decoding.vllm.response import Responder
 from pipeline.decoding.vllm.settings import SERVE
 
@@ -53,13 +56,14 @@ class GuidedRoutes:
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Load tokenizers and templates."""
-        models = Models(json.loads(os.environ[SERVE]), engine_client.vllm_config)
+        models = Models(json.loads(os.environ[SERVE]), engine_client.model_config)
         adapters = {
             name: adapter
             for name, adapter in state.openai_serving_models.lora_requests.items()
             if name in models.adapters
         }
         state.guided_models = models
+        state.guided_grammars = GrammarCompiler(partial(token_info, engine_client.vllm_config))
         state.guided_responder = Responder(engine_client, adapters, models.tokenizer, models.groups)
         _note_death(engine_client)
 
@@ -95,6 +99,7 @@ async def _check_body(raw_request: Request) -> None:
         return
     try:
         body = await raw_request.json()
+        json.dumps(body, ensure_ascii=False).encode()  # half of a character that is written in two has no bytes
     except (ValueError, RecursionError) as error:
         raise VLLMValidationError(f"the body is not JSON that can be read: {error}") from error
     if not isinstance(body, dict):
@@ -110,6 +115,7 @@ async def _check_body(raw_request: Request) -> None:
 async def create_chat_completion(request: GuidedChat, raw_request: Request) -> Response | None:
     """Answer a chat, guided or not."""
     if request.guidance is None:
+        await _grammar(request, raw_request)  # refused here, and not inside the engine
         plain: Response | None = await chat_router.create_chat_completion(request, raw_request)
         return plain
     guided: Response | None = await _guided(request, raw_request)
@@ -119,6 +125,7 @@ async def create_chat_completion(request: GuidedChat, raw_request: Request) -> R
 async def create_completion(request: GuidedCompletion, raw_request: Request) -> Response | None:
     """Go on from a prompt, guided or not."""
     if request.guidance is None:
+        await _grammar(request, raw_request)
         plain: Response | None = await completion_router.create_completion(request, raw_request)
         return plain
     guided: Response | None = await _guided(request, raw_request)
@@ -140,16 +147,24 @@ async def _guided(request: GuidedChat | GuidedCompletion, raw_request: Request) 
     state = raw_request.app.state
     try:
         jobs = read_jobs(request, state.guided_models)
-        if (structured := jobs[0].structured) is not None:
-            grammar = await state.guided_models.grammars.compile(structured)
-            jobs = [replace(job, shaping=replace(job.shaping, grammar=grammar)) for job in jobs]
     except UserError as error:
         raise VLLMValidationError(str(error)) from error
+    if (grammar := await _grammar(request, raw_request)) is not None:
+        jobs = [replace(job, shaping=replace(job.shaping, grammar=grammar)) for job in jobs]
     answer = answers.Answer(request, state.guided_models.base, len(jobs[0].prompt), state.guided_models.tokenizer)
     responses = [state.guided_responder.write(job) for job in jobs]
     if request.stream:
         return StreamingResponse(answer.events(responses), media_type="text/event-stream")
     return JSONResponse((await answer.whole(responses)).model_dump())
+
+
+async def _grammar(request: GuidedChat | GuidedCompletion, raw_request: Request) -> str | None:
+    """The compiled format that a request asks for; None without one."""
+    try:
+        format_ = read_format(request)
+        return None if format_ is None else await raw_request.app.state.guided_grammars.compile(*format_)
+    except (UserError, FormatError) as error:
+        raise VLLMValidationError(str(error)) from error
 
 
 def _note_death(engine: Any) -> None:
