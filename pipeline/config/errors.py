@@ -40,8 +40,8 @@ def guard() -> Iterator[None]:
 def _errno_of(error: Exception) -> int | None:
     """The system's error number; safetensors and torch tell in words why they could not write."""
     if isinstance(error, SafetensorError):
-        told = re.search(r"\(os error (\d+)\)", str(error))
-        return int(told[1]) if told else None
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        return int(number[1]) if number else None
     if isinstance(error, RuntimeError) and "inline_container.cc" in str(error) and "unexpected pos" in str(error):
         return errno.ENOSPC  # all that torch.save says where a file cannot grow
     return getattr(error, "errno", None)

@@ -103,7 +103,7 @@ def to_params(config: Any, origin: str = "the configuration") -> Params:
 def _missing(node: Any, path: str = "") -> list[str]:
     """Paths of the values that are still `???`."""
     if isinstance(node, dict):
-        return [found for key, value in node.items() for found in _missing(value, f"{path}.{key}".lstrip("."))]
+        return [missing for key, value in node.items() for missing in _missing(value, f"{path}.{key}".lstrip("."))]
     return [path] if node == "???" else []
 
 
@@ -111,7 +111,7 @@ def _secrets(node: Any, path: str = "") -> list[str]:
     """Paths of the texts with an address that holds a user's name, a password or a key."""
     if isinstance(node, dict | list):
         items = node.items() if isinstance(node, dict) else enumerate(node)
-        return [found for key, value in items for found in _secrets(value, f"{path}.{key}".lstrip("."))]
+        return [secret for key, value in items for secret in _secrets(value, f"{path}.{key}".lstrip("."))]
     return [path] if isinstance(node, str) and _SECRET.search(node) else []
 
 
@@ -122,7 +122,7 @@ def _absent(node: Any, path: list[str], parents: str = "") -> list[str]:
     keys = list(node) if path[0] == "*" else [path[0]]
     if path[0] != "*" and path[0] not in node:
         return [f"{parents}{path[0]}"]
-    return [found for key in keys for found in _absent(node[key], path[1:], f"{parents}{key}.")]
+    return [absent for key in keys for absent in _absent(node[key], path[1:], f"{parents}{key}.")]
 
 
 def _sentence(fault: Any) -> str:

@@ -92,7 +92,7 @@ class DataCard:
                 for reason, count in self._dropped.most_common()
             },
             "rows": dict(self._rows),
-            "prompts": {split: len(found) for split, found in self._prompts.items()},
+            "prompts": {split: len(prompts) for split, prompts in self._prompts.items()},
             "objectives": {
                 name: {
                     "pairs": dict(counts),

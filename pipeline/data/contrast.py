@@ -156,14 +156,14 @@ def refuses(text: str) -> bool:
 
 def leaks(text: str, instruction: str) -> bool:
     """Whether a response announces what it was told ("Sure, here is a polite answer:"), or repeats some of it."""
-    told, words = _WORD.findall(instruction.lower()), _WORD.findall(text.lower())
-    spans = {tuple(told[at : at + _REPEATED]) for at in range(len(told) - _REPEATED + 1)}
+    instructed, words = _WORD.findall(instruction.lower()), _WORD.findall(text.lower())
+    spans = {tuple(instructed[at : at + _REPEATED]) for at in range(len(instructed) - _REPEATED + 1)}
     if any(tuple(words[at : at + _REPEATED]) in spans for at in range(len(words) - _REPEATED + 1)):
         return True
     opening = _OPENER.match(text)
     if opening is None:
         return False
-    stems = {_stem(word) for word in told if len(word) > 4}  # the short ones are in every text
+    stems = {_stem(word) for word in instructed if len(word) > 4}  # the short ones are in every text
     named = {_stem(word) for word in _WORD.findall(opening.group().lower())}
     return bool(_ANNOUNCES.search(opening.group()) or stems & named)
 

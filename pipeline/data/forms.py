@@ -36,13 +36,13 @@ def texts_of(raw: Row, objectives: Mapping[str, Objective], where: str) -> Row:
     compared = "chosen" in raw and (raw["chosen"] is not None or "response_0" not in raw)
     sides = ("chosen", "rejected") if compared else RESPONSES
     # Messages need no prompt beside them; but where a prompt is null beside texts, none is made of what they share.
-    given = None if compared and raw.get("prompt") is None else _text(raw, "prompt", where)
+    prompt_or_none = None if compared and raw.get("prompt") is None else _text(raw, "prompt", where)
     both, system = [_text(raw, side, where) for side in sides], _system(raw, where)
     if compared and "prompt" not in raw and all(isinstance(text, str) for text in both):
         prompt, *answers = divided(str(both[0]), str(both[1]))
         prompt = prompt_text(prompt, system)
     else:
-        (prompt, first), (other, second) = (exchange(given, text, system) for text in both)
+        (prompt, first), (other, second) = (exchange(prompt_or_none, text, system) for text in both)
         answers = [first, second]
         if prompt != other:
             raise UnfitError("transcripts that part before the last answer")

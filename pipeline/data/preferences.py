@@ -99,16 +99,16 @@ class Prompts:
         """
         if data.prompts == data.path:
             return list(self._test.values())
-        found = dict[int, str]()
+        kept_prompts = dict[int, str]()
         for where, raw in read(Path(data.prompts)):
             prompt = _prompt(_renamed(raw, data.columns), where)
             key = _prompt_key(prompt)
-            if key in found:
+            if key in kept_prompts:
                 raise UserError(f"{where}: the prompt is there already: remove one of them.")
             if key in self._trained:
                 raise UserError(f"{where}: the ARMs have seen this prompt in {data.path}: remove it from one of them.")
-            found[key] = prompt
-        return list(found.values())[: data.limits.get("test")]
+            kept_prompts[key] = prompt
+        return list(kept_prompts.values())[: data.limits.get("test")]
 
 
 def _raw_rows(data: Data, doing: str, but: str | None = None) -> Iterator[tuple[str, Row, str | None]]:
@@ -131,7 +131,7 @@ def _renamed(raw: Row, columns: Mapping[Any, str]) -> Row:
 
 def _held_out(data: Data, objectives: Mapping[str, Objective]) -> dict[int, str]:
     """The validation and test prompts that files or rows state, by key."""
-    found: dict[int, str] = {}
+    held_out: dict[int, str] = {}
     for where, raw, stated in _raw_rows(data, "held-out prompts of", but="train"):
         split = stated or _stated(raw, where)
         if split not in _HELD_OUT:
@@ -140,9 +140,9 @@ def _held_out(data: Data, objectives: Mapping[str, Objective]) -> dict[int, str]
             key = _prompt_key(texts_of(raw, objectives, where)["prompt"])
         except UnfitError:
             continue
-        if _HELD_OUT[split] > _HELD_OUT.get(found.get(key, ""), 0):
-            found[key] = split
-    return found
+        if _HELD_OUT[split] > _HELD_OUT.get(held_out.get(key, ""), 0):
+            held_out[key] = split
+    return held_out
 
 
 def _stated(row: Row, where: str) -> str | None:

@@ -41,22 +41,22 @@ class RowStore:
     def __init__(self, path: Path, keys: Iterable[str], beside: Iterable[Path] = ()) -> None:
         self._path = path
         self._rows: dict[str, Row] = {}
-        asked = _encoded(keys)
+        wanted_keys = _encoded(keys)
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path) as file:
-            whole = self._load(path, asked)
+            whole = self._load(path, wanted_keys)
             if whole < os.fstat(file).st_size:
                 os.ftruncate(file, whole)
             elif whole > os.fstat(file).st_size:
                 _append(file, b"\n", path)
         for other in beside:
-            self._load(other, asked)
+            self._load(other, wanted_keys)
 
-    def _load(self, path: Path, asked: Mapping[bytes, str]) -> int:
+    def _load(self, path: Path, wanted_keys: Mapping[bytes, str]) -> int:
         """Take in the rows asked for; return the size of the file's whole lines, line ends included."""
         size = 0
         for number, line in _stored_lines(path):
-            key = asked.get(line[len(_DIGEST) : line.index(_ROW)])
+            key = wanted_keys.get(line[len(_DIGEST) : line.index(_ROW)])
             if key is not None and key not in self._rows:
                 try:
                     self._rows[key] = json.loads(line)["row"]

@@ -68,8 +68,8 @@ def files_of(data: Data) -> list[tuple[str | None, Path]]:
 def passed_over(data: Data) -> list[str]:
     """The files of the folder `data.path` that are of no kind that can be read, so that nobody takes them for read."""
     folder = Path(data.path)
-    found = {file for pattern in data.files.values() or [""] for file in _visible(folder, pattern)}
-    return sorted(str(file.relative_to(folder)) for file in found if kind_of(file) not in _READERS)
+    matched = {file for pattern in data.files.values() or [""] for file in _visible(folder, pattern)}
+    return sorted(str(file.relative_to(folder)) for file in matched if kind_of(file) not in _READERS)
 
 
 def _visible(folder: Path, pattern: str) -> list[Path]:
@@ -84,8 +84,8 @@ def _visible(folder: Path, pattern: str) -> list[Path]:
 
 
 def _listed(folder: Path, pattern: str) -> list[Path]:
-    if found := [file for file in _visible(folder, pattern) if kind_of(file) in _READERS]:
-        return found
+    if listed := [file for file in _visible(folder, pattern) if kind_of(file) in _READERS]:
+        return listed
     raise UserError(f"{folder} has no file {pattern or '*'} that ends in {', '.join(_READERS)}: correct the path.")
 
 

@@ -100,29 +100,29 @@ class Batch:
             served = [(prompts.index(row.prompts[number]), row.lanes) for row in newcomers]
             lanes.seat(kept, prompts, served)
         if self._across is not None:
-            told = [[row.prompts[number] for number in self._abroad] for row in newcomers]
-            self._across.seat(kept, told, [row.lanes for row in newcomers])
+            foreign_prompts = [[row.prompts[number] for number in self._abroad] for row in newcomers]
+            self._across.seat(kept, foreign_prompts, [row.lanes for row in newcomers])
         kept_b = torch.tensor(kept, dtype=torch.long, device=self._device)
         self._last_B = torch.cat([self._last_B[kept_b], self._last_B.new_zeros(len(newcomers))])
         self._sums_BN = torch.cat([self._sums_BN[kept_b], self._sums_BN.new_zeros(len(newcomers), 4)])
         self.rows = [*(self.rows[place] for place in kept), *newcomers]
-        asked = [row.request for row in self.rows]
-        self._alpha = {arm: self._tensor([request.arms.get(arm, 0.0) for request in asked]) for arm in self._arms}
-        weights = [request.base_weight for request in asked]
+        requests = [row.request for row in self.rows]
+        self._alpha = {arm: self._tensor([request.arms.get(arm, 0.0) for request in requests]) for arm in self._arms}
+        weights = [request.base_weight for request in requests]
         self._base_weight_B = None if all(weight == 1.0 for weight in weights) else self._tensor(weights)
-        gates = [request.gate for request in asked]
+        gates = [request.gate for request in requests]
         self._gate_B = self._tensor(gates) if any(gates) else None
         # A greedy row takes the likeliest token of the law at temperature 1, which is the likeliest at any.
-        self._temperature_B = self._tensor([request.temperature or 1.0 for request in asked])
+        self._temperature_B = self._tensor([request.temperature or 1.0 for request in requests])
         self._top_k_B = torch.tensor(
-            [request.top_k if request.temperature else 1 for request in asked], device=self._device
+            [request.top_k if request.temperature else 1 for request in requests], device=self._device
         )
-        self._top_p_B = self._tensor([request.top_p for request in asked])
-        self._min_p_B = self._tensor([request.min_p for request in asked])
+        self._top_p_B = self._tensor([request.top_p for request in requests])
+        self._min_p_B = self._tensor([request.min_p for request in requests])
         cutting_B = (self._top_k_B > 0) | (self._top_p_B < 1) | (self._min_p_B > 0)
         self._cutting = cutting_B.nonzero()[:, 0] if bool(cutting_B.any()) else None
         # The streams of all rows lie on the device: a step picks its numbers without waiting for it.
-        longest = max((request.max_new_tokens for request in asked), default=0)
+        longest = max((request.max_new_tokens for request in requests), default=0)
         streams = [[*row.uniforms, *[0.0] * (longest - len(row.uniforms))] for row in self.rows]
         self._uniforms_BT = torch.tensor(streams, dtype=torch.float64, device=self._device)
         self._drawn_B = torch.tensor([len(row.tokens) for row in self.rows], device=self._device)
@@ -245,8 +245,8 @@ class Batch:
                 row.ended = True
                 text = until_stop(self._spell(row.tokens), row.request.stop).strip()
                 *sums, left_out = self._sums_BN[place].tolist()
-                found = Generation(text, len(row.ids), row.tokens, finish, *sums)
-                ended.append((row, found if self._across is None else replace(found, left_out=left_out)))
+                generation = Generation(text, len(row.ids), row.tokens, finish, *sums)
+                ended.append((row, generation if self._across is None else replace(generation, left_out=left_out)))
         return ended
 
     def _finish(self, row: Row) -> str | None:
@@ -261,9 +261,9 @@ class Batch:
     def _blame(self, base_BV: Tensor, arms: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> None:
         """Say which model gave logits that are not finite, and at which row."""
         everywhere = torch.arange(len(self.rows), device=self._device)
-        found = {BASE: (everywhere, base_BV)}
-        found |= {name: (rows_b, logits_bV) for name, (rows_b, _, logits_bV) in arms.items()}
-        for name, (rows_b, logits_bV) in found.items():
+        logits = {BASE: (everywhere, base_BV)}
+        logits |= {name: (rows_b, logits_bV) for name, (rows_b, _, logits_bV) in arms.items()}
+        for name, (rows_b, logits_bV) in logits.items():
             for row in rows_b[~logits_bV.isfinite().all(-1)].tolist():
                 at = self.rows[row]
                 raise UserError(

@@ -72,8 +72,10 @@ class GuidedDecoder:
         self._interpreter = None
         if other_vocabulary:
             self._interpreter = TokenizerBridge(base.prompter, base.ends, other_vocabulary, self._vocab_size)
-            told = ", ".join(lane for lane in self._interpreter.lanes if lane != REFERENCE)
-            warnings.warn(f"{told}: another tokenizer than the base's, so guidance is across tokenizers.", stacklevel=2)
+            names = ", ".join(lane for lane in self._interpreter.lanes if lane != REFERENCE)
+            warnings.warn(
+                f"{names}: another tokenizer than the base's, so guidance is across tokenizers.", stacklevel=2
+            )
         self._arms = [lane for backbone in self._backbones for lane in backbone.lanes if lane != BASE]
         self._batch_size = batch_size
         self._halved = False
@@ -177,24 +179,25 @@ class GuidedDecoder:
         if not all(responses):
             raise UserError("an empty response has no tokens to explain: give it a text.")
         sizes = map(len, responses)
-        asked = [replace(request, max_new_tokens=size) for request, size in zip(requests, sizes, strict=True)]
-        laws: list[dict[str, list[torch.Tensor]]] = [{} for _ in asked]
+        limited = [replace(request, max_new_tokens=size) for request, size in zip(requests, sizes, strict=True)]
+        laws: list[dict[str, list[torch.Tensor]]] = [{} for _ in limited]
         with self._batch() as batch:
-            batch.seat([replace(row, watched=frozenset(row.request.weights) - {BASE}) for row in self._named(asked)])
+            batch.seat([replace(row, watched=frozenset(row.request.weights) - {BASE}) for row in self._named(limited)])
             for step in range(max(map(len, responses))):
                 guided_BV, base_BV, arms = batch.read()
-                everywhere = torch.arange(len(asked), device=base_BV.device)
-                said = {BASE: (everywhere, base_BV), **{name: (at, values) for name, (at, _, values) in arms.items()}}
-                said = {name: (at, normalised(values)) for name, (at, values) in said.items()}
-                for name, (at, logps_BV) in {**said, GUIDED: (everywhere, guided_BV)}.items():
+                everywhere = torch.arange(len(limited), device=base_BV.device)
+                lane_logits = {BASE: (everywhere, base_BV)}
+                lane_logits |= {name: (at, values) for name, (at, _, values) in arms.items()}
+                lane_logits = {name: (at, normalised(values)) for name, (at, values) in lane_logits.items()}
+                for name, (at, logps_BV) in {**lane_logits, GUIDED: (everywhere, guided_BV)}.items():
                     for place, row in enumerate(at.tolist()):
                         if step < len(responses[row]):
                             laws[row].setdefault(name, []).append(logps_BV[place].cpu())
                 batch.append(torch.tensor([tokens[min(step, len(tokens) - 1)] for tokens in responses]))
         spell = self._backbones[0].prompter
         return [
-            Trace(one, list(tokens), {name: torch.stack(parts) for name, parts in found.items()}, spell)
-            for one, tokens, found in zip(asked, responses, laws, strict=True)
+            Trace(one, list(tokens), {name: torch.stack(parts) for name, parts in logps_by_law.items()}, spell)
+            for one, tokens, logps_by_law in zip(limited, responses, laws, strict=True)
         ]
 
     def response_ids(self, prompt: str, response: str, ended: bool = True) -> list[int]:

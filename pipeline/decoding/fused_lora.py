@@ -86,8 +86,8 @@ def _sizes(layer: nn.Module) -> tuple[int, int] | None:
     """Features that a linear layer takes and gives; None of another layer. GPT-2's `Conv1D` is one by another name."""
     if isinstance(layer, Conv1D):
         return layer.nx, layer.nf
-    found = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-    return None if None in found else (int(found[0]), int(found[1]))  # type: ignore[arg-type]
+    sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    return None if None in sizes else (int(sizes[0]), int(sizes[1]))  # type: ignore[arg-type]
 
 
 def _device(layer: nn.Module) -> torch.device:
@@ -112,9 +112,9 @@ class AdaptedModel:
         self._served: tuple[tuple[Block, ...], bool] | None = None
         for layers in _fed_alike(self.model, set(chain.from_iterable(adapters.values()))):
             updates = {
-                lane: [found.get(names[layer]) for layer in layers]
-                for lane, found in adapters.items()
-                if any(names[layer] in found for layer in layers)
+                lane: [by_name.get(names[layer]) for layer in layers]
+                for lane, by_name in adapters.items()
+                if any(names[layer] in by_name for layer in layers)
             }
             if updates or len(layers) > 1:
                 self._groups.append(_Group(layers, updates, self.lanes, model.dtype))
@@ -169,14 +169,14 @@ def _fed_alike(model: PreTrainedModel, adapted: Collection[str]) -> list[list[nn
         if name in adapted or (type(layer) is nn.Linear and layer is not model.get_output_embeddings())
     }
     seen: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}  # held, so that identities differ
-    hooks = [layer.register_forward_pre_hook(lambda layer, given: seen[layer].append(given[0])) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(lambda layer, inputs: seen[layer].append(inputs[0])) for layer in layers]
     with torch.inference_mode():
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
     for hook in hooks:
         hook.remove()
     groups: dict[Any, list[nn.Module]] = {}
-    for layer, given in seen.items():
-        alike = (id(given[0]), layer.weight.device, layer.weight.dtype) if len(given) == 1 and _plain(layer) else None
+    for layer, inputs in seen.items():
+        alike = (id(inputs[0]), layer.weight.device, layer.weight.dtype) if len(inputs) == 1 and _plain(layer) else None
         groups.setdefault(alike or id(layer), []).append(layer)
     return list(groups.values())
 
@@ -214,7 +214,7 @@ class _Group:
         self._bias_O: Tensor | None = None
         if len(layers) > 1:
             self._join(cast(Sequence[nn.Linear], layers))
-        self._updates = {lane: self._stacked(found) for lane, found in updates.items()}
+        self._updates = {lane: self._stacked(by_name) for lane, by_name in updates.items()}
         # Whose each rank of all adapters side by side is: the adapter's place in `lanes`.
         self.ranks = tuple(lanes.index(lane) for lane, update in self._updates.items() for _ in update.b_RO)
         self._all: LowRank | None = None  # side by side, for slots
@@ -243,8 +243,8 @@ class _Group:
             )
 
     def _stacked(self, updates: Sequence[LowRank | None]) -> LowRank:
-        found = [update for update in updates if update is not None]
-        a_DR = torch.cat([update.a_DR for update in found], dim=1)
+        present = [update for update in updates if update is not None]
+        a_DR = torch.cat([update.a_DR for update in present], dim=1)
         b_RO = a_DR.new_zeros(a_DR.shape[1], sum(self._sizes))
         rank = 0
         for place, update in enumerate(updates):
@@ -292,10 +292,10 @@ class _Group:
             )
             self._all = LowRank(a_DR.T.contiguous().T, b_RO)
 
-    def _output(self, place: int, given: Tensor) -> Tensor:
+    def _output(self, place: int, hidden: Tensor) -> Tensor:
         """The output of the layer at `place`; the first of the group to be asked computes all."""
-        if given is not self._input:
-            self._outputs, self._input = self._product(given).split_with_sizes(self._sizes, -1), given
+        if hidden is not self._input:
+            self._outputs, self._input = self._product(hidden).split_with_sizes(self._sizes, -1), hidden
         output = self._outputs[place]
         if place == len(self._sizes) - 1:
             self._input, self._outputs = None, ()

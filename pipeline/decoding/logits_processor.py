@@ -158,9 +158,9 @@ class GuidanceLogitsProcessor(LogitsProcessor):
             lanes.seat([], prompts, served)
         if self._interpreter is not None:
             repeats = len(rows) // len(self._prompts)
-            asked = [prompt for prompt in self._prompts for _ in range(repeats)]
+            repeated = [prompt for prompt in self._prompts for _ in range(repeats)]
             self._across = CrossTokenizerSession(self._interpreter, ids_BT.device)
-            self._across.seat([], asked, [self._weights.keys()] * len(rows))
+            self._across.seat([], repeated, [self._weights.keys()] * len(rows))
 
     def _starts(self, ids_BT: Tensor) -> list[int]:
         """Where each row's padding ends."""

@@ -169,10 +169,10 @@ class StaticLanes:
         )
         self._columns, self._steps, self._logits_SV = columns, {}, None
 
-    def _read(self, slots: Sequence[int], asked: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+    def _read(self, slots: Sequence[int], prompts: Sequence[tuple[str, tuple[int, ...]]]) -> None:
         """Read all but the last token of each new slot's prompt, once per lane and prompt."""
         places: dict[tuple[str, tuple[int, ...]], list[int]] = {}  # lane by lane, as they are asked
-        for slot, one in zip(slots, asked, strict=True):
+        for slot, one in zip(slots, prompts, strict=True):
             places.setdefault(one, []).append(slot)
         for piece in _pieces(list(places)):
             fresh, length = self._prompts(piece)
@@ -185,20 +185,20 @@ class StaticLanes:
                 keys, values = fresh.pop(0)
                 layer.keys[at_b, :, :length], layer.values[at_b, :, :length] = keys[from_b], values[from_b]
         at_b, adapters = self._index(slots), self.backbone.adapted.lanes
-        self._length_S[at_b] = self._index([len(prompt) - 1 for _, prompt in asked])
-        self._adapter_S[at_b] = self._index([adapters.index(lane) if lane in adapters else -1 for lane, _ in asked])
+        self._length_S[at_b] = self._index([len(prompt) - 1 for _, prompt in prompts])
+        self._adapter_S[at_b] = self._index([adapters.index(lane) if lane in adapters else -1 for lane, _ in prompts])
         self._waiting_S = torch.full_like(self._token_S, -1)
-        self._waiting_S[at_b] = self._index([prompt[-1] for _, prompt in asked])
+        self._waiting_S[at_b] = self._index([prompt[-1] for _, prompt in prompts])
 
-    def _prompts(self, asked: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[list[tuple[Tensor, Tensor]], int]:
+    def _prompts(self, prompts: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[list[tuple[Tensor, Tensor]], int]:
         """Keys and values of prompts without their last tokens, per layer, and how many columns there are."""
-        length = max(1, *(len(prompt) - 1 for _, prompt in asked))  # one at least, which tells the shapes
+        length = max(1, *(len(prompt) - 1 for _, prompt in prompts))  # one at least, which tells the shapes
         pad, cache = self.backbone.prompter.eos, Cache(layer_class_to_replicate=DynamicLayer)
-        self.backbone.adapted.serve(blocks_of([lane for lane, _ in asked]), step=False)
+        self.backbone.adapted.serve(blocks_of([lane for lane, _ in prompts]), step=False)
         # Padded on the right causal attention needs no mask: a prompt sees nothing of what lies behind it, and neither
         # do its next tokens, which are written over it.
         self.backbone.adapted.model.base_model(
-            input_ids=self._index([[*prompt[:-1], *[pad] * (length + 1 - len(prompt))] for _, prompt in asked]),
+            input_ids=self._index([[*prompt[:-1], *[pad] * (length + 1 - len(prompt))] for _, prompt in prompts]),
             position_ids=torch.arange(length, device=self._device)[None],
             past_key_values=cache,
             use_cache=True,
@@ -239,11 +239,11 @@ def _rounded_columns(columns: int, slots: int) -> int:
     return -(-columns // unit) * unit
 
 
-def _pieces(asked: Sequence[tuple[str, tuple[int, ...]]]) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
+def _pieces(prompts: Sequence[tuple[str, tuple[int, ...]]]) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
     """Neighbours that are read in one forward: its memory is bounded, padding included."""
     piece: list[tuple[str, tuple[int, ...]]] = []
     longest = 0
-    for one in asked:
+    for one in prompts:
         longest = max(longest, len(one[1]))
         if piece and longest * (len(piece) + 1) > _AT_ONCE:
             yield piece

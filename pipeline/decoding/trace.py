@@ -57,8 +57,8 @@ class Trace:
     def token_logps(self, law: str) -> list[float]:
         """log π(y_t | x, y_<t) of a law at every position, in nats; their sum is log π(y|x)."""
         index_T1 = torch.tensor(self.tokens)[:, None]
-        found: list[float] = self.logps[law].gather(1, index_T1)[:, 0].tolist()
-        return found
+        values: list[float] = self.logps[law].gather(1, index_T1)[:, 0].tolist()
+        return values
 
     def rewards(self, arm: str) -> list[float]:
         """log π_r(y_t | x, y_<t) − log π_base(y_t | x, y_<t) at every position, in nats.
@@ -72,9 +72,9 @@ class Trace:
     def alternatives(self, position: int, count: int = 5) -> list[Alternative]:
         """The `count` likeliest tokens of every law at a position, and the one that stands there; likeliest first."""
         at = {name: logps_TV[position] for name, logps_TV in self.logps.items()}
-        found = {int(token) for logps_V in at.values() for token in logps_V.topk(min(count, len(logps_V))).indices}
+        likeliest = {int(token) for logps_V in at.values() for token in logps_V.topk(min(count, len(logps_V))).indices}
         chosen = int(self.tokens[position])
-        ordered = sorted(found | {chosen}, key=lambda token: -float(at[GUIDED][token]))
+        ordered = sorted(likeliest | {chosen}, key=lambda token: -float(at[GUIDED][token]))
         return [
             Alternative(
                 str(self.prompter.tokenizer.decode([token])),

@@ -45,15 +45,15 @@ def contrast_card(
         "length": accuracy(lambda text: direction * _words(text)),
         "phrase": accuracy(lambda text: phrase_sign * (phrase in features_of(text))),
     }
-    told = classifier.strongest(_TELLING)
+    telling = classifier.strongest(_TELLING)
     card = {
         "sampled": counts["sampled"],
         "left out": {reason: count for reason, count in counts.items() if reason != "sampled"},
         "usable": dict(Counter(row["split"] for row in rows)),
-        "held-out accuracy": {kind: asdict(found) for kind, found in measured.items()},
+        "held-out accuracy": {kind: asdict(accuracies) for kind, accuracies in measured.items()},
         "words": {side: round(mean(_words(row[key]) for row in rows), 1) for side, key in _SIDES.items()},
         "ended": {side: round(mean(row[f"ended_{key[-1]}"] for row in rows), 3) for side, key in _SIDES.items()},
-        "telling words": dict(zip(_SIDES, told, strict=True)),
+        "telling words": dict(zip(_SIDES, telling, strict=True)),
         "telling phrase": phrase,
     }
     return card | {"verdict": verdict(name, measured, phrase, direction)}, classifier

@@ -54,7 +54,7 @@ def front_table(
     """
     lines = []
     for name, law in laws.items():
-        mine = scored[scored.point == name]
+        rows = scored[scored.point == name]
         line: dict[str, object] = {
             "method": law.method,
             "base": base,
@@ -62,15 +62,15 @@ def front_table(
         }
         line |= {f"alpha_{objective}": law.alphas.get(objective, 0.0) for objective in objectives}
         line["temperature"] = law.temperature
-        intervals = {objective: bootstrap_mean(prompt_means(mine, objective), bootstrap) for objective in objectives}
+        intervals = {objective: bootstrap_mean(prompt_means(rows, objective), bootstrap) for objective in objectives}
         line |= {f"score_{objective}": interval[0] for objective, interval in intervals.items()}
         line |= {f"ci_low_{objective}": interval[1] for objective, interval in intervals.items()}
         line |= {f"ci_high_{objective}": interval[2] for objective, interval in intervals.items()}
-        line["kl"] = mine.kl.mean()
+        line["kl"] = rows.kl.mean()
         won = wins[wins.point == name].set_index("objective").win_rate
         line |= {f"win_rate_{objective}": won[objective] for objective in objectives}
-        line |= quality_columns(mine, objectives, bootstrap)
-        line["n_tokens"] = mine.n_tokens.mean()
+        line |= quality_columns(rows, objectives, bootstrap)
+        line["n_tokens"] = rows.n_tokens.mean()
         line["forwards_per_token"] = 1 + sum(weight != 0 for lane, weight in law.weights.items() if lane != BASE)
         lines.append(line)
     table = pd.DataFrame(lines)

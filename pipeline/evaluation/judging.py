@@ -149,8 +149,8 @@ def win_rates(scored: pd.DataFrame, control: str, objectives: Sequence[str], boo
     keys = ["prompt", "sample"]
     against = scored[scored.point == control].set_index(keys)
     lines = []
-    for point, mine in scored.groupby("point", sort=False):
-        paired = mine.set_index(keys).join(against, rsuffix="_control", how="inner", validate="one_to_one")
+    for point, of_point in scored.groupby("point", sort=False):
+        paired = of_point.set_index(keys).join(against, rsuffix="_control", how="inner", validate="one_to_one")
         for name in objectives:
             compared = paired[name] - paired[f"{name}_control"]
             difference = compared.dropna()

@@ -38,20 +38,20 @@ def lines_of(sweep: Sweep, objectives: Sequence[str], arm_base: str, best_of: in
         arm_base: the model that the ARMs were made from.
         best_of: N.
     """
-    found = {}
+    lines = {}
     for name, point in sweep.points.items():
         weights = {objective: alpha for objective, alpha in point.weights.items() if alpha}
         if weights:
             objective, alpha = "" if len(weights) > 1 else next(iter(weights)), round(sum(weights.values()), 6)
             arm = "" if point.form == "dpo" else arm_base
             shown = None if point.form == "dpo" else alpha
-            found[name] = Line(point.method, objective, arm, shown, point.weights)
+            lines[name] = Line(point.method, objective, arm, shown, point.weights)
         elif name == sweep.control:
-            found[name] = Line("control", objectives[0], "", 0.0)
+            lines[name] = Line("control", objectives[0], "", 0.0)
         else:
-            found[name] = Line("sharpened", objectives[0], "", point.sharpen)
+            lines[name] = Line("sharpened", objectives[0], "", point.sharpen)
     best = f"best_of_{best_of}"
-    return found | {f"{best}/{name}": Line(best, name, "", None) for name in objectives}
+    return lines | {f"{best}/{name}": Line(best, name, "", None) for name in objectives}
 
 
 def table(
@@ -78,20 +78,20 @@ def _lines(
             name: of_base[of_base.point == name].groupby("prompt", sort=True)[list(objectives)].mean() for name in named
         }
         for name, line in named.items():
-            mine = of_base[of_base.point == name]
+            of_line = of_base[of_base.point == name]
             row: Row = {"base": base, "method": line.method, "arm": line.arm, "alpha": line.alpha}
             if len(objectives) > 1:
                 row |= {f"alpha_{objective}": line.weights.get(objective, 0.0) for objective in objectives}
                 row["picked_by"] = line.objective if line.method.startswith("best_of") else ""
             intervals = {
-                objective: bootstrap_mean(prompt_means(mine, objective), bootstrap) for objective in objectives
+                objective: bootstrap_mean(prompt_means(of_line, objective), bootstrap) for objective in objectives
             }
             for place, column in enumerate(("reward", "ci_low", "ci_high")):
-                row |= {f"{column}_{objective}": found[place] for objective, found in intervals.items()}
-            row["kl"] = mine.kl.mean()
-            row |= quality_columns(mine, objectives, bootstrap)
-            if "left_out" in mine:  # of the base's mass, per token
-                row["left_out"] = mine.left_out.sum() / mine.n_tokens.sum()
+                row |= {f"{column}_{objective}": interval[place] for objective, interval in intervals.items()}
+            row["kl"] = of_line.kl.mean()
+            row |= quality_columns(of_line, objectives, bootstrap)
+            if "left_out" in of_line:  # of the base's mass, per token
+                row["left_out"] = of_line.left_out.sum() / of_line.n_tokens.sum()
             row |= dict.fromkeys(("gap_recovered", "gap_ci_low", "gap_ci_high"))
             upper = tuned.get(line.objective)
             if upper is not None and line.method not in ("control", "dpo"):

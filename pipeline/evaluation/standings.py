@@ -56,7 +56,7 @@ def entries(methods: Mapping[str, Method], points: Mapping[str, Point]) -> list[
     A method's first strength is for all points; the others are for those that weigh one objective alone. Points with a
     negative weight are left to the sweep: most methods cannot steer away from what they were trained for.
     """
-    found = [Entry(UNGUIDED, name) for name, point in points.items() if not point.guided]
+    listed = [Entry(UNGUIDED, name) for name, point in points.items() if not point.guided]
     for method, config in methods.items():
         for name, point in points.items():
             weights = {objective: weight for objective, weight in point.weights.items() if weight}
@@ -64,8 +64,8 @@ def entries(methods: Mapping[str, Method], points: Mapping[str, Point]) -> list[
                 continue
             strengths = config.strengths if len(weights) == 1 else config.strengths[:1]
             for number, strength in enumerate(strengths if weights else ()):
-                found.append(Entry(method, name, Mix(name, weights, strength), front=number == 0))
-    return found
+                listed.append(Entry(method, name, Mix(name, weights, strength), front=number == 0))
+    return listed
 
 
 @dataclass(frozen=True)
@@ -91,19 +91,19 @@ class Standings:
         """
         lines = []
         for entry in self.entries:
-            mine = self.rows[self.rows.line == entry.name]
+            of_line = self.rows[self.rows.line == entry.name]
             line: Row = {"method": entry.method, "point": entry.point}
             for name in self.objectives:
                 line[f"alpha_{name}"] = entry.mix.strength * entry.mix.weights.get(name, 0.0) if entry.mix else 0.0
-            intervals = {name: bootstrap_mean(prompt_means(mine, name), self.bootstrap) for name in self.objectives}
+            intervals = {name: bootstrap_mean(prompt_means(of_line, name), self.bootstrap) for name in self.objectives}
             for place, column in enumerate(("reward", "ci_low", "ci_high")):
-                line |= {f"{column}_{name}": found[place] for name, found in intervals.items()}
-            tokens = mine.n_tokens.sum()
-            line |= {"kl": mine.kl.mean()} | quality_columns(mine, self.objectives, self.bootstrap)
+                line |= {f"{column}_{name}": bounds[place] for name, bounds in intervals.items()}
+            tokens = of_line.n_tokens.sum()
+            line |= {"kl": of_line.kl.mean()} | quality_columns(of_line, self.objectives, self.bootstrap)
             line |= {
-                "forwards_per_token": mine.forwards.sum() / tokens,
+                "forwards_per_token": of_line.forwards.sum() / tokens,
                 "train_tokens": training[entry.method],
-                "prompts": mine.prompt.nunique(),
+                "prompts": of_line.prompt.nunique(),
             }
             lines.append(line)
         return pd.DataFrame(lines).round(4)
@@ -153,9 +153,9 @@ class Standings:
                 strict=True,
             )
             lines.append({"method": method, **dict(measures), "prompts": len(prompts)})
-        found = pd.DataFrame(lines).astype(dict.fromkeys(_FRONT, float))
-        found["p_holm"] = holm(found.p_holm.where(found.method != against).to_numpy())
-        return found.round(4)
+        table = pd.DataFrame(lines).astype(dict.fromkeys(_FRONT, float))
+        table["p_holm"] = holm(table.p_holm.where(table.method != against).to_numpy())
+        return table.round(4)
 
     def matched(self) -> pd.DataFrame:
         """matched.csv: reward at equal KL to the base, for each objective and method, with the difference to `against`.
@@ -164,10 +164,10 @@ class Standings:
         interpolated linearly. Methods whose KL is unknown have none. Intervals are each difference's own; `p_holm` is
         corrected for the number of differences at that KL on that objective.
         """
-        found = pd.DataFrame(self._matched(), columns=["objective", "kl", "method", *_MATCHED])
-        families = found.astype({"p_holm": float}).groupby(["objective", "kl"]).p_holm
-        found["p_holm"] = families.transform(lambda family: holm(family.to_numpy()))
-        return found.round(4)
+        table = pd.DataFrame(self._matched(), columns=["objective", "kl", "method", *_MATCHED])
+        families = table.astype({"p_holm": float}).groupby(["objective", "kl"]).p_holm
+        table["p_holm"] = families.transform(lambda family: holm(family.to_numpy()))
+        return table.round(4)
 
     def _matched(self) -> Iterator[Row]:
         against, confidence = self.against, self.bootstrap.confidence
@@ -219,9 +219,9 @@ class Standings:
         earned: dict[str, dict[str, pd.Series]] = {}
         for entry in self.entries:
             if entry.mix and entry.front:
-                mine = rows[rows.line == entry.name]
+                of_line = rows[rows.line == entry.name]
                 shares = np.array([entry.mix.shares.get(name, 0.0) for name in objectives])
-                value = pd.Series(mine[objectives].to_numpy() @ shares, [mine.prompt, mine["sample"]])
+                value = pd.Series(of_line[objectives].to_numpy() @ shares, [of_line.prompt, of_line["sample"]])
                 earned.setdefault(entry.method, {})[entry.point] = value
         lines = []
         for one, other in permutations(earned, 2):
@@ -239,7 +239,7 @@ def alpaca_eval(rows: pd.DataFrame) -> dict[str, list[Row]]:
     return {
         name: [
             {"instruction": row.prompt, "output": row.response, "generator": name, "dataset": "genarm"}
-            for row in mine[mine["sample"] == mine["sample"].min()].itertuples()
+            for row in of_line[of_line["sample"] == of_line["sample"].min()].itertuples()
         ]
-        for name, mine in rows.groupby("line", sort=False)
+        for name, of_line in rows.groupby("line", sort=False)
     }

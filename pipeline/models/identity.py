@@ -11,8 +11,8 @@ _READ = {".safetensors", ".json", ".txt", ".model", ".tiktoken", ".jinja"}
 
 def model_files(folder: Path) -> list[Path]:
     """Every file of a model's or adapter's folder that loading it or asking it may read, in order of their names."""
-    found = (path for path in folder.rglob("*") if path.is_file() and path.suffix in _READ and path.name != ORIGIN)
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix in _READ and path.name != ORIGIN)
+    return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def folder_identity(folder: Path) -> str:

@@ -98,8 +98,8 @@ def load_model(
         ) from error
     except Exception as error:
         raise UserError(f"{folder} could not be loaded ({error}): run `dvc repro --force fetch`.") from error
-    model, found = loaded
-    if lacking := sorted(found["missing_keys"]):  # transformers would make them up
+    model, loading = loaded
+    if lacking := sorted(loading["missing_keys"]):  # transformers would make them up
         raise UserError(f"{folder} lacks the weights {lacking[0]}: use a folder that holds a whole causal LM.")
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -110,11 +110,11 @@ class Prompter:
         Args:
             ended: False if the response was cut off and so has no such token.
         """
-        asked = self._asked(prompt)
+        prompt_ids = self._asked(prompt)
         if self.template is None and is_dialogue(prompt):  # its turns are stripped, and so is the answer
             response = response.lstrip()
         response = self.control.escape(response)
-        before, whole = self._ids(asked), self._ids(asked + response)
+        before, whole = self._ids(prompt_ids), self._ids(prompt_ids + response)
         # Some tokenizers mark the beginning of a text, so a response is no text of its own; but where its first
         # letters would merge with the prompt's last token, it has to be.
         joined = whole[: len(before)] == before

@@ -21,10 +21,10 @@ def check_vocabulary(base: PreTrainedTokenizerBase, arm: PreTrainedTokenizerBase
     """
     shared = min(len(base), len(arm))
     ours, theirs = (known.convert_ids_to_tokens(list(range(shared))) for known in (base, arm))
-    for index, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-        if mine != other:
+    for index, (own, other) in enumerate(zip(ours, theirs, strict=True)):
+        if own != other:
             raise UserError(
-                f"{name}: token {index} is {other!r}, but {mine!r} in the base: use an ARM with the base's tokenizer."
+                f"{name}: token {index} is {other!r}, but {own!r} in the base: use an ARM with the base's tokenizer."
             )
     lacking = set(range(shared, len(base)))
     if not lacking <= set(base.all_special_ids) or base.eos_token_id in lacking:

@@ -106,8 +106,8 @@ def panel(maker: DialMaker, arms: Sequence[str], controls: Sequence[Any]) -> Non
         def run(name: str, wanted: str, unwanted: str, used: Sequence[str]) -> Iterator[list[Any]]:
             unchanged = [gr.update() for _ in controls]
             try:
-                for said in maker.make(name.strip(), wanted, unwanted):
-                    yield [said, *unchanged]
+                for lines in maker.make(name.strip(), wanted, unwanted):
+                    yield [lines, *unchanged]
             except UserError as error:
                 raise gr.Error(str(error)) from error
             names = [*arms, *maker.dials]

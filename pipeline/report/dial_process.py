@@ -56,11 +56,11 @@ class DialProcess:
             for line in process.stdout:  # text mode ends lines at a carriage return as well
                 if line.strip():
                     last = line.strip()
-                found = _BAR.search(line)
-                if found is not None:
-                    step = "sampling responses" if found[1] == "prepare" else f"training, epoch {int(found[2]) + 1},"
-                    left = None if found[5] == "?" else found[5]
-                    yield Progress(step, int(found[3]), int(found[4]), left, time.monotonic() - started)
+                match = _BAR.search(line)
+                if match is not None:
+                    step = "sampling responses" if match[1] == "prepare" else f"training, epoch {int(match[2]) + 1},"
+                    left = None if match[5] == "?" else match[5]
+                    yield Progress(step, int(match[3]), int(match[4]), left, time.monotonic() - started)
             if process.wait() and not self._cancelled:
                 raise UserError(last.removeprefix("error: ") or "the dial's process ended without a word.")
             yield Progress("cancelled" if self._cancelled else "finished", seconds=time.monotonic() - started)

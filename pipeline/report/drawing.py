@@ -42,7 +42,7 @@ class Drawing:
         made: Sequence[Axes] = self.figure.subplots(1, count, squeeze=False, sharey=sharey)[0]
         return made
 
-    def tell(self, drawn: ErrorbarContainer, labels: Sequence[str]) -> None:
+    def add_tooltips(self, drawn: ErrorbarContainer, labels: Sequence[str]) -> None:
         """Say of each point of a series, in their order, what it is."""
         gid = f"mark-{len(self._marks)}"
         drawn.lines[0].set_gid(gid)

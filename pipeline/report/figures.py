@@ -34,7 +34,7 @@ def interval(line: Mapping[str, Any], objective: str, kind: str = "score") -> st
     return f"{objective} {line[f'{kind}_{objective}']:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def told(name: str, line: Mapping[str, Any], objectives: Sequence[str], kind: str = "score") -> str:
+def tooltip(name: str, line: Mapping[str, Any], objectives: Sequence[str], kind: str = "score") -> str:
     """What a point says when it is asked: its name, weights, scores and distance, a line each."""
     weights = ", ".join(f"{line[f'alpha_{objective}']:g}" for objective in objectives)
     scores = [interval(line, objective, kind) for objective in objectives]
@@ -73,7 +73,7 @@ def front(table: pd.DataFrame, objectives: Sequence[str], control: str) -> Drawi
                 one[columns[0]], one[columns[1]], **bars, fmt="s" if unguided else "o", color=colour, ms=7, capsize=3,
                 lw=1, mfc=colour if line["on_front"] else "white",
             )  # fmt: skip
-            drawn.tell(shown, [told(line["point"], line, objectives)])
+            drawn.add_tooltips(shown, [tooltip(line["point"], line, objectives)])
             axes.annotate(
                 _label(line, objectives), (line[columns[0]], line[columns[1]]), xytext=(7, -13 if place % 2 else 7),
                 textcoords="offset points", fontsize=8, color=INK,
@@ -102,12 +102,12 @@ def reward_kl(table: pd.DataFrame, objectives: Sequence[str]) -> Drawing:
         "The score of every point against its KL to the base, one panel per objective, as in the table.",
     )  # fmt: skip
     for axes, name in zip(drawn.panels(len(objectives)), objectives, strict=True):
-        for unguided, mine in table.groupby(table.method == "base"):
+        for unguided, rows in table.groupby(table.method == "base"):
             shown = axes.errorbar(
-                mine.kl, mine[f"score_{name}"], yerr=_errors(mine, name), fmt="s" if unguided else "o", ms=7, lw=1,
+                rows.kl, rows[f"score_{name}"], yerr=_errors(rows, name), fmt="s" if unguided else "o", ms=7, lw=1,
                 color=CONTROL if unguided else GUIDED, capsize=3, ls="none",
             )  # fmt: skip
-            drawn.tell(shown, [told(line["point"], line, objectives) for line in mine.to_dict("records")])
+            drawn.add_tooltips(shown, [tooltip(line["point"], line, objectives) for line in rows.to_dict("records")])
         for place, line in enumerate(table.sort_values("kl").to_dict("records")):
             alpha = line[f"alpha_{name}"]
             text = line["point"] if line["method"] == "base" else f"α = {alpha:g}"
@@ -146,13 +146,13 @@ def curves(table: pd.DataFrame) -> Drawing:
         "curves", 10, 3.6, "Training and validation loss and pair accuracy of each reward model over optimizer steps."
     )
     panels = drawn.panels(2)
-    for colour, (objective, mine) in zip(_SERIES * 3, table.groupby("objective", sort=False), strict=False):
+    for colour, (objective, of_objective) in zip(_SERIES * 3, table.groupby("objective", sort=False), strict=False):
         for axes, column in zip(panels, ("loss", "accuracy"), strict=True):
-            train, held_out = mine[mine.phase == "train"], mine[mine.phase == "eval"]
+            train, held_out = of_objective[of_objective.phase == "train"], of_objective[of_objective.phase == "eval"]
             axes.plot(train.step, train[column], color=colour, lw=1.4, label=objective)
             dots = axes.errorbar(held_out.step, held_out[column], fmt="o", color=colour, ms=6)
             lines = zip(held_out.step, held_out[column], strict=True)
-            drawn.tell(
+            drawn.add_tooltips(
                 dots, [f"{objective}\nvalidation {column} {value:.3f}\nafter {step} steps" for step, value in lines]
             )
     label_axes(panels[0], "step", "ARM loss")
@@ -171,13 +171,13 @@ def ladder(table: pd.DataFrame, objectives: Sequence[str]) -> Drawing:
     )  # fmt: skip
     panels = drawn.panels(len(shown), sharey=len(objectives) == 1)
     for axes, (base, objective) in zip(panels, shown, strict=True):
-        mine = table[table.base == base]
-        if "picked_by" in mine:
-            mine = mine[mine.picked_by.isin(["", objective])]
-        level = mine[mine.method == "control"][f"reward_{objective}"].iloc[0]
+        rows = table[table.base == base]
+        if "picked_by" in rows:
+            rows = rows[rows.picked_by.isin(["", objective])]
+        level = rows[rows.method == "control"][f"reward_{objective}"].iloc[0]
         axes.axhline(level, color=CONTROL, lw=0.8, ls=":", zorder=0)
         for method, (marker, colour, label) in _LADDER.items():
-            part = mine[mine.method.str.startswith("best_of") if method == "best_of" else mine.method == method]
+            part = rows[rows.method.str.startswith("best_of") if method == "best_of" else rows.method == method]
             if not part.empty:
                 weight = f"alpha_{objective}" if f"alpha_{objective}" in part else "alpha"
                 _steps(drawn, axes, part.sort_values([weight, "alpha"]), objective, (marker, colour, label))
@@ -208,7 +208,7 @@ def _steps(drawn: Drawing, axes: Axes, part: pd.DataFrame, objective: str, look:
     lines = part.to_dict("records")
     strengths = [f" α = {_strength(line)}" if pd.notna(line["alpha"]) else "" for line in lines]
     words = [f"{interval(line, objective, 'reward')}\nKL {line['kl']:.1f} nats" for line in lines]
-    drawn.tell(shown, [f"{label}{alpha}\n{said}" for alpha, said in zip(strengths, words, strict=True)])
+    drawn.add_tooltips(shown, [f"{label}{alpha}\n{word}" for alpha, word in zip(strengths, words, strict=True)])
     for line in lines if guided else ():
         axes.annotate(
             f"α = {_strength(line)}", (line["kl"], line[f"reward_{objective}"]), xytext=(7, -12),
@@ -236,14 +236,15 @@ def fronts(table: pd.DataFrame, objectives: Sequence[str]) -> Drawing:
     panels = drawn.panels(len(pairs))
     for axes, (x, y) in zip(panels, pairs, strict=True):
         for method, style in _styles(table).items():
-            mine = full[full.method == method].sort_values(f"alpha_{x}")
+            points = full[full.method == method].sort_values(f"alpha_{x}")
             joined = "none" if method == UNGUIDED or len(objectives) > 2 else "-"
             shown = axes.errorbar(
-                mine[f"reward_{x}"], mine[f"reward_{y}"], xerr=_errors(mine, x, "reward"),
-                yerr=_errors(mine, y, "reward"), ls=joined, lw=1.1, ms=7, elinewidth=0.5, alpha=0.9, label=method,
+                points[f"reward_{x}"], points[f"reward_{y}"], xerr=_errors(points, x, "reward"),
+                yerr=_errors(points, y, "reward"), ls=joined, lw=1.1, ms=7, elinewidth=0.5, alpha=0.9, label=method,
                 **style,
             )  # fmt: skip
-            drawn.tell(shown, [told(method, line, objectives, "reward") for line in mine.to_dict("records")])
+            texts = [tooltip(method, line, objectives, "reward") for line in points.to_dict("records")]
+            drawn.add_tooltips(shown, texts)
         label_axes(axes, x, y)
     drawing.legend(drawn, panels[0])
     return drawn
@@ -261,17 +262,18 @@ def rewards_kl(table: pd.DataFrame, objectives: Sequence[str]) -> Drawing:
         alone = table[(table[others] == 0).all(axis=1) & table.kl.notna()]
         start = table[table.method == UNGUIDED].iloc[0]
         for method, style in _styles(table).items():
-            mine = alone[alone.method == method]
-            mine = mine[mine[f"alpha_{name}"] > 0] if method != UNGUIDED else mine
-            mine = mine.sort_values("kl")
-            reward = mine[f"reward_{name}"]
+            points = alone[alone.method == method]
+            points = points[points[f"alpha_{name}"] > 0] if method != UNGUIDED else points
+            points = points.sort_values("kl")
+            reward = points[f"reward_{name}"]
             shown = axes.errorbar(
-                mine.kl, reward, yerr=_errors(mine, name, "reward"), ls="none", ms=7, capsize=2, elinewidth=0.7,
+                points.kl, reward, yerr=_errors(points, name, "reward"), ls="none", ms=7, capsize=2, elinewidth=0.7,
                 label=method, **style,
             )  # fmt: skip
-            drawn.tell(shown, [told(method, line, objectives, "reward") for line in mine.to_dict("records")])
+            texts = [tooltip(method, line, objectives, "reward") for line in points.to_dict("records")]
+            drawn.add_tooltips(shown, texts)
             if method != UNGUIDED:
-                axes.plot([start.kl, *mine.kl], [start[f"reward_{name}"], *reward], lw=1, color=style["color"])
+                axes.plot([start.kl, *points.kl], [start[f"reward_{name}"], *reward], lw=1, color=style["color"])
         axes.set_xscale("symlog", linthresh=1)
         axes.set_xlim(left=-0.1)
         label_axes(axes, KL_LABEL, name)

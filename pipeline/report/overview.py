@@ -22,21 +22,21 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--tracking", choices=["offline", "online"], default="offline")
     parser.add_argument("--baseline", metavar="GROUP", help="another group of runs, to compare with")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     workspace = Workspace()
     results, offline = workspace.results, sorted(workspace.scratch.glob("wandb/offline-run-*"))
     files = ("report", "report/index.html"), ("front", "pareto/front.csv"), ("picture", "pareto/front.png")
     for name, file in files:
-        found = results / file
-        print(f"{name:8} {found if found.exists() else f'{found} is not there yet: run `make repro`'}")
+        path = results / file
+        print(f"{name:8} {path if path.exists() else f'{path} is not there yet: run `make repro`'}")
     print(f"W&B      {len(offline)} offline runs in {workspace.scratch}/wandb: `wandb sync` uploads them")
     scored = results / "judge" / "scores.jsonl"
     if not scored.exists():
-        if given.tracking == "online":
+        if options.tracking == "online":
             raise UserError(f"{scored} is missing: run `make repro`, or `dvc pull`.")
         return
     params = load_params()
     group = tracking.group_of(params, [row["response"] for _, row in read_jsonl(scored)])
     print(f"group    {group}")
-    if given.tracking == "online":
-        print(f"online   {tracking.publish_report(params, group, given.baseline)}")
+    if options.tracking == "online":
+        print(f"online   {tracking.publish_report(params, group, options.baseline)}")

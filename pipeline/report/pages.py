@@ -87,7 +87,7 @@ def comparison(
     points = rows.assign(point=rows.line)
     everywhere = set.intersection(*(set(part.prompt) for _, part in points.groupby("point")))
     lines = list(points.point.unique())
-    shown = {name: _records(found) for name, found in tables.items()}
+    shown = {name: _records(table) for name, table in tables.items()}
     values = {
         "prompts": rows.prompt.nunique(), **shown, "methods": list(params.comparison.methods),
         "against": params.comparison.against, "won": {(line["method"], line["other"]): line for line in shown["wins"]},
@@ -163,8 +163,8 @@ def _number(value: Any, digits: int) -> float | None:
 
 
 def _records(table: pd.DataFrame) -> list[Row]:
-    found: list[Row] = table.astype(object).where(table.notna(), None).to_dict("records")
-    return found
+    records: list[Row] = table.astype(object).where(table.notna(), None).to_dict("records")
+    return records
 
 
 def _write(template: str, params: Params, values: Row, drawings: Sequence[Drawing], path: Path) -> None:

@@ -94,10 +94,10 @@ class Playground:
         if not 1 <= how["max_new_tokens"] <= MOST_TOKENS:
             raise UserError(f"a response may have 1 to {MOST_TOKENS} tokens.")
         dials, law = self.maker.guides(base, weights), self.maker.law(base, weights)
-        asked = [Request(prompt, alphas, **how) for alphas in (dict.fromkeys(weights, 0.0), law)]  # type: ignore[arg-type]
+        requests = [Request(prompt, alphas, **how) for alphas in (dict.fromkeys(weights, 0.0), law)]  # type: ignore[arg-type]
         # A dial that was made anew lies in the same folder: its file's time tells the two apart.
         loaded = tuple((name, folder, (folder.parent / "dial.json").stat().st_mtime) for name, folder in dials.items())
-        yield from self._loaded(base, tuple(weights), loaded).stream(asked)
+        yield from self._loaded(base, tuple(weights), loaded).stream(requests)
 
     def code(self, base: str, prompt: str, weights: Mapping[str, float], **how: float) -> str:
         """The Python that writes the same two responses."""
@@ -178,9 +178,9 @@ def page(playground: Playground) -> gr.Blocks:
             except UserError as error:
                 raise gr.Error(str(error)) from error
 
-        asked = [base, used, tint, prompt, temperature, length, seed, *sliders]
+        inputs = [base, used, tint, prompt, temperature, length, seed, *sliders]
         events = [go.click, prompt.submit]
-        running: list[Any] = [event(run, asked, [control, guided, code], show_progress="minimal") for event in events]
+        running: list[Any] = [event(run, inputs, [control, guided, code], show_progress="minimal") for event in events]
         stop.click(None, cancels=running)
         used.change(
             lambda used: [
@@ -211,5 +211,5 @@ def main(arguments: Sequence[str]) -> None:
         "python -m pipeline playground", description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
     parser.add_argument("--port", type=int, default=7860)
-    given = parser.parse_args(arguments)
-    serve(Playground(load_params(), Workspace()), given.port)
+    options = parser.parse_args(arguments)
+    serve(Playground(load_params(), Workspace()), options.port)

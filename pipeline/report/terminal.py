@@ -53,11 +53,11 @@ def ladder(table: pd.DataFrame, objectives: Sequence[str]) -> None:
         rewards = [
             f"{line[f'reward_{n}']:.2f} [{line[f'ci_low_{n}']:.2f}, {line[f'ci_high_{n}']:.2f}]" for n in objectives
         ]
-        gap, told = line["gap_recovered"], ""
+        gap, shown_gap = line["gap_recovered"], ""
         if isinstance(gap, str):
-            told = "not defined"
+            shown_gap = "not defined"
         elif pd.notna(gap):
-            told = f"{gap:.2f} [{line['gap_ci_low']:.2f}, {line['gap_ci_high']:.2f}]"
+            shown_gap = f"{gap:.2f} [{line['gap_ci_low']:.2f}, {line['gap_ci_high']:.2f}]"
         alpha = f"{line['alpha']:g}" if pd.notna(line["alpha"]) else ""
-        shown.add_row(line["base"], line["method"], alpha, *rewards, told, f"{line['kl']:.1f}")
+        shown.add_row(line["base"], line["method"], alpha, *rewards, shown_gap, f"{line['kl']:.1f}")
     Console().print(shown)

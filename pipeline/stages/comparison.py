@@ -30,9 +30,9 @@ def run(params: Params, workspace: Workspace) -> None:
         "wins": standings.win_rates(),
     }
     write_jsonl(out / "rows.jsonl", rows)
-    for name, found in tables.items():
+    for name, frame in tables.items():
         with replacing(out / f"{name}.csv") as stream:
-            found.to_csv(stream, index=False)
+            frame.to_csv(stream, index=False)
     for line, answers in alpaca_eval(scored).items():
         write_json(out / "alpaca_eval" / f"{line.replace('/', '-').replace(' ', '-')}.json", answers)
     objectives = list(params.objectives)

@@ -11,13 +11,13 @@ from pipeline.generation import explain
 
 def run(params: Params, workspace: Workspace) -> None:
     """Trace what `params.explain` asks for of the rows that generate wrote."""
-    found: list[Row] = []
+    explained: list[Row] = []
     if params.explain.prompts:
         file = workspace.results / "generate" / "rows.jsonl"
         prompts = set(explain.prompts_explained(params, (row["prompt"] for _, row in read_jsonl(file))))
         rows = [row for _, row in read_jsonl(file) if row["prompt"] in prompts]  # few of perhaps very many
-        found = explain.rows_explained(params, workspace, rows)
-    write_json(workspace.results / "explain" / "tokens.json", found)
-    print(f"explain: token rewards of {len(found)} responses")
-    if again := sum(trace["retokenised"] for trace in found):
+        explained = explain.rows_explained(params, workspace, rows)
+    write_json(workspace.results / "explain" / "tokens.json", explained)
+    print(f"explain: token rewards of {len(explained)} responses")
+    if again := sum(trace["retokenised"] for trace in explained):
         print(f"explain: {again} of them were stored without their tokens, so that their texts are tokenised again")

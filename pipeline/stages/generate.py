@@ -14,11 +14,11 @@ from pipeline.generation.rows import Shard, generate_shard, generate_sweep, prom
 def run(params: Params, workspace: Workspace, shard: str | None = None, *, prompts: Path | None = None) -> None:
     """Generate the sweep, or a shard of it into the row store; `prompts` defaults to those that prepare wrote."""
     file = prompts or workspace.results / "prepare" / "prompts.jsonl"
-    asked = [row["prompt"] for _, row in read_jsonl(file)]
-    asked = prompts_with_room(params, workspace, [params.base], asked)
+    test_prompts = [row["prompt"] for _, row in read_jsonl(file)]
+    test_prompts = prompts_with_room(params, workspace, [params.base], test_prompts)
     if shard is None:
-        rows = generate_sweep(params, workspace, params.base, asked)
+        rows = generate_sweep(params, workspace, params.base, test_prompts)
         write_jsonl(workspace.results / "generate" / "rows.jsonl", rows)
     else:
-        count, store = generate_shard(params, workspace, params.base, asked, Shard.parse(shard))
+        count, store = generate_shard(params, workspace, params.base, test_prompts, Shard.parse(shard))
         print(f"generate: the {count} rows of {shard} are in {store}; when all shards are there, run `dvc repro`")

@@ -75,10 +75,10 @@ def calls(judge: LlmJudge, params: Params, rows: Rows) -> tuple[int, int, int]:
             min(prompts, compared.methods[entry.method].prompts or prompts) for entry in entries_of(params) if entry.mix
         )
         pairs += own * rows.samples
-    asked = orders * objectives * (pairs + judge.card_pairs)
+    questions = orders * objectives * (pairs + judge.card_pairs)
     rubrics = [len((RUBRICS / f"{name}.md").read_text(encoding="utf-8")) for name in set(judge.rubrics.values())]
     question = max(rubrics) // CHARACTERS + PROMPT + 2 * params.decoding.max_new_tokens
-    return asked, asked * question, asked * judge.max_tokens
+    return questions, questions * question, questions * judge.max_tokens
 
 
 def data_prompts(params: Params) -> tuple[int, bool]:
@@ -111,9 +111,9 @@ def print_preparing(params: Params, console: Console) -> None:
     for name, objective in params.objectives.items():
         annotator = objective.annotator
         if sources[name] == "judge" and isinstance(annotator, LlmJudge | LocalJudge):
-            asked = pairs * (2 if annotator.orders == "both" else 1)
+            questions = pairs * (2 if annotator.orders == "both" else 1)
             console.print(
-                f"labelling {name}: at most {asked} answers of {annotator.model} on {pairs} pairs "
+                f"labelling {name}: at most {questions} answers of {annotator.model} on {pairs} pairs "
                 f"(objectives.{name}.annotator.max_calls: {annotator.max_calls})"
             )
         elif sources[name] == "reward_model":
@@ -161,10 +161,10 @@ def print_plan(
     return fits
 
 
-def _judging(judge: LlmJudge, asked: int, read: int, written: int, price: tuple[float, float] | None) -> str:
+def _judging(judge: LlmJudge, questions: int, read: int, written: int, price: tuple[float, float] | None) -> str:
     most = judge.max_calls
-    runs = "" if most is None else f" in {ceil(asked / most)} runs of at most {most}"
-    shown = f"judging: at most {asked} answers of {judge.model}{runs}, "
+    runs = "" if most is None else f" in {ceil(questions / most)} runs of at most {most}"
+    shown = f"judging: at most {questions} answers of {judge.model}{runs}, "
     shown += f"{read / 1e6:.3g} M tokens read and {written / 1e6:.3g} M written"
     if price is None:
         return shown
@@ -225,13 +225,13 @@ def _table(params: Params, needs: list[Need], title: str) -> Table:
     table, device = Table(title=title), resolve_device(params.decoding.device)
     for column in ("model", "parameters", "layers", "dtype", "weights", "KV cache"):
         table.add_column(column, justify="left" if column in ("model", "dtype") else "right")
-    for found in needs:
-        spec = params.models[found.name]
+    for need in needs:
+        spec = params.models[need.name]
         kind = str(resolve_dtype(spec.dtype, device)).removeprefix("torch.")
-        packed = f", {found.shape.packed_bits} bits" if found.shape.packed_bits else ""
+        packed = f", {need.shape.packed_bits} bits" if need.shape.packed_bits else ""
         table.add_row(
-            found.name, f"{found.shape.parameters / 1e9:.3g} B", str(found.shape.layers),
-            spec.quantisation or kind + packed, _size(found.weights), _size(found.cache),
+            need.name, f"{need.shape.parameters / 1e9:.3g} B", str(need.shape.layers),
+            spec.quantisation or kind + packed, _size(need.weights), _size(need.cache),
         )  # fmt: skip
     return table
 
@@ -250,10 +250,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("params", nargs="?", default="params.yaml", help="a file, or - for standard input")
     parser.add_argument("--tokens-per-second", type=float, help="of guided decoding at that batch, as it was measured")
     parser.add_argument("--price", type=float, nargs=2, metavar=("READ", "WRITTEN"), help="in the place of judge.price")
-    given = parser.parse_args(arguments)
-    if given.params == "-":
+    options = parser.parse_args(arguments)
+    if options.params == "-":
         params = to_params(OmegaConf.create(sys.stdin.read()), "the composition")
     else:
-        params = load_params(Path(given.params))
-    if not print_plan(params, Workspace(), Console(), given.tokens_per_second, given.price):
+        params = load_params(Path(options.params))
+    if not print_plan(params, Workspace(), Console(), options.tokens_per_second, options.price):
         raise UserError("this run cannot fit here: see above.")

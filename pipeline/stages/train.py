@@ -32,11 +32,11 @@ def run(params: Params, workspace: Workspace, objective: str) -> None:
         produce(params, workspace, job, "train", workspace.arm(objective), out)
         return
     pairs = [row for _, row in read_jsonl(workspace.results / "prepare" / "pairs" / f"{objective}.jsonl")]
-    found = hub.adopt(job, pretrained, pairs, workspace.arm(objective))
+    held_out = hub.adopt(job, pretrained, pairs, workspace.arm(objective))
     with replacing(out / "curve.csv") as stream:
         pd.DataFrame(columns=CURVE).to_csv(stream, index=False)
-    write_json(out / "metrics.json", export.metrics(found))
-    print(f"train: {objective}: {found.accuracy}, as it came from {pretrained.location}")
+    write_json(out / "metrics.json", export.metrics(held_out))
+    print(f"train: {objective}: {held_out.accuracy}, as it came from {pretrained.location}")
 
 
 def arm_job(params: Params, workspace: Workspace, objective: str) -> Job:

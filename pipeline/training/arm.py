@@ -73,7 +73,7 @@ def _check_adapted(model: PeftModel) -> None:
     """Refuse layers whose rows the decoder could not tell apart: in batches they must see [row, time, feature]."""
     flat: list[str] = []
     hooks = [
-        layer.register_forward_pre_hook(lambda _, given, name=name: flat.append(name) if given[0].dim() != 3 else None)
+        layer.register_forward_pre_hook(lambda _, args, name=name: flat.append(name) if args[0].dim() != 3 else None)
         for name, layer in model.named_modules()
         if isinstance(layer, LoraLayer) and isinstance(layer, nn.Module)
     ]
@@ -100,8 +100,8 @@ def _check(model: PreTrainedModel, device: torch.device) -> None:
 
     def logits() -> Tensor:
         hidden_BTD = model.base_model(**how).last_hidden_state
-        found: Tensor = model.get_output_embeddings()(hidden_BTD)
-        return found
+        logits_BTV: Tensor = model.get_output_embeddings()(hidden_BTD)
+        return logits_BTV
 
     wanted = model(**how).logits
     if (logits() - wanted).norm() > 1e-3 * wanted.norm():

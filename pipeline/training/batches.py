@@ -60,7 +60,7 @@ def tokenise(pairs: Sequence[Row], prompter: Prompter, max_length: int, origin: 
     Raises:
         UserError: no pair fits.
     """
-    found = Tokenised()
+    tokenised = Tokenised()
     current: dict[str, tuple[PromptGroup, dict[tuple[int, ...], int]]] = {}
     numbers: dict[str, int] = {}
     for pair in pairs:
@@ -69,31 +69,31 @@ def tokenise(pairs: Sequence[Row], prompter: Prompter, max_length: int, origin: 
             for side in ("chosen", "rejected")
         )
         if max(len(chosen), len(rejected)) > max_length - 2:
-            found.dropped += 1
+            tokenised.dropped += 1
             continue
         group, places = current.get(pair["prompt"], (None, {}))
         if group is None or len(group.responses) + 2 > _GROUP_SIZE:
             number = numbers.setdefault(pair["prompt"], len(numbers))
             group, places = PromptGroup(prompter.prompt_ids(pair["prompt"]), [], [], number=number), {}
             current[pair["prompt"]] = group, places
-            found.groups.append(group)
+            tokenised.groups.append(group)
         for ids in (chosen, rejected):
             if ids not in places:
                 places[ids] = len(group.responses)
                 group.responses.append(list(ids))
         group.pairs.append((places[chosen], places[rejected]))
         group.objectives.append(pair.get("objective", 0))
-    if not found.groups:
+    if not tokenised.groups:
         what = f"no pair fits into {max_length} tokens: raise trainer.max_length" if pairs else "there is no pair"
         raise UserError(f"{origin}: {what}.")
     start = prompter.tokenizer.bos_token_id
-    for group in found.groups:
+    for group in tokenised.groups:
         room = max_length - max(map(len, group.responses))
         if len(group.prompt) > room:
             first = [start] if group.prompt[0] == start else []
             group.prompt = first + group.prompt[len(group.prompt) - room + len(first) :]
-            found.truncated += 1
-    return found
+            tokenised.truncated += 1
+    return tokenised
 
 
 def collate(groups: Sequence[PromptGroup], pad: int) -> dict[str, Tensor]:
@@ -191,11 +191,11 @@ class StepBatches(Sampler[MicroBatch]):
 
     def __iter__(self) -> Iterator[MicroBatch]:
         rank = get_rank() if is_initialized() else 0
-        mine = [micro_batch for step in self.steps() for micro_batch in self._dealt(step)[rank :: self._world_size]]
+        own = [micro_batch for step in self.steps() for micro_batch in self._dealt(step)[rank :: self._world_size]]
         self.served, self.start = self.start, 0
-        while self.served < len(mine):
+        while self.served < len(own):
             self.served += 1
-            yield mine[self.served - 1]
+            yield own[self.served - 1]
 
     def _dealt(self, step: list[int]) -> list[MicroBatch]:
         shares = self._accumulate * self._world_size

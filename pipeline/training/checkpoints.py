@@ -77,7 +77,7 @@ def _best_of(state: dict[str, Any], folder: Path) -> Path | None:
 
 def load_trained(module: ARM, checkpoint: Path) -> None:
     """Give the module the weights of a checkpoint, which holds those that were trained."""
-    found = module.load_state_dict(
+    keys = module.load_state_dict(
         torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"], strict=False
     )
-    assert not found.unexpected_keys, f"{checkpoint} is of another ARM"
+    assert not keys.unexpected_keys, f"{checkpoint} is of another ARM"

@@ -60,8 +60,8 @@ def pruned(parent: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
         elif ".layers." not in name:
             kept[name] = weight
     child.load_state_dict(kept)
-    found: PreTrainedModel = child.to(parent.device).eval()
-    return found
+    frozen: PreTrainedModel = child.to(parent.device).eval()
+    return frozen
 
 
 class Distillation(L.LightningModule):
@@ -109,8 +109,8 @@ class Distillation(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Keep the curve; Lightning has averaged over the tokens."""
-        found = self.trainer.callback_metrics
-        self._record("eval", {"kl": float(found["eval/kl"]), "perplexity": math.exp(found["eval/nll"])})
+        metrics = self.trainer.callback_metrics
+        self._record("eval", {"kl": float(metrics["eval/kl"]), "perplexity": math.exp(metrics["eval/nll"])})
 
     def _record(self, phase: str, values: dict[str, float]) -> None:
         row = {name: round(value, 4) for name, value in values.items()}
@@ -191,8 +191,8 @@ def compare(
         sums += torch.stack([kl_N.sum(), logps_N.sum(), target_N.sum()]).double().cpu()
         tokens += len(kl_N)
     kl, logp, target = (sums / tokens).tolist()
-    found = {"kl": kl, "perplexity": math.exp(-logp), "parent_perplexity": math.exp(-target)}
-    return {name: round(value, 4) for name, value in found.items()}
+    measures = {"kl": kl, "perplexity": math.exp(-logp), "parent_perplexity": math.exp(-target)}
+    return {name: round(value, 4) for name, value in measures.items()}
 
 
 def heal(

@@ -35,13 +35,13 @@ _KINDS = {  # what a folder holds: a title, a tag, and what it is for
 
 
 def save(
-    model: ResponseModel, tokenizer: PreTrainedTokenizerBase, folder: Path, base: str, card: str, found: HeldOut
+    model: ResponseModel, tokenizer: PreTrainedTokenizerBase, folder: Path, base: str, card: str, held_out: HeldOut
 ) -> None:
     """Write safetensors, tokenizer and model card, whole or not at all; a whole model in its computing dtype."""
     trained: Any = model.model
     with replacing_folder(folder) as unfinished:
         if isinstance(model, RewardModel):
-            model.write(unfinished, base, found.reward_mean, found.reward_std)
+            model.write(unfinished, base, held_out.reward_mean, held_out.reward_std)
         elif isinstance(model, ConditionedModel):
             model.write(unfinished, base)
         elif isinstance(trained, PeftModel):
@@ -55,17 +55,17 @@ def save(
         (unfinished / "README.md").write_text(card, encoding="utf-8")
 
 
-def metrics(found: HeldOut, trained: Trained | None = None, epochs: int = 0) -> Row:
+def metrics(held_out: HeldOut, trained: Trained | None = None, epochs: int = 0) -> Row:
     """metrics.json of an ARM; tokens are those that its training computed, prompts included, each time.
 
     Without a training run, of an ARM that came from elsewhere, what training counts is 0.
     """
-    share, splits = found.accuracy, {} if trained is None else trained.splits
+    share, splits = held_out.accuracy, {} if trained is None else trained.splits
     return {
         "accuracy": share.value, "ci_low": share.ci_low, "ci_high": share.ci_high, "pairs": share.pairs,
         "prompts": share.prompts,
-        "length_matched": asdict(found.length_matched), "chosen_longer": asdict(found.chosen_longer),
-        "length_correlation": found.length_correlation,
+        "length_matched": asdict(held_out.length_matched), "chosen_longer": asdict(held_out.chosen_longer),
+        "length_correlation": held_out.length_correlation,
         "dropped_pairs": {split: part.dropped for split, part in splits.items()},
         "truncated_prompts": {split: part.truncated for split, part in splits.items()},
         "tokens": epochs * sum(len(group) for group in splits["train"].groups) if splits else 0,
@@ -76,7 +76,7 @@ def metrics(found: HeldOut, trained: Trained | None = None, epochs: int = 0) -> 
 
 def model_card(job: Job, license_name: str, digests: dict[str, str], trained: Trained) -> str:
     """The README.md of an ARM's folder: Hugging Face metadata, what it was made from, what was measured."""
-    arm, loss, config, kept, found = job.arm, job.loss, job.trainer, trained.splits["train"], trained.held_out
+    arm, loss, config, kept, measured = job.arm, job.loss, job.trainer, trained.splits["train"], trained.held_out
     lora = arm.tuning == "lora"
     facts = {
         "β": ", ".join(f"{beta:g} ({name})" for name, (beta, _) in job.terms.items()),
@@ -89,10 +89,10 @@ def model_card(job: Job, license_name: str, digests: dict[str, str], trained: Tr
         "training pairs": f"{kept.pairs} ({kept.dropped} dropped, {kept.truncated} prompts truncated)",
         "optimizer steps": trained.steps,
         "dtype": str(trained.model.dtype).removeprefix("torch."),
-        "held-out pair accuracy": found.accuracy,
-        "accuracy on equally long responses": found.length_matched,
-        "chosen response longer": found.chosen_longer,
-        "Spearman of log π with length": found.length_correlation,
+        "held-out pair accuracy": measured.accuracy,
+        "accuracy on equally long responses": measured.length_matched,
+        "chosen response longer": measured.chosen_longer,
+        "Spearman of log π with length": measured.length_correlation,
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     made = f"{'A LoRA adapter' if lora else 'A descendant'} of `{job.start}`"

@@ -131,8 +131,8 @@ def train(job: Job, rows: Sequence[Row], identity: str, scratch: Path, logger: L
     if sharded:
         module.model = model = untrained(dtype, device)
     load_trained(module, best)
-    found = evaluate(model, job.loss, test, device, job.bootstrap)
-    return Trained(model, module.history, module.padding, found, splits, trainer.global_step, checkpoints)
+    held_out = evaluate(model, job.loss, test, device, job.bootstrap)
+    return Trained(model, module.history, module.padding, held_out, splits, trainer.global_step, checkpoints)
 
 
 def longest(reach: Any, config: Trainer) -> int:

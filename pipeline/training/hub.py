@@ -84,5 +84,5 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("objective", help="whose ARM is pushed: models/arms/<objective>")
     parser.add_argument("repository", help="owner/name")
     parser.add_argument("--private", action="store_true", help="where the repository does not exist yet")
-    given = parser.parse_args(arguments)
-    print(f"hub: {push(Workspace().arm(given.objective), given.repository, given.private)}")
+    options = parser.parse_args(arguments)
+    print(f"hub: {push(Workspace().arm(options.objective), options.repository, options.private)}")

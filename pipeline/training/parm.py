@@ -83,8 +83,8 @@ class ConditionedModel(ResponseModel):
         config = adapted.peft_config["default"]
         config.base_model_name_or_path, config.target_modules = base, sorted(config.target_modules)
         adapted.save_pretrained(str(folder), save_embedding_layers=False)
-        told = {"format": "pt", "objectives": json.dumps(self.objectives)}
-        save_file({name: value.contiguous().cpu() for name, value in kept.items()}, folder / _CORES, metadata=told)
+        header = {"format": "pt", "objectives": json.dumps(self.objectives)}
+        save_file({name: value.contiguous().cpu() for name, value in kept.items()}, folder / _CORES, metadata=header)
 
 
 class ConditionedARM(ARM):

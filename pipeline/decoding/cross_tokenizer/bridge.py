@@ -39,11 +39,11 @@ class TokenizerBridge:
     ) -> None:
         self.backbones, self.candidates, self.ends = backbones, candidates, sorted(ends)
         self.lanes = [lane for backbone in backbones for lane in backbone.lanes]
-        told = ", ".join(name for name in self.lanes if name != REFERENCE)
+        arms = ", ".join(name for name in self.lanes if name != REFERENCE)
         holder = next((backbone for backbone in backbones if REFERENCE in backbone.lanes), None)
         if holder is None:
             try:
-                check_vocabulary(base.tokenizer, backbones[0].prompter.tokenizer, told)
+                check_vocabulary(base.tokenizer, backbones[0].prompter.tokenizer, arms)
             except UserError as error:
                 raise UserError(
                     f"{str(error).split(': use ', maxsplit=1)[0]}; an ARM of another tokenizer is weighed against the "
@@ -54,7 +54,7 @@ class TokenizerBridge:
         for backbone in backbones:
             check_vocabulary(holder.prompter.tokenizer, backbone.prompter.tokenizer, ", ".join(backbone.lanes))
         self.arm_size = min(backbone.vocab_size for backbone in backbones)
-        self.base, self.arm = Spelling(base.tokenizer, "base"), Spelling(holder.prompter.tokenizer, told)
+        self.base, self.arm = Spelling(base.tokenizer, "base"), Spelling(holder.prompter.tokenizer, arms)
         self.table = Translation.between(self.base, self.arm, ends, holder.prompter.eos, vocab_size, self.arm_size)
         # What each token of the base adds to the text; an end adds none, whatever it spells.
         self.pieces = [None if token in ends else piece for token, piece in enumerate(self.base.pieces)]

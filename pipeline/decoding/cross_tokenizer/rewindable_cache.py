@@ -45,7 +45,7 @@ class _Columns(DynamicLayer):
         if cursor.total > self.rooms[0].shape[2]:
             self.hold([_wider(room, cursor.total + _ROOM) for room in self.rooms])
         slots_S = torch.arange(len(key_states), device=key_states.device) if cursor.slots_S is None else cursor.slots_S
-        found = []
+        updated = []
         for room, states in zip(self.rooms, new, strict=True):
             if cursor.keep:
                 room[slots_S[:, None], :, cursor.columns_ST] = states.transpose(1, 2)
@@ -54,8 +54,8 @@ class _Columns(DynamicLayer):
             if not cursor.keep:
                 each = torch.arange(len(held), device=held.device)
                 held[each[:, None], :, cursor.columns_ST] = states.transpose(1, 2)
-            found.append(held)
-        return found[0], found[1]
+            updated.append(held)
+        return updated[0], updated[1]
 
     def hold(self, rooms: Sequence[Tensor]) -> None:
         """Make these the buffers of keys and values."""
@@ -103,7 +103,7 @@ class RewindableCache:
             (lane, prompt)
             for lane in lanes
             for prompt in range(len(prompts))
-            if any(prompt == asked and lane in served for asked, served in newcomers)
+            if any(prompt == new_prompt and lane in served for new_prompt, served in newcomers)
         ]
         fresh = self._read([lane for lane, _ in read], [prompts[prompt][:-1] for _, prompt in read])
         behind = len(self.slots)  # what is read now is numbered behind what is there
@@ -111,9 +111,9 @@ class RewindableCache:
         seated = [(lanes.index(lane), number[row], place) for place, (lane, row) in old if row in number]
         seated += [
             (lanes.index(lane), len(kept) + row, behind + place)
-            for row, (asked, served) in enumerate(newcomers)
+            for row, (new_prompt, served) in enumerate(newcomers)
             for place, (lane, prompt) in enumerate(read)
-            if prompt == asked and lane in served
+            if prompt == new_prompt and lane in served
         ]
         seated.sort()
         from_S = torch.tensor([place for _, _, place in seated], dtype=torch.long, device=self._device)

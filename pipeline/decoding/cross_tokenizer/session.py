@@ -103,9 +103,9 @@ class CrossTokenizerSession:
         stay = set(kept)
         old = [[place for place, (_, row) in enumerate(tape.slots) if row in stay] for tape in self._tapes]
         for number, tape in enumerate(self._tapes):
-            asked = sorted({tuple(one[number]) for one in prompts})
-            newcomers = [(asked.index(tuple(one[number])), of) for one, of in zip(prompts, lanes, strict=True)]
-            tape.seat(kept, asked, newcomers)
+            distinct = sorted({tuple(one[number]) for one in prompts})
+            newcomers = [(distinct.index(tuple(one[number])), of) for one, of in zip(prompts, lanes, strict=True)]
+            tape.seat(kept, distinct, newcomers)
         self._texts = [self._texts[row] for row in kept]
         self._texts += [_Text(tuple(len(each) - 1 for each in one), tuple(each[-1] for each in one)) for one in prompts]
         here = [{slot: place for place, slot in enumerate(tape.slots)} for tape in self._tapes]
@@ -234,7 +234,7 @@ class CrossTokenizerSession:
             return {}
         sums = self._sums(base_BV)
         of_reference = dict(zip(self.rows[REFERENCE].tolist(), self._slots(REFERENCE), strict=True))
-        found = {}
+        candidates = {}
         for lane in sorted(self.rows.keys() & named):
             rows_b = self.rows[lane]
             values_bV = base_BV[rows_b].float()
@@ -245,8 +245,8 @@ class CrossTokenizerSession:
                     if reach.row in at:
                         value = sum_K[self._named[reach.row].index(lane)] - sum_K[-1]
                         values_bV[at[reach.row], reach.token] = base_BV[reach.row, reach.token] + value
-            found[lane] = rows_b, values_bV
-        return found
+            candidates[lane] = rows_b, values_bV
+        return candidates
 
     def _slots(self, lane: str) -> list[tuple[int, int]]:
         """RewindableCache and slot of a lane at each of the rows it serves."""
@@ -284,7 +284,7 @@ class CrossTokenizerSession:
         """
         reaches, looks = self._reaches(base_BV)
         ahead = self._looked(looks)
-        found = []
+        sums = []
         for reach in reaches:
             text = self._texts[reach.row]
             nodes = (text.nodes or [self._laws(reach.row)])[: reach.known + 1]
@@ -299,8 +299,8 @@ class CrossTokenizerSession:
                     parts.append(before_K + node_KA[:, covers].logsumexp(-1))
                 before_K = before_K + node_KA[:, token]
                 left = left[len(self._arm.pieces[token] or b"") :]
-            found.append((reach, torch.stack(parts).logsumexp(0) - own_K))
-        return found
+            sums.append((reach, torch.stack(parts).logsumexp(0) - own_K))
+        return sums
 
     def _covers(self, reach: _Reach, left: bytes, alone: bool) -> Tensor:
         """The ARM's tokens that reach to a text's end or beyond; where nothing is pending, those that belong to it."""
@@ -349,18 +349,18 @@ class CrossTokenizerSession:
         laws: dict[tuple[int, int, int], Tensor] = {}
         for number, tape in enumerate(self._tapes):
             of_row = [[slot for at, slot in self._places[row] if at == number] for row, _, _ in looks]
-            asked = sorted((slot, index) for index, slots in enumerate(of_row) for slot in slots)
-            if asked:
-                rows = [looks[index][0] for _, index in asked]
+            lookups = sorted((slot, index) for index, slots in enumerate(of_row) for slot in slots)
+            if lookups:
+                rows = [looks[index][0] for _, index in lookups]
                 ends = [self._end(row, number) - len(self._texts[row].tail) for row in rows]
-                starts = [end + looks[index][1] for end, (_, index) in zip(ends, asked, strict=True)]
-                found_STA = tape.look([slot for slot, _ in asked], starts, [looks[index][2] for _, index in asked])
-                laws |= {(number, *one): laws_TA for one, laws_TA in zip(asked, found_STA, strict=True)}
-        found = []
+                starts = [end + looks[index][1] for end, (_, index) in zip(ends, lookups, strict=True)]
+                found_STA = tape.look([slot for slot, _ in lookups], starts, [looks[index][2] for _, index in lookups])
+                laws |= {(number, *one): laws_TA for one, laws_TA in zip(lookups, found_STA, strict=True)}
+        results = []
         for index, (row, _, tokens) in enumerate(looks):
             each = [laws[number, slot, index][:, : self._size] for number, slot in self._places[row]]
-            found.append([torch.stack([laws_TA[at] for laws_TA in each]) for at in range(len(tokens))])
-        return found
+            results.append([torch.stack([laws_TA[at] for laws_TA in each]) for at in range(len(tokens))])
+        return results
 
 
 def _top(values_bV: Tensor, count: int) -> tuple[Tensor, Tensor]:

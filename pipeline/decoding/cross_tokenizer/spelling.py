@@ -39,24 +39,24 @@ class Spelling:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise UserError(f"{name}: its tokenizer tells no bytes (it has no tokenizer.json): use a fast tokenizer.")
-        told = json.loads(backend.to_str())
-        decoders = _kinds(told["decoder"])
+        config = json.loads(backend.to_str())
+        decoders = _kinds(config["decoder"])
         self._byte_level = "ByteLevel" in decoders
-        if not self._byte_level and not (told["model"].get("byte_fallback") and "ByteFallback" in decoders):
+        if not self._byte_level and not (config["model"].get("byte_fallback") and "ByteFallback" in decoders):
             raise UserError(
-                f"{name}: its tokenizer ({told['model']['type']}) has an unknown token, so texts cannot be recovered "
+                f"{name}: its tokenizer ({config['model']['type']}) has an unknown token, so texts cannot be recovered "
                 "from its tokens, and guidance across tokenizers needs that: use a model with byte-level or "
                 "byte-fallback BPE."
             )
         self.names = [str(name) for name in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
-        added = {entry["id"]: entry for entry in told["added_tokens"]}
+        added = {entry["id"]: entry for entry in config["added_tokens"]}
         special = {place for place, entry in added.items() if entry["special"]} | set(tokenizer.all_special_ids)
         self._characters = _byte_characters()
         self.pieces: list[bytes | None] = [  # of each token; None: it is no text
             None if token in special else piece.encode() if token in added else self._bytes_of(piece)
             for token, piece in enumerate(self.names)
         ]
-        self._inside = Tokenizer.from_str(json.dumps(_without_beginnings(told)))
+        self._inside = Tokenizer.from_str(json.dumps(_without_beginnings(config)))
         self.spell = lru_cache(maxsize=_ROOM)(self._spell)
         for probe in _PROBES:
             read = self.joined(self.spell(probe.encode()))
@@ -81,8 +81,8 @@ class Spelling:
         """`spell`: the canonical tokens of a text inside another; a character that is not whole, byte by byte."""
         whole = text.decode("utf-8", errors="ignore").encode()
         if text.startswith(whole):
-            found = tuple(self._inside.encode(whole.decode(), add_special_tokens=False).ids) if whole else ()
-            return found + self._bytewise(text[len(whole) :])
+            tokens = tuple(self._inside.encode(whole.decode(), add_special_tokens=False).ids) if whole else ()
+            return tokens + self._bytewise(text[len(whole) :])
         # The text begins inside a character.
         start = next((at for at, byte in enumerate(text) if byte & 0xC0 != 0x80), len(text))
         return self._bytewise(text[:start]) + self._spell(text[start:])
@@ -99,8 +99,8 @@ class Spelling:
     @cached_property
     def _sorted(self) -> tuple[list[bytes], Tensor]:
         """Pieces in the order of their bytes, and their tokens."""
-        found = sorted((piece, token) for token, piece in enumerate(self.pieces) if piece)
-        return [piece for piece, _ in found], torch.tensor([token for _, token in found])
+        by_spelling = sorted((piece, token) for token, piece in enumerate(self.pieces) if piece)
+        return [piece for piece, _ in by_spelling], torch.tensor([token for _, token in by_spelling])
 
     def covering(self, text: bytes) -> Tensor:
         """The tokens whose bytes begin with a text (not empty), that text itself included: tokens_K."""
@@ -116,7 +116,7 @@ def _kinds(node: Any) -> set[str]:
     return {node["type"], *(kind for part in parts for kind in _kinds(part))}
 
 
-def _without_beginnings(told: dict[str, Any]) -> dict[str, Any]:
+def _without_beginnings(config: dict[str, Any]) -> dict[str, Any]:
     """A tokenizer that takes a text for the middle of one: no mark of a beginning, no special tokens."""
 
     def cleaned(node: Any) -> Any:
@@ -136,8 +136,8 @@ def _without_beginnings(told: dict[str, Any]) -> dict[str, Any]:
         return changed
 
     return {
-        **told,
-        "normalizer": cleaned(told["normalizer"]),
-        "pre_tokenizer": cleaned(told["pre_tokenizer"]),
+        **config,
+        "normalizer": cleaned(config["normalizer"]),
+        "pre_tokenizer": cleaned(config["pre_tokenizer"]),
         "post_processor": None,
     }

@@ -64,17 +64,17 @@ class Translation:
         for token, (name, piece) in enumerate(zip(base.names[:base_size], base.pieces[:base_size], strict=False)):
             twin = named.get(name, -1)
             if token in ends:
-                found = end
+                start_of_span = end
             elif twin >= 0 and arm.pieces[twin] == piece:
-                found = twin
+                start_of_span = twin
             else:
-                found = spelled.get(piece, -1) if piece else -1
-            path = arm.spell(piece) if piece and found < 0 else ()
+                start_of_span = spelled.get(piece, -1) if piece else -1
+            path = arm.spell(piece) if piece and start_of_span < 0 else ()
             path = path if len(path) <= LONGEST else ()
             begun |= set(path[:1])
-            same.append(found)
+            same.append(start_of_span)
             spread.append(bool(path))
-            columns.append(found if found >= 0 else path[0] if path else nothing)
+            columns.append(start_of_span if start_of_span >= 0 else path[0] if path else nothing)
         # Of several tokens of the same bytes (a letter, and the byte that it is) the base writes one; all say the same.
         counterpart: dict[int, int] = {}
         for place, token in enumerate(same):
@@ -89,7 +89,7 @@ class Translation:
                 first = next(iter(base.spell(piece)), base_size)
                 if first < base_size:
                     groups.setdefault(first, []).append(token)
-        shared = {first: found for first, found in groups.items() if found != [same[first]]}
+        shared = {first: start_of_span for first, start_of_span in groups.items() if start_of_span != [same[first]]}
         # A token that the ARM spells with several of its own stands in no column of its own: `lanes` reckons it.
         joint = [first for first in shared if same[first] >= 0]
         alike = {place: counterpart[token] for place, token in enumerate(same) if token >= 0}
@@ -98,7 +98,7 @@ class Translation:
             same,
             torch.tensor(columns),
             torch.tensor(spread),
-            {first: torch.tensor(found) for first, found in shared.items()},
+            {first: torch.tensor(start_of_span) for first, start_of_span in shared.items()},
             torch.tensor([token for first in joint for token in shared[first]], dtype=torch.long),
             torch.tensor([place for place, first in enumerate(joint) for _ in shared[first]], dtype=torch.long),
             torch.tensor([same[first] for first in joint], dtype=torch.long),

@@ -222,12 +222,12 @@ class VllmDecoder:
         self._engine.abort_request(list(group.live))
         parts, marked = [tokens for tokens, _ in group.ended.values()], False
         if group.stopped is not None and not parts:
-            whole, found = True, group.stopped
+            whole, is_stopped = True, group.stopped
         else:
             whole = not group.live and all(tokens == parts[0] for tokens in parts)
             marked = any(reason == self._mark for _, reason in group.ended.values())
             # Lanes that are whole drew the mark in earnest, as any token; of others the mark was no draw.
-            found = parts[0] if whole else _common([part[: -1 if marked else None] for part in parts])
+            is_stopped = parts[0] if whole else _common([part[: -1 if marked else None] for part in parts])
         sums = self._sums([group.name]).get(group.name, [0.0] * 3)
         group.sums = [one + two for one, two in zip(group.sums, sums, strict=True)]
         if not all(map(math.isfinite, group.sums)):
@@ -235,8 +235,8 @@ class VllmDecoder:
                 f"logits are not finite in the response to {group.request.prompt[:60]!r}: set base.dtype=float32, or "
                 "check the models' weights and α."
             )
-        group.stuck = 0 if found else group.stuck
-        group.tokens += found
+        group.stuck = 0 if is_stopped else group.stuck
+        group.tokens += is_stopped
         if not whole or (marked and len(group.tokens) < group.request.max_new_tokens):
             return None
         text, stops = self._prompter.spell(group.tokens), group.request.stop
@@ -248,8 +248,8 @@ class VllmDecoder:
 
     def _sums(self, names: list[str]) -> dict[str, list[float]]:
         """What the processor has added up for groups, which it forgets."""
-        found: dict[str, list[float]] = self._llm.collective_rpc("take_sums", args=(names,))[0]
-        return found
+        sums: dict[str, list[float]] = self._llm.collective_rpc("take_sums", args=(names,))[0]
+        return sums
 
 
 def _common(parts: Sequence[Sequence[int]]) -> list[int]:

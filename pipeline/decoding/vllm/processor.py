@@ -166,15 +166,15 @@ class LaneProcessor(LogitsProcessor):
         self, plan: Plan, law_GV: Tensor, token_G: Tensor, seen: Tensor, beside: Sequence[tuple[str, list[int], Tensor]]
     ) -> dict[str, TokenLogprobs]:  # fmt: skip
         """Log-probabilities of the step, of groups that want them."""
-        found = {}
+        records = {}
         for place, lane in enumerate(plan.lanes):
             if lane.top_logprobs is None:
                 continue
             rows = plan.rows_N[plan.group_N == place].tolist()
             models = {self._rows[row].model: seen[row] for row in rows}
             models |= {name: values_gV[rows_g.index(place)] for name, rows_g, values_gV in beside if place in rows_g}
-            found[lane.group] = token_logprobs(law_GV[place], int(token_G[place]), lane.top_logprobs, models)
-        return found
+            records[lane.group] = token_logprobs(law_GV[place], int(token_G[place]), lane.top_logprobs, models)
+        return records
 
     def _grouped(self) -> tuple[dict[str, list[int]], list[int]]:
         """The rows of groups that are whole and in step, the base's first; and the rows of all others."""
@@ -264,10 +264,10 @@ class LaneProcessor(LogitsProcessor):
         self._keep_last_step()
         if self._plan is None or not any(self._plan.names):
             return
-        for name, found in zip(self._plan.names, self._plan.sums_G3.tolist(), strict=True):
+        for name, added in zip(self._plan.names, self._plan.sums_G3.tolist(), strict=True):
             if name is not None:
                 before = self.sums.setdefault(name, [0.0, 0.0, 0.0])
-                self.sums[name] = [one + two for one, two in zip(before, found, strict=True)]
+                self.sums[name] = [one + two for one, two in zip(before, added, strict=True)]
         self._plan.sums_G3 = torch.zeros(self._plan.sums_G3.shape, dtype=torch.float64, device=self._device)
 
     def taken(self, groups: set[str]) -> dict[str, list[float]]:
@@ -283,17 +283,17 @@ class Ledger:
 
     def take_sums(self, groups: list[str]) -> dict[str, list[float]]:
         """log π, log π_base and KL of groups that have ended, which are forgotten here."""
-        found: dict[str, list[float]] = {}
+        sums: dict[str, list[float]] = {}
         for processor in self.model_runner.input_batch.logitsprocs.all:  # type: ignore[attr-defined]
             if isinstance(processor, LaneProcessor):
-                found |= processor.taken(set(groups))
-        return found
+                sums |= processor.taken(set(groups))
+        return sums
 
     def take_logprobs(self, group: str) -> dict[int, TokenLogprobs]:
         """Log-probabilities of a group's tokens since they were last fetched, by position; forgotten here."""
-        found: dict[int, TokenLogprobs] = {}
+        logprobs: dict[int, TokenLogprobs] = {}
         for processor in self.model_runner.input_batch.logitsprocs.all:  # type: ignore[attr-defined]
             if isinstance(processor, LaneProcessor):
                 processor.settle()
-                found |= processor.records.pop(group, {})
-        return found
+                logprobs |= processor.records.pop(group, {})
+        return logprobs

@@ -168,5 +168,5 @@ class Responder:
 
     async def _fetch(self, group: str, progress: _Progress) -> None:
         """Fetch log-probabilities from the first worker; all have the same."""
-        found = (await self._engine.collective_rpc("take_logprobs", args=(group,)))[0]
-        progress.logprobs |= {int(place): record for place, record in found.items()}
+        records = (await self._engine.collective_rpc("take_logprobs", args=(group,)))[0]
+        progress.logprobs |= {int(place): record for place, record in records.items()}

@@ -114,8 +114,8 @@ class GroupScheduler(Scheduler):
         for group, lanes in list(self._held.items()):
             if names is None or any(lane.request_id in names for lane in lanes):
                 self._release(group)
-        found: list[Any] = super().finish_requests(request_ids if names is None else names, finished_status)
-        return found
+        finished: list[Any] = super().finish_requests(request_ids if names is None else names, finished_status)
+        return finished
 
 
 def _group(request: Any) -> str:

@@ -48,7 +48,7 @@ def settings(base: Source, adapters: Mapping[str, Path], beside: Sequence[SideBa
         check_vocabulary(prompter.tokenizer, one.source.prompter().tokenizer, ", ".join(one.names))
     if base.quantisation == "int8":
         raise UserError("vLLM does not quantise to int8 on loading: set the base's quantisation to nf4 or null.")
-    found: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "model": str(base.folder), "dtype": base.dtype, "max_num_seqs": groups * (1 + len(adapters)),
         "enable_chunked_prefill": True, "async_scheduling": False, "enforce_eager": True,
         "logits_processors": ["pipeline.decoding.vllm.processor:LaneProcessor"],
@@ -57,13 +57,13 @@ def settings(base: Source, adapters: Mapping[str, Path], beside: Sequence[SideBa
         "additional_config": {EXTRA: {"vocab_size": prompter.vocab_size, "guides": to_json(beside)}},
     }  # fmt: skip
     if base.quantisation == "nf4":
-        found["quantization"] = "bitsandbytes"
+        arguments["quantization"] = "bitsandbytes"
     if adapters:
         _check_adapters(prompter, base, adapters)
         # One slot more than adapters: on CPUs rows without an adapter read the last slot, which has to be empty.
         rank = max(_rank(name, folder) for name, folder in adapters.items())
-        found |= {"enable_lora": True, "max_loras": len(adapters) + 1, "max_lora_rank": rank}
-    return found
+        arguments |= {"enable_lora": True, "max_loras": len(adapters) + 1, "max_lora_rank": rank}
+    return arguments
 
 
 def _check_version() -> None:

@@ -94,4 +94,4 @@ def refusal_reason(message: str, code: Any) -> str | None:
         CONTEXT_LENGTH: r"context[ _]?(length|window|size)|string_above_max_length|(prompt|input) is too long",
     }
     shown = f"{code} {message}"
-    return next((reason for reason, said in known.items() if re.search(said, shown, re.IGNORECASE)), None)
+    return next((reason for reason, pattern in known.items() if re.search(pattern, shown, re.IGNORECASE)), None)

@@ -245,12 +245,12 @@ def _load(spec: Scoring, resources: Resources) -> tuple[Any, Any, Prompter | Non
                     f"{spec.location} is {kind} with {config.num_labels} labels: use a sequence classifier with one "
                     "label, or a score model."
                 )
-            model, found = AutoModelForSequenceClassification.from_pretrained(
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
                 spec.location, num_labels=1, use_safetensors=True, key_mapping=_SCORE_MODEL, output_loading_info=True,
                 dtype=torch.float32, **where, trust_remote_code=False,
             )  # fmt: skip
-            if found["missing_keys"]:
-                raise UserError(f"{spec.location} lacks the weights {min(found['missing_keys'])}: use a whole model.")
+            if loading["missing_keys"]:
+                raise UserError(f"{spec.location} lacks the weights {min(loading['missing_keys'])}: use a whole model.")
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UserError(f"the reward model {spec.location} has no fast tokenizer: add its tokenizer.json.")
     tokenizer.padding_side = "right"

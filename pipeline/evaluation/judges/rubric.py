@@ -76,5 +76,5 @@ class Question:
     def parse(self, reply: str) -> Choice | None:
         """The verdict, or None where the last line is anything else: undetermined, which is no tie."""
         lines = [line.strip() for line in reply.strip().splitlines() if line.strip()]
-        found = re.fullmatch(rf"VERDICT {self.code}: (A|B|TIE)", lines[-1].strip("`* ")) if lines else None
-        return found.group(1) if found else None  # type: ignore[return-value]
+        match = re.fullmatch(rf"VERDICT {self.code}: (A|B|TIE)", lines[-1].strip("`* ")) if lines else None
+        return match.group(1) if match else None  # type: ignore[return-value]

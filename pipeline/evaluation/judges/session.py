@@ -163,10 +163,10 @@ class _Pairwise:
         differing = _differing(rows, control)
         scores: dict[str, list[float | None]] = {}
         for name, verdicts in self._verdicts.of(dict.fromkeys(self._objectives, differing)).items():
-            asked = sum(map(len, verdicts))
+            count = sum(map(len, verdicts))
             if reasons := undetermined(verdicts):
-                shown = f"{sum(reasons.values())} of {asked} verdicts on {name} are undetermined: "
-                if sum(reasons.values()) == asked:
+                shown = f"{sum(reasons.values())} of {count} verdicts on {name} are undetermined: "
+                if sum(reasons.values()) == count:
                     raise UserError(f"{shown}{reasons_text(reasons)}; {HINT}.")
                 print(f"judge: {shown}{reasons_text(reasons)}")
             of_pair = dict(zip(differing, map(mean_score, verdicts), strict=True))

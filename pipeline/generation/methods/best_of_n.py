@@ -47,13 +47,13 @@ class BestOfN:
         }
         drawn = dict(self._decoder.generate(list(pool.values()), progress))
         samples = {key: drawn[place] for place, key in enumerate(pool)}
-        texts = {key: [*self._prompter.prompt_ids(key[0]), *found.tokens] for key, found in samples.items()}
+        texts = {key: [*self._prompter.prompt_ids(key[0]), *sampled.tokens] for key, sampled in samples.items()}
         scores = {name: self._score(reward, texts) for name, reward in self._rewards.items()}
         for index, request in enumerate(requests):
-            mine = [(request.prompt, number) for number in self._numbers(request)]
-            totals = [sum(weight * scores[name][key] for name, weight in request.arms.items()) for key in mine]
-            tokens = sum(len(samples[key].tokens) for key in mine)
-            chosen = samples[mine[totals.index(max(totals))]]
+            keys = [(request.prompt, number) for number in self._numbers(request)]
+            totals = [sum(weight * scores[name][key] for name, weight in request.arms.items()) for key in keys]
+            tokens = sum(len(samples[key].tokens) for key in keys)
+            chosen = samples[keys[totals.index(max(totals))]]
             kl = best_of_kl(self._n, chosen.logp, chosen.logp_base)
             yield index, replace(chosen, kl=kl, forwards=tokens * (1 + len(request.arms)))
 
@@ -63,9 +63,9 @@ class BestOfN:
 
     def _score(self, reward: TextReward, texts: Mapping[_Key, Sequence[int]]) -> dict[_Key, float]:
         order = sorted(texts, key=lambda key: len(texts[key]))
-        found: dict[_Key, float] = {}
+        scores: dict[_Key, float] = {}
         for start in range(0, len(order), _TEXTS):
             taken = order[start : start + _TEXTS]
             reading = LookaheadCache(reward.backbone, [texts[key] for key in taken], self._prompter.eos)
-            found |= zip(taken, reward.of(reading.last_BD).tolist(), strict=True)
-        return found
+            scores |= zip(taken, reward.of(reading.last_BD).tolist(), strict=True)
+        return scores

@@ -114,5 +114,5 @@ class Cards(Search):
         for name, weight_B in self._weights(rows).items():
             reward = self._rewards[name]
             total_B += weight_B * reward.of(self._reading(reward.backbone, whole).last_BD)
-        found: list[float] = total_B.tolist()
-        return found
+        values: list[float] = total_B.tolist()
+        return values

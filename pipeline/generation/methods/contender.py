@@ -71,12 +71,12 @@ class Contender:
             decoding.max_new_tokens, decoding.stop, self._params.seed, sample, law.gate if law else 0.0,
         )  # fmt: skip
 
-    def rows(self, asked: Sequence[tuple[Mix, Request]]) -> list[Row]:
+    def rows(self, requested: Sequence[tuple[Mix, Request]]) -> list[Row]:
         """The rows of requests, from the store or generated, each with the positions that models computed for it.
 
         The base computes every token, whether it has a say in the law or is only asked for the KL to it.
         """
-        requests = [request for _, request in asked]
+        requests = [request for _, request in requested]
         if not self._laws:
             rows = stored(requests, self._keys(requests), self.decoder, self._workspace, "search")
             return _with_forwards(requests, rows) if self._sentences else rows
@@ -85,14 +85,14 @@ class Contender:
         return _with_forwards(requests, rows)
 
     def _keys(self, requests: Sequence[Request]) -> list[str]:
-        said = {name: value for name, value in asdict(self._method).items() if name not in ("strengths", "prompts")}
+        config = {name: value for name, value in asdict(self._method).items() if name not in ("strengths", "prompts")}
         device = resolve_device(self._params.decoding.device)
-        origin = [_VERSION, LAW_VERSION, *self._source.identity(device), said]
+        origin = [_VERSION, LAW_VERSION, *self._source.identity(device), config]
         others = {name: folder_identity(folder) for name, folder in self._rewards.items()} | self._sentences
         tokens = prompt_tokens(requests, self._source)
         return [
-            digest([*origin, [others[name] for name in asked.arms], request_key(asked), tokens[asked.prompt]])
-            for asked in requests
+            digest([*origin, [others[name] for name in request.arms], request_key(request), tokens[request.prompt]])
+            for request in requests
         ]
 
     def decoder(self, batch_size: int | None = None) -> Decoder:

@@ -46,14 +46,14 @@ def sentences_of(method: Prompting, objectives: Mapping[str, Objective]) -> dict
     Raises:
         UserError: an objective has no sentence.
     """
-    found: dict[str, str | None] = {}
+    sentences: dict[str, str | None] = {}
     for name, objective in objectives.items():
         if objective.wanted is None:
             raise UserError(f"objectives.{name} has no sentence to prompt with: set objectives.{name}.wanted.")
-        found[lane(name, "wanted")] = objective.wanted
+        sentences[lane(name, "wanted")] = objective.wanted
         if method.form == "contrast":
-            found[lane(name, "unwanted")] = objective.unwanted
-    return found
+            sentences[lane(name, "unwanted")] = objective.unwanted
+    return sentences
 
 
 def weights(method: Prompting, alphas: Mapping[str, float]) -> dict[str, float]:

@@ -104,11 +104,11 @@ class Search(ABC):
 
     def _weights(self, rows: Sequence[Found]) -> dict[str, Tensor]:
         """Of the objectives that any row weighs: weight_B."""
-        found = {
+        weights = {
             name: torch.tensor([row.request.arms.get(name, 0.0) for row in rows], device=self._model.device)
             for name in self._rewards
         }
-        return {name: weight_B for name, weight_B in found.items() if bool((weight_B != 0).any())}
+        return {name: weight_B for name, weight_B in weights.items() if bool((weight_B != 0).any())}
 
     def _uniforms(self, rows: Sequence[Found]) -> Tensor:
         """The numbers that draw the rows' tokens: uniform_BT in float64."""
