@@ -22,7 +22,7 @@ assert load_params().sweep.points["c100"].weights == {"curiosity": 1.0}
 from pipeline.config.points import Mix
 from pipeline.config.workspace import Workspace
 from pipeline.generation.methods import Place
-from pipeline.generation.methods.contender import _law
+from pipeline.generation.methods.compared_method import _law
 params = load_params()
 law = _law(params.comparison.methods["half"], Mix("p", {"positivity": 0.5}, 1.0), Place(params, Workspace()))
 assert law.weights == {"positivity": 0.25} and [folder.name for folder in law.trained] == ["positivity"]

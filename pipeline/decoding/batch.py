@@ -27,7 +27,7 @@ from pipeline.decoding.guidance import (
     truncate,
 )
 from pipeline.decoding.request import Generation, Request, until_stop
-from pipeline.decoding.static_cache import StaticLanes, lanes_of, release
+from pipeline.decoding.static_cache import StaticSession, lanes_of, release
 
 
 @dataclass
@@ -39,13 +39,13 @@ class Row:
     prompts: tuple[tuple[int, ...], ...]  # token ids per backbone: each has its own template
     tokens: list[int] = field(default_factory=list)
     ended: bool = False
-    watched: frozenset[str] = frozenset()  # ARMs that read it, whatever their weight
-    rewards: dict[str, list[float]] = field(default_factory=dict)  # of watched ARMs: log π_r − log π_base per token
+    probed_arms: frozenset[str] = frozenset()  # ARMs that read it, whatever their weight
+    rewards: dict[str, list[float]] = field(default_factory=dict)  # of probed ARMs: log π_r − log π_base per token
 
     @property
     def lanes(self) -> set[str]:
         """The models that read it."""
-        return {BASE, *self.request.arms, *self.watched}
+        return {BASE, *self.request.arms, *self.probed_arms}
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -66,19 +66,17 @@ class Row:
 class Batch:
     """The rows being generated, with what has been summed over their tokens."""
 
-    def __init__(
-        self, backbones: Sequence[Backbone], vocab_size: int, interpreter: TokenizerBridge | None = None
-    ) -> None:
+    def __init__(self, backbones: Sequence[Backbone], vocab_size: int, bridge: TokenizerBridge | None = None) -> None:
         self.rows: list[Row] = []
-        translated = [] if interpreter is None else interpreter.backbones
+        translated = [] if bridge is None else bridge.backbones
         self._lanes = {number: lanes_of(one) for number, one in enumerate(backbones) if one not in translated}
-        self._static = [lanes for lanes in self._lanes.values() if isinstance(lanes, StaticLanes)]
+        self._static = [lanes for lanes in self._lanes.values() if isinstance(lanes, StaticSession)]
         self._ahead = False  # whether the models have read the last tokens already
-        self._abroad = [number for number, one in enumerate(backbones) if one in translated]
+        self._other_vocabulary = [number for number, one in enumerate(backbones) if one in translated]
         self._ends, self._spell = backbones[0].ends, backbones[0].prompter.spell
         self._arms = [lane for backbone in backbones for lane in backbone.lanes if lane != BASE]
         self._vocab_size, self._device = vocab_size, backbones[0].device
-        self._across = None if interpreter is None else CrossTokenizerSession(interpreter, self._device)
+        self._across = None if bridge is None else CrossTokenizerSession(bridge, self._device)
         self._last_B = torch.zeros(0, dtype=torch.long, device=self._device)
         self._sums_BN = torch.zeros(0, 4, dtype=torch.float64, device=self._device)  # as in Generation
 
@@ -87,7 +85,7 @@ class Batch:
         """Rows that go on."""
         return sum(not row.ended for row in self.rows)
 
-    def seat(self, newcomers: Sequence[Row]) -> None:
+    def admit_rows(self, newcomers: Sequence[Row]) -> None:
         """Let ended rows go and add new ones behind those that stay."""
         if self._ahead:
             self._ahead = False
@@ -98,10 +96,10 @@ class Batch:
         for number, lanes in self._lanes.items():
             prompts = sorted({row.prompts[number] for row in newcomers})
             served = [(prompts.index(row.prompts[number]), row.lanes) for row in newcomers]
-            lanes.seat(kept, prompts, served)
+            lanes.admit_rows(kept, prompts, served)
         if self._across is not None:
-            foreign_prompts = [[row.prompts[number] for number in self._abroad] for row in newcomers]
-            self._across.seat(kept, foreign_prompts, [row.lanes for row in newcomers])
+            foreign_prompts = [[row.prompts[number] for number in self._other_vocabulary] for row in newcomers]
+            self._across.admit_rows(kept, foreign_prompts, [row.lanes for row in newcomers])
         kept_b = torch.tensor(kept, dtype=torch.long, device=self._device)
         self._last_B = torch.cat([self._last_B[kept_b], self._last_B.new_zeros(len(newcomers))])
         self._sums_BN = torch.cat([self._sums_BN[kept_b], self._sums_BN.new_zeros(len(newcomers), 4)])
@@ -190,7 +188,7 @@ class Batch:
         self._sums_BN[:, :3] += new_B3
         if self._across is not None:
             self._sums_BN[:, 3] += self._across.uncovered_mass_B
-        if any(row.watched for row in self.rows):
+        if any(row.probed_arms for row in self.rows):
             self._reward(drawn_B1, base_logps_BV, arms)
         self.append(tokens_B)
         if self._goes_on():
@@ -212,13 +210,13 @@ class Batch:
     def _reward(
         self, drawn_B1: Tensor, base_logps_BV: Tensor, arms: Mapping[str, tuple[Tensor, Tensor, Tensor]]
     ) -> None:
-        """Note down what the watched ARMs say of the tokens that were drawn."""
+        """Note down what the probed ARMs say of the tokens that were drawn."""
         for name, (at_b, _, logits_bV) in arms.items():
             drawn_b1 = drawn_B1[at_b]
             rewards_b1 = normalised(logits_bV).gather(1, drawn_b1) - base_logps_BV[at_b].gather(1, drawn_b1)
             for place, reward in zip(at_b.tolist(), rewards_b1[:, 0].tolist(), strict=True):
                 row = self.rows[place]
-                if name in row.watched and not row.ended:
+                if name in row.probed_arms and not row.ended:
                     row.rewards.setdefault(name, []).append(reward)
 
     def _logits(self) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor, Tensor]]]:

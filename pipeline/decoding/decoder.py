@@ -26,7 +26,7 @@ from pipeline.models.vocabulary import same_vocabulary
 __all__ = ["Draft", "Generation", "GuidedDecoder", "Request", "Trace"]
 
 _ROUNDS = 4  # batches' worth of rows that are planned together: see `GuidedDecoder.plan`
-_SLACK = 8  # finished rows are let go once they are one in so many
+_EVICT_FRACTION = 8  # finished rows are let go once they are one in so many
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ class GuidedDecoder:
         other_vocabulary = [
             one for one in others if not same_vocabulary(base.prompter.tokenizer, one.prompter.tokenizer)
         ]
-        self._interpreter = None
+        self._bridge = None
         if other_vocabulary:
-            self._interpreter = TokenizerBridge(base.prompter, base.ends, other_vocabulary, self._vocab_size)
-            names = ", ".join(lane for lane in self._interpreter.lanes if lane != REFERENCE)
+            self._bridge = TokenizerBridge(base.prompter, base.ends, other_vocabulary, self._vocab_size)
+            names = ", ".join(lane for lane in self._bridge.lanes if lane != REFERENCE)
             warnings.warn(
                 f"{names}: another tokenizer than the base's, so guidance is across tokenizers.", stacklevel=2
             )
@@ -140,11 +140,11 @@ class GuidedDecoder:
         Raises:
             UserError: as `generate`.
         """
-        rows = [replace(row, watched=frozenset(row.request.weights) - {BASE}) for row in self._named(requests)]
+        rows = [replace(row, probed_arms=frozenset(row.request.weights) - {BASE}) for row in self._named(requests)]
         ended: dict[int, Generation] = {}
         pieces = self._backbones[0].prompter.pieces
         with self._batch() as batch:
-            batch.seat(rows)
+            batch.admit_rows(rows)
             while batch.alive:
                 ended |= {row.index: generation for row, generation in batch.step()}
                 yield [
@@ -182,7 +182,9 @@ class GuidedDecoder:
         limited = [replace(request, max_new_tokens=size) for request, size in zip(requests, sizes, strict=True)]
         laws: list[dict[str, list[torch.Tensor]]] = [{} for _ in limited]
         with self._batch() as batch:
-            batch.seat([replace(row, watched=frozenset(row.request.weights) - {BASE}) for row in self._named(limited)])
+            batch.admit_rows(
+                [replace(row, probed_arms=frozenset(row.request.weights) - {BASE}) for row in self._named(limited)]
+            )
             for step in range(max(map(len, responses))):
                 guided_BV, base_BV, arms = batch.read()
                 everywhere = torch.arange(len(limited), device=base_BV.device)
@@ -272,7 +274,7 @@ class GuidedDecoder:
     def _run(self, rows: list[Row]) -> Iterator[tuple[Row, Generation]]:
         """Generate rows, as many at once as the batch holds: waiting ones take the places of those that ended."""
         # Pieces of prompts: small enough to find room soon, large enough to share the reading of their prompt.
-        piece = max(1, self._batch_size // _SLACK)
+        piece = max(1, self._batch_size // _EVICT_FRACTION)
         waiting = deque(
             group[start : start + piece]
             for _, of_prompt in groupby(rows, key=lambda row: row.prompts)
@@ -282,19 +284,19 @@ class GuidedDecoder:
         with self._batch() as batch:
             while True:
                 gone = len(batch.rows) - batch.alive
-                if not batch.alive or gone >= max(1, len(batch.rows) // _SLACK):
+                if not batch.alive or gone >= max(1, len(batch.rows) // _EVICT_FRACTION):
                     newcomers: list[Row] = []
                     while waiting and batch.alive + len(newcomers) + len(waiting[0]) <= self._batch_size:
                         newcomers += waiting.popleft()
                     if not batch.alive and not newcomers:
                         return
-                    batch.seat(newcomers)
+                    batch.admit_rows(newcomers)
                 yield from batch.step()
 
     @contextmanager
     def _batch(self) -> Iterator[Batch]:
         """A batch whose sessions the next one may take over, unless an error left them half-way."""
-        batch = Batch(self._backbones, self._vocab_size, self._interpreter)
+        batch = Batch(self._backbones, self._vocab_size, self._bridge)
         try:
             yield batch
         except Exception:

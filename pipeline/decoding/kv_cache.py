@@ -68,8 +68,8 @@ class _RoomyLayer(DynamicLayer):
         return layer
 
 
-class Lanes:
-    """Rows on their way through a backbone: `seat` lets them come and go, `step` advances all of them by one token.
+class BackboneSession:
+    """Rows on their way through a backbone: `admit_rows` lets them come and go, `step` advances all by one token.
 
     Afterwards `logits` are those of the next token. Any number of these may share a backbone.
     """
@@ -85,10 +85,10 @@ class Lanes:
         self._waiting_L: Tensor | None = None  # the last prompt token of new rows, −1 at the others
         self._logits_LV: Tensor | None = None
 
-    def seat(
+    def admit_rows(
         self, kept: Sequence[int], prompts: Sequence[Sequence[int]], newcomers: Sequence[tuple[int, Collection[str]]]
     ) -> None:
-        """Let rows go, move the others together, and seat new ones behind them.
+        """Let rows go, move the others together, and admit new ones behind them.
 
         A prompt is read once per lane, whatever the number of its rows; its last token is left to the next `step`.
 
@@ -100,7 +100,7 @@ class Lanes:
         number, rank = {row: new for new, row in enumerate(kept)}, {lane: at for at, lane in enumerate(self._names)}
         read = sorted({(rank[lane], prompt) for prompt, lanes in newcomers for lane in self._names if lane in lanes})
         # The block rows to be, lane by lane: lane, row, and either the place it has now or the prompt it begins with.
-        seated = sorted(
+        admitted = sorted(
             [(rank[lane], number[row], place, -1) for place, (lane, row) in enumerate(self._seated) if row in number]
             + [
                 (rank[lane], len(kept) + row, -1, prompt)
@@ -113,21 +113,21 @@ class Lanes:
             [self._names[at] for at, _ in read], [prompts[prompt][:-1] for _, prompt in read]
         )
         spots = [
-            self._index([spot for spot, (_, _, place, _) in enumerate(seated) if place >= 0]),
-            self._index([spot for spot, (_, _, _, prompt) in enumerate(seated) if prompt >= 0]),
+            self._index([spot for spot, (_, _, place, _) in enumerate(admitted) if place >= 0]),
+            self._index([spot for spot, (_, _, _, prompt) in enumerate(admitted) if prompt >= 0]),
         ]
         taken = [
-            self._index([place for _, _, place, _ in seated if place >= 0]),
-            self._index([read.index((at, prompt)) for at, _, _, prompt in seated if prompt >= 0]),
+            self._index([place for _, _, place, _ in admitted if place >= 0]),
+            self._index([read.index((at, prompt)) for at, _, _, prompt in admitted if prompt >= 0]),
         ]
         lengths = [self._length_L[taken[0]], fresh_length[taken[1]]]
-        self._length_L = torch.zeros(len(seated), dtype=torch.long, device=self._device)
+        self._length_L = torch.zeros(len(admitted), dtype=torch.long, device=self._device)
         for spot, length in zip(spots, lengths, strict=True):
             self._length_L[spot] = length
-        self._merge([self._cache, fresh], taken, spots, len(seated))
-        first_L = self._index([prompts[prompt][-1] if prompt >= 0 else -1 for _, _, _, prompt in seated])
+        self._merge([self._cache, fresh], taken, spots, len(admitted))
+        first_L = self._index([prompts[prompt][-1] if prompt >= 0 else -1 for _, _, _, prompt in admitted])
         self._waiting_L = first_L if newcomers else None
-        self._seated = [(self._names[at], row) for at, row, _, _ in seated]
+        self._seated = [(self._names[at], row) for at, row, _, _ in admitted]
         self._blocks = blocks_of([lane for lane, _ in self._seated])
         self.rows = {
             lane: self._index([row for _, row in self._seated[first:last]]) for lane, first, last in self._blocks

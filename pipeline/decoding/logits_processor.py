@@ -17,8 +17,8 @@ from pipeline.decoding.backbone import Backbone, plan_backbones
 from pipeline.decoding.cross_tokenizer.bridge import TokenizerBridge, common_vocabulary
 from pipeline.decoding.cross_tokenizer.session import CrossTokenizerSession
 from pipeline.decoding.guidance import cut, guided_logps
-from pipeline.decoding.kv_cache import Lanes
-from pipeline.decoding.static_cache import StaticLanes, lanes_of
+from pipeline.decoding.kv_cache import BackboneSession
+from pipeline.decoding.static_cache import StaticSession, lanes_of
 from pipeline.models.loading import Source
 from pipeline.models.prompting import Prompter, ends_of
 from pipeline.models.vocabulary import same_vocabulary
@@ -65,16 +65,16 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         self._vocab_size = common_vocabulary(prompter, backbones)
         home = [one for one in backbones if same_vocabulary(prompter.tokenizer, one.prompter.tokenizer)]
         self._backbones = [backbone for backbone in home if self._weights.keys() & set(backbone.lanes)]
-        self._abroad = [one for one in backbones if one not in home]
-        self._interpreter = None
-        if self._abroad:
+        self._other_vocabulary = [one for one in backbones if one not in home]
+        self._bridge = None
+        if self._other_vocabulary:
             if not prompts:
                 raise UserError(
                     "ARMs of another tokenizer cannot read the base's prompts: give their texts, `prompts`."
                 )
-            self._interpreter = TokenizerBridge(prompter, ends_of(prompter, None), self._abroad, self._vocab_size)
-        self._prompts = [[one.prompter.prompt_ids(prompt) for one in self._abroad] for prompt in prompts]
-        self._lanes: list[Lanes | StaticLanes] = []
+            self._bridge = TokenizerBridge(prompter, ends_of(prompter, None), self._other_vocabulary, self._vocab_size)
+        self._prompts = [[one.prompter.prompt_ids(prompt) for one in self._other_vocabulary] for prompt in prompts]
+        self._lanes: list[BackboneSession | StaticSession] = []
         self._across: CrossTokenizerSession | None = None
         self._mask, self._pad = attention_mask, prompter.tokenizer.pad_token_id
         # A prompt may begin with the very token that also pads.
@@ -155,12 +155,12 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         served = [(prompts.index(row), self._weights.keys()) for row in rows]
         self._lanes = [lanes_of(backbone) for backbone in self._backbones]
         for lanes in self._lanes:
-            lanes.seat([], prompts, served)
-        if self._interpreter is not None:
+            lanes.admit_rows([], prompts, served)
+        if self._bridge is not None:
             repeats = len(rows) // len(self._prompts)
             repeated = [prompt for prompt in self._prompts for _ in range(repeats)]
-            self._across = CrossTokenizerSession(self._interpreter, ids_BT.device)
-            self._across.seat([], repeated, [self._weights.keys()] * len(rows))
+            self._across = CrossTokenizerSession(self._bridge, ids_BT.device)
+            self._across.admit_rows([], repeated, [self._weights.keys()] * len(rows))
 
     def _starts(self, ids_BT: Tensor) -> list[int]:
         """Where each row's padding ends."""

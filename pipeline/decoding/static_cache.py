@@ -1,8 +1,8 @@
 """The rows of a backbone in fixed shapes: every step writes and reads the same memory, so that it can be replayed.
 
-`StaticLanes` does what `kv_cache.Lanes` does. There rows lie lane by lane, aligned on the right, and everything moves
-when rows come and go; here a row keeps its slot in each of its lanes, and a token's keys and values lie at its
-position. Shapes: B rows, S slots (a lane of a row, or free), C columns of the cache, T time, V vocabulary.
+`StaticSession` does what `kv_cache.BackboneSession` does. There rows lie lane by lane, aligned on the right, and
+everything moves when rows come and go; here a row keeps its slot in each of its lanes, and a token's keys and values
+lie at its position. Shapes: B rows, S slots (a lane of a row, or free), C columns of the cache, T time, V vocabulary.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -15,7 +15,7 @@ from transformers import Cache, DynamicLayer
 
 from pipeline.decoding.backbone import Backbone
 from pipeline.decoding.cuda_graphs import ReplayedStep, fused, fused_elementwise
-from pipeline.decoding.kv_cache import Lanes, blocks_of
+from pipeline.decoding.kv_cache import BackboneSession, blocks_of
 
 _FEW = 32  # slots that cost next to nothing beside the weights, which a step reads anyway
 _AHEAD = 32  # columns that new rows find behind their prompts
@@ -47,8 +47,8 @@ def _write(keys_SHCE: Tensor, values_SHCE: Tensor, key_SH1E: Tensor, value_SH1E:
     values_SHCE[every_S, :, column_S] = value_SH1E[:, :, 0]
 
 
-class StaticLanes:
-    """Rows on their way through a backbone, with the methods of `Lanes`, in shapes that change seldom.
+class StaticSession:
+    """Rows on their way through a backbone, with the methods of `BackboneSession`, in shapes that change seldom.
 
     Free slots are computed with the others and never looked at. Columns grow by a quarter or 64; slots are added when
     there are too few, and of many taken away when more than half are free. Only then is a step captured anew. Once all
@@ -71,10 +71,10 @@ class StaticLanes:
         self._steps: dict[bool, ReplayedStep] = {}  # with adapters and without
         self._logits_SV: Tensor | None = None
 
-    def seat(
+    def admit_rows(
         self, kept: Sequence[int], prompts: Sequence[Sequence[int]], newcomers: Sequence[tuple[int, Collection[str]]]
     ) -> None:
-        """Let rows go and seat new ones behind those that stay; arguments as `Lanes.seat` takes them."""
+        """Let rows go and admit new ones behind those that stay; arguments as of `BackboneSession.admit_rows`."""
         number = {row: new for new, row in enumerate(kept)}
         self._slots = [(one[0], number[one[1]]) if one and one[1] in number else None for one in self._slots]
         new = [
@@ -252,14 +252,14 @@ def _pieces(prompts: Sequence[tuple[str, tuple[int, ...]]]) -> Iterator[list[tup
     yield piece
 
 
-def lanes_of(backbone: Backbone) -> Lanes | StaticLanes:
+def lanes_of(backbone: Backbone) -> BackboneSession | StaticSession:
     """A session of rows on a backbone, in the shapes that suit it; perhaps one that has been released."""
     if not backbone.static:
-        return Lanes(backbone)
-    return backbone.idle.pop() if backbone.idle else StaticLanes(backbone)
+        return BackboneSession(backbone)
+    return backbone.idle.pop() if backbone.idle else StaticSession(backbone)
 
 
-def release(lanes: Lanes | StaticLanes) -> None:
+def release(lanes: BackboneSession | StaticSession) -> None:
     """Give a session back that no row is in any more: a small one is kept for the next, with memory and graph."""
-    if isinstance(lanes, StaticLanes) and lanes.small:
+    if isinstance(lanes, StaticSession) and lanes.small:
         lanes.backbone.idle[:] = [lanes]

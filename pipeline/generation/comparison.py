@@ -15,7 +15,7 @@ from pipeline.evaluation.judges.session import JudgeSession, open_judge
 from pipeline.evaluation.judging import judge_rows, responses_of
 from pipeline.evaluation.standings import UNGUIDED, Entry, Standings, entries
 from pipeline.evaluation.statistics import Bootstrap
-from pipeline.generation.methods.contender import Contender
+from pipeline.generation.methods.compared_method import ComparedMethod
 from pipeline.generation.rows import generate_stored, point_requests
 
 
@@ -30,7 +30,7 @@ def standings_of(params: Params, scored: pd.DataFrame) -> Standings:
     return Standings(scored, entries_of(params), params.comparison.against, params.objectives, bootstrap)
 
 
-def contenders(params: Params, workspace: Workspace) -> dict[str, Contender]:
+def compared_methods(params: Params, workspace: Workspace) -> dict[str, ComparedMethod]:
     """Every method, ready to be asked for all of its lines.
 
     Raises:
@@ -38,7 +38,9 @@ def contenders(params: Params, workspace: Workspace) -> dict[str, Contender]:
     """
     lines = entries_of(params)
     return {
-        name: Contender(method, params, workspace, [line.mix for line in lines if line.method == name and line.mix])
+        name: ComparedMethod(
+            method, params, workspace, [line.mix for line in lines if line.method == name and line.mix]
+        )
         for name, method in params.comparison.methods.items()
     }
 
@@ -65,17 +67,17 @@ def generate(params: Params, workspace: Workspace, prompts: Sequence[str], judge
         for (point, _), row in zip(wanted, plain, strict=True)
     ]
     control = responses_of(rows, params.sweep.control)
-    for name, contender in contenders(params, workspace).items():
+    for name, compared in compared_methods(params, workspace).items():
         print(f"comparison: {name}")
         lines = [line for line in entries_of(params) if line.method == name]
         requests = [
-            (line, line.mix, contender.request(line.mix, prompt, sample))
+            (line, line.mix, compared.request(line.mix, prompt, sample))
             for prompt in prompts[: params.comparison.methods[name].prompts]
             for line in lines
             if line.mix
             for sample in range(params.decoding.samples_per_prompt)
         ]
-        answered = contender.rows([(mix, request) for _, mix, request in requests])
+        answered = compared.rows([(mix, request) for _, mix, request in requests])
         rows += [
             {"method": name, "point": line.point, "line": line.name, **row}
             for (line, _, _), row in zip(requests, answered, strict=True)
@@ -87,9 +89,9 @@ def generate(params: Params, workspace: Workspace, prompts: Sequence[str], judge
 def training_cost(params: Params, workspace: Workspace) -> dict[str, int]:
     """Tokens that each method was trained on, for all points of the sweep."""
     tokens = {UNGUIDED: 0}
-    for name, contender in contenders(params, workspace).items():
+    for name, compared in compared_methods(params, workspace).items():
         tokens[name] = 0
-        for folder in contender.trained:
+        for folder in compared.trained:
             arm = folder.parent == workspace.arm(folder.name).parent
             where = ("train", folder.name) if arm else ("tune", params.base, folder.name)
             metrics = (workspace.results.joinpath(*where) / "metrics.json").read_text(encoding="utf-8")

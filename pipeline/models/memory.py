@@ -18,7 +18,7 @@ from pipeline.models.architecture import text_config
 from pipeline.models.loading import Source, resolve_dtype
 
 PROMPT = 128  # tokens of a prompt that the cache is reckoned with
-_SLACK = 1.1  # what buffers and the allocator take on top
+_BUFFERS = 1.1  # what buffers and the allocator take on top
 _BITS = {"nf4": 4.5, "int8": 8.0}  # per weight, the scales of nf4 included
 
 
@@ -106,7 +106,7 @@ class Need:
     @property
     def total(self) -> float:
         """All of it, with what buffers take."""
-        return _SLACK * (self.weights + self.cache)
+        return _BUFFERS * (self.weights + self.cache)
 
 
 @dataclass(frozen=True)

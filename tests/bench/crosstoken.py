@@ -33,8 +33,8 @@ WEIGHTS = {"positivity": 1.0, "reference": -1.0}
 
 def departing(decoder: GuidedDecoder, arm: Backbone, texts: int = 24) -> tuple[float, int]:
     """Mean |Δ (log P_arm − log P_ref)| in nats, and over how many tokens."""
-    interpreter = decoder._interpreter
-    spelling, table = interpreter.arm, interpreter.table
+    bridge = decoder._bridge
+    spelling, table = bridge.arm, bridge.table
     asked = [
         Request(f"What is good about number {number}?", seed=number, max_new_tokens=TOKENS) for number in range(texts)
     ]
@@ -52,9 +52,9 @@ def departing(decoder: GuidedDecoder, arm: Backbone, texts: int = 24) -> tuple[f
             return laws[lane, tokens]
 
         for place, token in enumerate(row.tokens):
-            piece, path = interpreter.pieces[token], ()
+            piece, path = bridge.pieces[token], ()
             if piece and table.same[token] < 0:
-                before = spelling.spell(interpreter.base.joined(tuple(row.tokens[:place])))
+                before = spelling.spell(bridge.base.joined(tuple(row.tokens[:place])))
                 path = spelling.spell(piece)
             if not path:
                 continue

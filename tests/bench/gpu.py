@@ -305,8 +305,8 @@ class Models:
     def running(self, method: str, k: int, prompts: list[str]) -> Batch:
         """Rows some steps under way: compiled and captured."""
         decoder, requests = self.decoder(method, k, prompts, 5 * UNDER_WAY)
-        batch = Batch(decoder._backbones, decoder._vocab_size, decoder._interpreter)
-        batch.seat(decoder._rows(requests))
+        batch = Batch(decoder._backbones, decoder._vocab_size, decoder._bridge)
+        batch.admit_rows(decoder._rows(requests))
         for _ in range(UNDER_WAY):
             batch.step()
         return batch

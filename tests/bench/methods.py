@@ -21,7 +21,7 @@ from pipeline.data.files import read_jsonl, replacing
 from pipeline.decoding.request import Request
 from pipeline.evaluation.standings import UNGUIDED
 from pipeline.generation.comparison import entries_of
-from pipeline.generation.methods.contender import Contender
+from pipeline.generation.methods.compared_method import ComparedMethod
 from pipeline.generation.model_set import Decoder, ModelSet
 from pipeline.generation.rows import point_requests
 
@@ -50,8 +50,8 @@ def methods(params: Params, workspace: Workspace, prompts: Sequence[str]) -> lis
     for name, method in params.comparison.methods.items():
         mixes = [line.mix for line in entries_of(params) if line.method == name and line.front and line.mix]
         mix = max(mixes, key=lambda mix: min(mix.shares.values()) if len(mix.shares) > 1 else 0.0)
-        contender = Contender(method, params, workspace, [mix])
-        runs[name] = contender.decoder(ROWS), [contender.request(mix, prompt, 0) for prompt in prompts]
+        compared = ComparedMethod(method, params, workspace, [mix])
+        runs[name] = compared.decoder(ROWS), [compared.request(mix, prompt, 0) for prompt in prompts]
     speeds = tokens_per_second(runs)
     return [{"method": name, "tokens_per_s": round(speed, 1)} for name, speed in speeds.items()]
 

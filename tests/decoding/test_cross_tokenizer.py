@@ -55,7 +55,7 @@ def across(arm):
     tokenizer = sentencepiece()
     base = Backbone(foreign_model(len(tokenizer)), Prompter(tokenizer, None))
     decoder = GuidedDecoder(base, arm, batch_size=8)
-    decoder._interpreter.candidates = 10**9
+    decoder._bridge.candidates = 10**9
     return decoder
 
 
@@ -66,7 +66,7 @@ def slow(tiny, prompter, arms, across):
     tokenizer = sentencepiece()
     reference = load_model(tiny, torch.float32, CPU)
     base = foreign_model(len(tokenizer))
-    return Slow(base, adapted, reference, Prompter(tokenizer, None), prompter, across._interpreter)
+    return Slow(base, adapted, reference, Prompter(tokenizer, None), prompter, across._bridge)
 
 
 @settings(max_examples=150, deadline=None)
@@ -188,8 +188,8 @@ def test_the_same_strings_in_another_order_give_the_law_of_one_vocabulary(arm, p
     moved.generation_config.eos_token_id = order[prompter.eos]
     ordinary = GuidedDecoder(Backbone(plain, prompter), arm, batch_size=8)
     other = GuidedDecoder(Backbone(moved, Prompter(permuted(prompter.tokenizer, order), None)), arm, batch_size=8)
-    other._interpreter.candidates = 10**9
-    assert not other._interpreter.table.shared
+    other._bridge.candidates = 10**9
+    assert not other._bridge.table.shared
     asked = [
         Request(prompt, {**weights, REFERENCE: -sum(weights.values())}, max_new_tokens=10, seed=seed)
         for prompt in PROMPTS for weights in ({"one": 1.0}, {"one": 0.5, "two": 0.7}) for seed in (0, 1)
@@ -208,7 +208,7 @@ def test_an_arm_that_is_its_reference_leaves_the_base_as_it_is(tiny, prompter):
     base = Backbone(foreign_model(len(tokenizer)), Prompter(tokenizer, None))
     others = Backbone(small, prompter, name=REFERENCE), Backbone(small, prompter, name="one")
     decoder = GuidedDecoder(base, *others, batch_size=8)
-    decoder._interpreter.candidates = 10**9
+    decoder._bridge.candidates = 10**9
     asked = [Request(prompt, log_ratio({"one": 2.0}), max_new_tokens=12) for prompt in PROMPTS]
     written = dict(decoder.generate(asked))
     for trace in decoder.traces(asked, [written[place].tokens for place in range(len(asked))]):
@@ -234,7 +234,7 @@ def test_the_law_is_that_of_the_definition_at_every_step(across, slow, weights):
 
 
 def test_texts_are_drawn_from_the_enumerated_law(across):
-    across._interpreter.candidates, across._batch_size, count = 12, 512, 3000
+    across._bridge.candidates, across._batch_size, count = 12, 512, 3000
     request = Request("Tips?", log_ratio({"one": 1.0}), max_new_tokens=2)
     drawn = [row.tokens for _, row in across.generate([dataclasses.replace(request, sample=n) for n in range(count)])]
     first = across.trace(request, [5]).logps["guided"][0].exp()
@@ -266,7 +266,7 @@ def test_rows_do_not_depend_on_the_batch_around_them(across):
 
 
 def test_only_candidates_are_drawn_and_the_rest_is_told(across):
-    across._interpreter.candidates = 4
+    across._bridge.candidates = 4
     request = Request("Tips?", log_ratio({"one": 1.0}), max_new_tokens=8)
     [(_, row)] = across.generate([request])
     trace = across.trace(request, row.tokens)
@@ -280,7 +280,7 @@ def test_the_processor_of_transformers_draws_from_the_same_law(across, arm):
     tokenizer = sentencepiece()
     prompter, model = Prompter(tokenizer, None), foreign_model(len(tokenizer))
     guidance = GuidanceLogitsProcessor(prompter, {"one": 1.0, REFERENCE: -1.0}, arm, prompts=["Tips?"])
-    guidance._interpreter.candidates = 10**9
+    guidance._bridge.candidates = 10**9
     ids = torch.tensor([prompter.prompt_ids("Tips?")])
     found = model.generate(ids, do_sample=False, max_new_tokens=10, logits_processor=[guidance], pad_token_id=0)
     request = Request("Tips?", {"one": 1.0, REFERENCE: -1.0}, temperature=0.0, max_new_tokens=10)

@@ -16,7 +16,7 @@ from transformers import (
 from pipeline.config.errors import UserError
 from pipeline.decoding.backbone import Backbone
 from pipeline.decoding.decoder import GuidedDecoder, Request
-from pipeline.decoding.kv_cache import Lanes
+from pipeline.decoding.kv_cache import BackboneSession
 from pipeline.models.loading import load_model
 from pipeline.models.prompting import Prompter
 from tests.reference import CPU, PROMPTS, requests, run
@@ -24,22 +24,22 @@ from tests.tiny import tiny_model, tiny_tokenizer
 
 
 def test_prefill_reads_a_prompt_once_per_lane_for_all_its_rows(decoder, monkeypatch):
-    read, reading = [], Lanes._read
+    read, reading = [], BackboneSession._read
     monkeypatch.setattr(
-        Lanes, "_read", lambda self, lanes, prompts: read.extend(lanes) or reading(self, lanes, prompts)
+        BackboneSession, "_read", lambda self, lanes, prompts: read.extend(lanes) or reading(self, lanes, prompts)
     )
     run(decoder, requests(prompts=PROMPTS[:2]))
     assert sorted(read) == sorted(["base", "one", "two", "three"] * 2)
 
 
 def test_memory_does_not_grow_with_finished_rows(decoder, monkeypatch):
-    sizes, merge = [], Lanes._merge
+    sizes, merge = [], BackboneSession._merge
 
     def measured(lanes, *given):
         merge(lanes, *given)
         sizes.append(sum(layer.rooms[0].numel() for layer in lanes._cache.layers))
 
-    monkeypatch.setattr(Lanes, "_merge", measured)
+    monkeypatch.setattr(BackboneSession, "_merge", measured)
     run(decoder, [Request(PROMPTS[0], {"one": 1.0}, max_new_tokens=2 + n % 3, sample=n) for n in range(200)])
     assert len(sizes) > 30
     assert max(sizes[15:]) <= max(sizes[:15])

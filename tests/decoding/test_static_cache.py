@@ -1,4 +1,4 @@
-"""Rows in fixed shapes: the law and the rows of `Lanes`, in steps that could be replayed."""
+"""Rows in fixed shapes: the law and the rows of `BackboneSession`, in steps that could be replayed."""
 
 import copy
 
@@ -16,7 +16,7 @@ from pipeline.decoding.batch import Batch, guided_logps
 from pipeline.decoding.cuda_graphs import ReplayedStep, fused_elementwise
 from pipeline.decoding.decoder import GuidedDecoder, Request
 from pipeline.decoding.logits_processor import GuidanceLogitsProcessor
-from pipeline.decoding.static_cache import StaticLanes, _rounded_columns, _rounded_slots
+from pipeline.decoding.static_cache import StaticSession, _rounded_columns, _rounded_slots
 from pipeline.models.loading import load_model
 from tests.decoding.test_kv_cache import SMALL
 from tests.decoding.test_logits_processor import inputs
@@ -135,7 +135,7 @@ class Recorded(TorchDispatchMode):
 def test_a_step_is_the_same_operations_on_the_same_shapes_and_never_looks_at_a_number(fixed):
     """What a replayed graph needs, and a length that slipped in as a Python number would break."""
     rows, made = fixed._rows(requests(max_new_tokens=20)), Batch(fixed._backbones, fixed._vocab_size)
-    made.seat(rows)
+    made.admit_rows(rows)
     made.step()
     (lanes,) = made._lanes.values()
     memory = [layer.keys.data_ptr() for layer in lanes._layers]
@@ -152,14 +152,14 @@ def test_a_step_is_the_same_operations_on_the_same_shapes_and_never_looks_at_a_n
 
 
 def test_shapes_change_seldom_and_memory_does_not_grow(fixed, monkeypatch):
-    moves, steps, move, step = [], [], StaticLanes._move, StaticLanes.step
+    moves, steps, move, step = [], [], StaticSession._move, StaticSession.step
 
     def counted(lanes, *given):
         move(lanes, *given)
         moves.append((len(lanes._slots), lanes._columns))
 
-    monkeypatch.setattr(StaticLanes, "_move", counted)
-    monkeypatch.setattr(StaticLanes, "step", lambda lanes, tokens: steps.append(1) or step(lanes, tokens))
+    monkeypatch.setattr(StaticSession, "_move", counted)
+    monkeypatch.setattr(StaticSession, "step", lambda lanes, tokens: steps.append(1) or step(lanes, tokens))
     wide = GuidedDecoder(*fixed._backbones, batch_size=32)
     run(wide, [Request(PROMPTS[0], {"one": 1.0}, max_new_tokens=2 + n % 40, sample=n) for n in range(400)])
     print(f"{len(steps)} steps, shapes: {moves}")
@@ -243,13 +243,13 @@ def test_a_session_that_an_error_left_half_way_is_not_taken_over(fixed, monkeypa
 def test_long_prompts_are_read_in_pieces(fixed, decoder, monkeypatch):
     expected = run(decoder, requests())
     monkeypatch.setattr("pipeline.decoding.static_cache._AT_ONCE", 24)
-    read, prompts = [], StaticLanes._prompts
+    read, prompts = [], StaticSession._prompts
 
     def measured(lanes, asked):
         read.append([len(prompt) for _, prompt in asked])
         return prompts(lanes, asked)
 
-    monkeypatch.setattr(StaticLanes, "_prompts", measured)
+    monkeypatch.setattr(StaticSession, "_prompts", measured)
     rows = run(fixed, requests())
     assert all(len(piece) == 1 or max(piece) * len(piece) <= 24 for piece in read) and max(map(len, read)) > 1
     assert [row.tokens for row in rows] == [row.tokens for row in expected]
@@ -265,8 +265,8 @@ def test_adapters_that_no_row_has_are_not_multiplied_with(fixed):
 
 
 def test_models_read_on_before_tokens_are_looked_at_and_step_back_where_rows_come_and_go(fixed, decoder, monkeypatch):
-    ahead, back, rewind, advance = [], [], StaticLanes.rewind, Batch._advance
-    monkeypatch.setattr(StaticLanes, "rewind", lambda lanes: back.append(1) or rewind(lanes))
+    ahead, back, rewind, advance = [], [], StaticSession.rewind, Batch._advance
+    monkeypatch.setattr(StaticSession, "rewind", lambda lanes: back.append(1) or rewind(lanes))
     monkeypatch.setattr(Batch, "_advance", lambda made: ahead.append(1) or advance(made))
     for backbone in (*fixed._backbones, *decoder._backbones):
         backbone.ends |= set(range(100, 130))  # so that most rows end by themselves

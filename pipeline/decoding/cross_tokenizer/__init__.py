@@ -5,6 +5,6 @@ each of the base's tokens how much likelier the ARM finds it than its reference 
 the base's own logits that is the ARM *translated* to the base, and what decodes takes it for an ARM of the base. Prefix
 probabilities by themselves favour short strings, whatever they say; the ratio cancels that.
 
-`spelling` (tokens as bytes) → `translation` (the base's vocabulary in the ARM's) → `tape` (a model that reads on,
-rewinds and looks ahead) → `lanes` (the rows, and the ratios) · `exact`: the same quantities by exhaustion.
+`spelling` (tokens as bytes) → `translation` (the base's vocabulary in the ARM's) → `rewindable_cache` (a model that
+reads on, rewinds and looks ahead) → `session` (the rows, and the ratios).
 """

@@ -88,10 +88,10 @@ class RewindableCache:
         plain = "sliding_attention" if self._window else "full_attention"
         self._kinds = sorted(set(getattr(config, "layer_types", None) or [plain]))
 
-    def seat(
+    def admit_rows(
         self, kept: Sequence[int], prompts: Sequence[Sequence[int]], newcomers: Sequence[tuple[int, Collection[str]]]
     ) -> None:
-        """Let rows go, and seat new ones behind those that stay, with all of their prompt but its last token read.
+        """Let rows go, and admit new ones behind those that stay, with all of their prompt but its last token read.
 
         Args:
             kept: the rows that stay, ascending; they are numbered anew from 0.
@@ -108,16 +108,16 @@ class RewindableCache:
         fresh = self._read([lane for lane, _ in read], [prompts[prompt][:-1] for _, prompt in read])
         behind = len(self.slots)  # what is read now is numbered behind what is there
         old = enumerate(self.slots)
-        seated = [(lanes.index(lane), number[row], place) for place, (lane, row) in old if row in number]
-        seated += [
+        admitted = [(lanes.index(lane), number[row], place) for place, (lane, row) in old if row in number]
+        admitted += [
             (lanes.index(lane), len(kept) + row, behind + place)
             for row, (new_prompt, served) in enumerate(newcomers)
             for place, (lane, prompt) in enumerate(read)
             if prompt == new_prompt and lane in served
         ]
-        seated.sort()
-        from_S = torch.tensor([place for _, _, place in seated], dtype=torch.long, device=self._device)
-        self.slots = [(lanes[at], row) for at, row, _ in seated]
+        admitted.sort()
+        from_S = torch.tensor([place for _, _, place in admitted], dtype=torch.long, device=self._device)
+        self.slots = [(lanes[at], row) for at, row, _ in admitted]
         if fresh:
             self._layers = self._layers or [_Columns(self._cursor) for _ in fresh]
         for number_of_layer, layer in enumerate(self._layers if behind or fresh else ()):

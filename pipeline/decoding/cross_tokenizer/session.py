@@ -1,4 +1,4 @@
-"""Rows of a base on their way through ARMs with another tokenizer: `seat`, `step` and `translated`.
+"""Rows of a base on their way through ARMs with another tokenizer: `admit_rows`, `step` and `translated`.
 
 Where the base draws a token that the ARM has too, the ARM reads that one. Else it reads the canonical spelling of what
 the base has written, and keeps it open: its last tokens are read anew if what comes next spells them otherwise. What is
@@ -33,8 +33,8 @@ _HELD = 8  # tokens of an open spelling that may still change; those before them
 class _Text:
     """How far a row has been read behind its prompt."""
 
-    prompts: tuple[int, ...]  # tokens of the prompt per tape, less one while its last is still to be read
-    first: tuple[int, ...] | None  # the prompt's last token per tape, while that is still to be read
+    prompts: tuple[int, ...]  # tokens of the prompt per cache, less one while its last is still to be read
+    first: tuple[int, ...] | None  # the prompt's last token per cache, while that is still to be read
     settled: int = 0  # tokens behind the prompt that stay
     tail: tuple[int, ...] = ()  # tokens behind those, which what comes next may change
     pending: bytes = b""  # what the tail spells
@@ -65,34 +65,34 @@ class _Reach:
 
 
 class CrossTokenizerSession:
-    """One session of rows; any number may share an interpreter.
+    """One session of rows; any number may share an bridge.
 
     Args:
-        interpreter: the ARMs, and what their tokens mean to the base.
+        bridge: the ARMs, and what their tokens mean to the base.
         device: where the base's logits are.
     """
 
-    def __init__(self, interpreter: TokenizerBridge, device: torch.device) -> None:
-        self.lanes, self._device, self._table = interpreter.lanes, device, interpreter.table
+    def __init__(self, bridge: TokenizerBridge, device: torch.device) -> None:
+        self.lanes, self._device, self._table = bridge.lanes, device, bridge.table
         self._column_V, self._spread_V = self._table.column_V.to(device), self._table.spread_V.to(device)
-        self._mute_V, self._candidates = self._column_V == interpreter.arm_size, interpreter.candidates
-        self._base, self._arm, self._pieces = interpreter.base, interpreter.arm, interpreter.pieces
-        self._tapes = [RewindableCache(backbone) for backbone in interpreter.backbones]
-        self._size = interpreter.arm_size
-        self._ends = interpreter.ends
-        self._path = interpreter.path
+        self._mute_V, self._candidates = self._column_V == bridge.arm_size, bridge.candidates
+        self._base, self._arm, self._pieces = bridge.base, bridge.arm, bridge.pieces
+        self._caches = [RewindableCache(backbone) for backbone in bridge.backbones]
+        self._size = bridge.arm_size
+        self._ends = bridge.ends
+        self._path = bridge.path
         self._texts: list[_Text] = []
-        self._raw = [torch.zeros(0, self._size, device=tape.backbone.device) for tape in self._tapes]  # logps_SA
-        self._places: list[list[tuple[int, int]]] = []  # per row, tape and slot of each of its lanes
+        self._raw = [torch.zeros(0, self._size, device=cache.backbone.device) for cache in self._caches]  # logps_SA
+        self._places: list[list[tuple[int, int]]] = []  # per row, cache and slot of each of its lanes
         self._named: list[list[str]] = []  # per row, those lanes
         self.rows: dict[str, Tensor] = {}  # per lane, the rows it serves, ascending
         self.candidate_mask_BV = torch.zeros(0, 0, dtype=torch.bool)  # the next tokens that the ARMs were asked about
         self.uncovered_mass_B = torch.zeros(0)  # the base's mass on all others
 
-    def seat(
+    def admit_rows(
         self, kept: Sequence[int], prompts: Sequence[Sequence[Sequence[int]]], served: Sequence[Collection[str]]
     ) -> None:
-        """Let rows go, and seat new ones behind those that stay.
+        """Let rows go, and admit new ones behind those that stay.
 
         Args:
             kept: the rows that stay, ascending; they are numbered anew from 0.
@@ -101,14 +101,14 @@ class CrossTokenizerSession:
         """
         lanes = [{*named, REFERENCE} & set(self.lanes) if set(named) & set(self.lanes) else set() for named in served]
         stay = set(kept)
-        old = [[place for place, (_, row) in enumerate(tape.slots) if row in stay] for tape in self._tapes]
-        for number, tape in enumerate(self._tapes):
+        old = [[place for place, (_, row) in enumerate(cache.slots) if row in stay] for cache in self._caches]
+        for number, cache in enumerate(self._caches):
             distinct = sorted({tuple(one[number]) for one in prompts})
             newcomers = [(distinct.index(tuple(one[number])), of) for one, of in zip(prompts, lanes, strict=True)]
-            tape.seat(kept, distinct, newcomers)
+            cache.admit_rows(kept, distinct, newcomers)
         self._texts = [self._texts[row] for row in kept]
         self._texts += [_Text(tuple(len(each) - 1 for each in one), tuple(each[-1] for each in one)) for one in prompts]
-        here = [{slot: place for place, slot in enumerate(tape.slots)} for tape in self._tapes]
+        here = [{slot: place for place, slot in enumerate(cache.slots)} for cache in self._caches]
         self._named = [
             sorted((lane for at in here for lane, of in at if of == row), key=lambda lane: lane == REFERENCE)
             for row in range(len(self._texts))
@@ -117,9 +117,9 @@ class CrossTokenizerSession:
             [next((number, at[lane, row]) for number, at in enumerate(here) if (lane, row) in at) for lane in named]
             for row, named in enumerate(self._named)
         ]
-        for number, tape in enumerate(self._tapes):
-            stays = [place for place, (_, row) in enumerate(tape.slots) if row < len(kept)]
-            raw = self._raw[number].new_zeros(len(tape.slots), self._size)
+        for number, cache in enumerate(self._caches):
+            stays = [place for place, (_, row) in enumerate(cache.slots) if row < len(kept)]
+            raw = self._raw[number].new_zeros(len(cache.slots), self._size)
             raw[stays] = self._raw[number][old[number]]
             self._raw[number] = raw
         self.rows = {
@@ -164,11 +164,11 @@ class CrossTokenizerSession:
     def _read_early(self, reads: Mapping[int, tuple[int, ...]]) -> None:
         """Read what few rows have to read before their last token, apart: the others need not wait for it."""
         laws: dict[tuple[int, int], Tensor] = {}
-        for number, tape in enumerate(self._tapes):
-            slots = [slot for slot, (_, row) in enumerate(tape.slots) if row in reads]
+        for number, cache in enumerate(self._caches):
+            slots = [slot for slot, (_, row) in enumerate(cache.slots) if row in reads]
             if slots:
-                rows = [tape.slots[slot][1] for slot in slots]
-                found_STA = tape.read(slots, [self._end(row, number) for row in rows], [reads[row] for row in rows])
+                rows = [cache.slots[slot][1] for slot in slots]
+                found_STA = cache.read(slots, [self._end(row, number) for row in rows], [reads[row] for row in rows])
                 laws |= {(number, slot): laws_TA for slot, laws_TA in zip(slots, found_STA, strict=True)}
         for row, read in reads.items():
             text = self._texts[row]
@@ -179,23 +179,23 @@ class CrossTokenizerSession:
 
     def _read_last(self, tokens: Mapping[int, int]) -> None:
         """Read one token of every row; one that has none has any put behind its end, where its next one will stand."""
-        for number, tape in enumerate(self._tapes):
-            if not tape.slots:
+        for number, cache in enumerate(self._caches):
+            if not cache.slots:
                 continue
-            texts = [self._texts[row] for _, row in tape.slots]
+            texts = [self._texts[row] for _, row in cache.slots]
             last = [
                 [text.first[number] if text.first else tokens.get(row, 0)]
-                for text, (_, row) in zip(texts, tape.slots, strict=True)
+                for text, (_, row) in zip(texts, cache.slots, strict=True)
             ]
-            raw_SA = tape.read(None, [self._end(row, number) for _, row in tape.slots], last)[:, 0, : self._size]
-            for slot, (text, (lane, row)) in enumerate(zip(texts, tape.slots, strict=True)):
+            raw_SA = cache.read(None, [self._end(row, number) for _, row in cache.slots], last)[:, 0, : self._size]
+            for slot, (text, (lane, row)) in enumerate(zip(texts, cache.slots, strict=True)):
                 if text.first is None and row not in tokens:
                     kept = text.nodes[-1][self._named[row].index(lane)] if text.nodes else self._raw[number][slot]
                     raw_SA[slot] = kept
             self._raw[number] = raw_SA
 
     def _end(self, row: int, number: int) -> int:
-        """The position behind all that a row has on a tape."""
+        """The position behind all that a row has on a cache."""
         text = self._texts[row]
         return text.prompts[number] + text.settled + len(text.tail)
 
@@ -252,13 +252,13 @@ class CrossTokenizerSession:
         """RewindableCache and slot of a lane at each of the rows it serves."""
         return [
             (number, slot)
-            for number, tape in enumerate(self._tapes)
-            for slot, (name, _) in enumerate(tape.slots)
+            for number, cache in enumerate(self._caches)
+            for slot, (name, _) in enumerate(cache.slots)
             if name == lane
         ]
 
     def _of(self, slots: Sequence[tuple[int, int]]) -> Tensor:
-        """The laws at slots of one tape, logps_bA."""
+        """The laws at slots of one cache, logps_bA."""
         return self._raw[slots[0][0]][[slot for _, slot in slots]]
 
     def _ratio(self, arm_bA: Tensor, reference_bA: Tensor) -> Tensor:
@@ -347,14 +347,14 @@ class CrossTokenizerSession:
     def _looked(self, looks: Sequence[tuple[int, int, tuple[int, ...]]]) -> list[list[Tensor]]:
         """Per look ahead the laws behind each of its tokens, logps_KA."""
         laws: dict[tuple[int, int, int], Tensor] = {}
-        for number, tape in enumerate(self._tapes):
+        for number, cache in enumerate(self._caches):
             of_row = [[slot for at, slot in self._places[row] if at == number] for row, _, _ in looks]
             lookups = sorted((slot, index) for index, slots in enumerate(of_row) for slot in slots)
             if lookups:
                 rows = [looks[index][0] for _, index in lookups]
                 ends = [self._end(row, number) - len(self._texts[row].tail) for row in rows]
                 starts = [end + looks[index][1] for end, (_, index) in zip(ends, lookups, strict=True)]
-                found_STA = tape.look([slot for slot, _ in lookups], starts, [looks[index][2] for _, index in lookups])
+                found_STA = cache.look([slot for slot, _ in lookups], starts, [looks[index][2] for _, index in lookups])
                 laws |= {(number, *one): laws_TA for one, laws_TA in zip(lookups, found_STA, strict=True)}
         results = []
         for index, (row, _, tokens) in enumerate(looks):

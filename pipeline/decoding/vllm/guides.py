@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.decoding.backbone import SideBackbone
-from pipeline.decoding.kv_cache import Lanes
+from pipeline.decoding.kv_cache import BackboneSession
 from pipeline.models.loading import Source
 
 
@@ -54,17 +54,17 @@ class Guides:
     def __init__(self, described: Sequence[Mapping[str, Any]], device: torch.device) -> None:
         backbones = [from_json(one).load(device) for one in described]
         self.vocab_sizes = [backbone.vocab_size for backbone in backbones]
-        self._lanes, self._device = [Lanes(backbone) for backbone in backbones], device
+        self._lanes, self._device = [BackboneSession(backbone) for backbone in backbones], device
         self._stands: dict[str, int] = {}  # per group, in the order of rows: the tokens that it has been given
         self._last_G = torch.zeros(0, dtype=torch.long, device=device)
         self._alphas: dict[str, Tensor] = {}
 
     def order(self, lengths: Mapping[str, int]) -> list[str]:
-        """Groups, given the tokens that each has drawn, in the order that `seat` wants: first those that stand here."""
+        """Groups, given the tokens each has drawn, in the order of `admit_rows`: first those that are here."""
         kept = [name for name, stands in self._stands.items() if lengths.get(name) == stands]
         return [*kept, *(name for name in lengths if name not in kept)]
 
-    def seat(self, groups: Sequence[Guided]) -> None:
+    def admit_rows(self, groups: Sequence[Guided]) -> None:
         """Make these the groups, in `order`; those that are new, or went on while away, are read from the beginning."""
         places = {name: place for place, name in enumerate(self._stands)}
         kept = [group for group in groups if self._stands.get(group.name) == len(group.output)]
@@ -72,7 +72,7 @@ class Guides:
         for number, lanes in enumerate(self._lanes):
             prompts = [[*group.prompts[number], *group.output] for group in new]
             newcomers = [(place, set(group.alphas)) for place, group in enumerate(new)]
-            lanes.seat([places[group.name] for group in kept], prompts, newcomers)
+            lanes.admit_rows([places[group.name] for group in kept], prompts, newcomers)
         self._stands = {group.name: len(group.output) for group in groups}
         self._last_G = torch.tensor([group.output[-1] if group.output else 0 for group in groups], device=self._device)
         self._alphas = {

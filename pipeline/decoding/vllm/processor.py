@@ -200,7 +200,7 @@ class LaneProcessor(LogitsProcessor):
         rows_n = [row for rows in whole.values() for row in rows]
         sizes = [len(rows) for rows in whole.values()]
         lanes = [self._rows[rows[0]] for rows in whole.values()]
-        self._guides.seat(
+        self._guides.admit_rows(
             [
                 Guided(
                     lane.group,

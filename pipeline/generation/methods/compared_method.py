@@ -27,7 +27,7 @@ from pipeline.models.loading import Source, resolve_device
 _VERSION = 2  # of the searches: raise it when the same request would give another row
 
 
-class Contender:
+class ComparedMethod:
     """One method.
 
     Args:
