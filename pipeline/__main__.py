@@ -12,6 +12,7 @@ from importlib import import_module
 
 STAGES = {
     "fetch": "get one model: models/<name>/",
+    "distil": "make a smaller model from another: models/<name>/",
     "download": "get one published dataset: datasets/<name>/",
     "prepare": "read, check, label and split the preference data: results/prepare/",
     "train": "train the ARM of one objective: models/arms/<objective>/",

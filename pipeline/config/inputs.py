@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 SECTIONS = ("fetch", "models", "objectives", "judge", "sweep", "tune")  # what the section follows from
 # A dependency that the stage has anyway, where an entry names no file of its own: DVC needs a path that is there.
-_STAGES = ("fetch", "prepare", "train", "generate", "explain", "judge", "weak_to_strong", "comparison")
+_STAGES = ("fetch", "distil", "prepare", "train", "generate", "explain", "judge", "weak_to_strong", "comparison")
 _NONE = {stage: f"pipeline/stages/{stage}.py" for stage in _STAGES}
 
 
@@ -25,7 +25,7 @@ def inputs_of(config: Mapping[str, Any]) -> dict[str, Any]:
         config: the sections of params.yaml, resolved.
 
     Returns:
-        `fetch` and `train`: per model and objective, the arguments of the command and the paths that it reads.
+        `fetch`, `distil` and `train`: per model and objective, the arguments of the command and what it reads.
         `judge`: the folder and options of a model of `models` that judges, and where digests of reward models are.
         `prepare`: where digests of the models that label are.
         `generate`, `explain`, `weak_to_strong`, `comparison`: where rivals are, for a sweep that asks DPO policies, and
@@ -34,18 +34,14 @@ def inputs_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     models, judge = config.get("models") or {}, config.get("judge") or {}
     objectives = config.get("objectives") or {}
-    fetch = {}
+    fetch, distil = {}, {}
     for name in config.get("fetch") or []:
         spec = models.get(name) or {}
-        healing = spec.get("healing") or {}
-        fetch[name] = {
-            "arguments": {"model": name},
-            "source": _folder(spec) or _NONE["fetch"],
-            "prompts": healing.get("prompts") or _NONE["fetch"],
-            # A sibling is healed on text that its parent writes, which is decoding; what is only fetched is not.
-            "device": "decoding.device" if healing else f"models.{name}",
-            "engine": "decoding.engine" if healing else f"models.{name}",
-        }
+        if spec.get("source") == "distilled":
+            prompts = (spec.get("distillation") or {}).get("prompts") or _NONE["distil"]
+            distil[name] = {"arguments": {"model": name}, "parent": spec.get("location"), "prompts": prompts}
+        else:
+            fetch[name] = {"arguments": {"model": name}, "source": _folder(spec) or _NONE["fetch"]}
     train = {
         name: {
             "arguments": {"objective": name},
@@ -65,6 +61,7 @@ def inputs_of(config: Mapping[str, Any]) -> dict[str, Any]:
     tuned = bool((config.get("tune") or {}).get("bases"))
     return {
         "fetch": fetch,
+        "distil": distil,
         "train": train,
         "prepare": {"digests": "results/identify/annotator" if "annotator" in roles else _NONE["prepare"]},
         "judge": {

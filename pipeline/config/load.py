@@ -176,6 +176,14 @@ def _check(params: Params, origin: str) -> None:
             raise UserError(f"{origin}: {key} {name} is no model: did you mean {close[0]}?")
         if name not in params.fetch:
             raise UserError(f"{origin}: {key} {name} is not among the models that fetch lists: add it there.")
+    for name, spec in params.models.items():
+        if (spec.source == "distilled") != (spec.distillation is not None):
+            raise UserError(f"{origin}: models.{name}: source distilled and distillation belong together: set both.")
+        if name in params.fetch and spec.source == "distilled" and spec.location not in params.fetch:
+            raise UserError(
+                f"{origin}: models.{name} is distilled from {spec.location}, which is not among the models that fetch "
+                "lists: add it there."
+            )
     for name in ("arms", "rivals"):
         if name in params.models:
             raise UserError(f"{origin}: no model can be called {name}: that is a folder's name.")

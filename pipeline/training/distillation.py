@@ -1,4 +1,4 @@
-"""Smaller siblings of a model: some of its layers, healed by distilling the whole model on text it wrote itself.
+"""Smaller models: some layers of a larger one, trained by distilling it on text that it wrote itself.
 
 Shapes: N response tokens, D features.
 """
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
 
 from pipeline.config.errors import UserError
-from pipeline.config.schema import Healing, Model
+from pipeline.config.schema import Distillation, Model
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import Row, digest, replacing_folder
 from pipeline.models.fetch import write_origin
@@ -45,7 +45,7 @@ def pruned(parent: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     """
     depth = int(parent.config.num_hidden_layers)
     if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= depth:
-        raise UserError(f"healing.layers {list(layers)}: name layers from 0 to {depth - 1}, ascending, each once.")
+        raise UserError(f"distillation.layers {list(layers)}: name layers from 0 to {depth - 1}, ascending, each once.")
     config = copy.deepcopy(parent.config)
     config.num_hidden_layers = len(layers)
     if getattr(config, "layer_types", None):
@@ -64,13 +64,13 @@ def pruned(parent: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     return frozen
 
 
-class Distillation(L.LightningModule):
+class Distiller(L.LightningModule):
     """Trains the layers of a child towards its parent's next-token law, KL(π_parent ‖ π_child) per response token.
 
-    Both share embeddings and head, which stay as they are: a sibling speaks its parent's vocabulary.
+    Both share embeddings and head, which stay as they are: the smaller one has the vocabulary of its parent.
     """
 
-    def __init__(self, child: ResponseModel, parent: ResponseModel, config: Healing, steps: int) -> None:
+    def __init__(self, child: ResponseModel, parent: ResponseModel, config: Distillation, steps: int) -> None:
         super().__init__()
         self.child, self._config, self._steps = child, config, steps
         self._parent = [parent]  # in a list, so that it is no part of the module
@@ -97,7 +97,9 @@ class Distillation(L.LightningModule):
         """
         loss = self._losses(batch)[0].mean()
         if not all_finite([loss]):
-            raise UserError(f"healing: the loss is {loss.item()} at step {self.global_step}: lower healing.lr.")
+            raise UserError(
+                f"distillation: the loss is {loss.item()} at step {self.global_step}: lower distillation.lr."
+            )
         self._record("train", {"kl": float(loss.detach())})
         self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=1)
         return loss
@@ -152,9 +154,9 @@ def text_groups(rows: Sequence[Row], samples: int, prompter: Prompter) -> list[P
 
 def distill(
     source: Source, device: torch.device, train: Sequence[PromptGroup], held_out: Sequence[PromptGroup],
-    config: Healing, name: str, spec: Model, workspace: Workspace,
+    config: Distillation, name: str, spec: Model, workspace: Workspace,
 ) -> dict[str, float]:  # fmt: skip
-    """Write the healed sibling of a parent to the folder of that name; return its measures on held-out text.
+    """Write the distilled model of that name to its folder; return its measures on held-out text.
 
     Raises:
         UserError: the layers are not the parent's, or the loss is not finite.
@@ -162,8 +164,8 @@ def distill(
     prompter, dtype = source.prompter(), resolve_dtype(source.dtype, device)
     parent = load_model(source.folder, dtype, device)
     identity = digest([model_digest(source.folder), str(dtype), asdict(config)])
-    checkpoints = workspace.scratch / "healing" / f"{name}-{identity}"
-    child, history = heal(parent, train, held_out, config, dtype, prompter.eos, checkpoints)
+    checkpoints = workspace.scratch / "distillation" / f"{name}-{identity}"
+    child, history = train_child(parent, train, held_out, config, dtype, prompter.eos, checkpoints)
     child.to(parent.device, dtype)  # type: ignore[arg-type]  # Lightning leaves it on the CPU
     measured = compare(parent, child, held_out, config.batch_size, prompter.eos)
     with replacing_folder(workspace.model(name)) as partial:
@@ -195,16 +197,16 @@ def compare(
     return {name: round(value, 4) for name, value in measures.items()}
 
 
-def heal(
+def train_child(
     parent: PreTrainedModel,
     train: Sequence[PromptGroup],
     held_out: Sequence[PromptGroup],
-    config: Healing,
+    config: Distillation,
     dtype: torch.dtype,
     pad: int,
     checkpoints: Path,
 ) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
-    """The parent cut to `config.layers` and healed, in float32, and its curve; a killed run goes on.
+    """The parent cut to `config.layers` and trained, in float32, and its curve; a killed run goes on.
 
     Args:
         parent: the whole model, frozen, in the dtype to compute in.
@@ -225,7 +227,7 @@ def heal(
         for model in (parent, child):
             model.set_attn_implementation(RECOMPUTED)
     steps = config.epochs * math.ceil(len(train) / config.batch_size)
-    module = Distillation(ResponseModel(child, dtype), ResponseModel(parent, dtype), config, steps)
+    module = Distiller(ResponseModel(child, dtype), ResponseModel(parent, dtype), config, steps)
     validation: DataLoader[Any] = DataLoader(
         cast(Dataset[PromptGroup], sorted(held_out, key=len)), batch_size=config.batch_size,
         collate_fn=partial(collate, pad=pad),
@@ -246,7 +248,7 @@ def heal(
     )
     resume = newest_checkpoint(checkpoints)
     if resume is not None:
-        print(f"healing: going on from {resume}")
+        print(f"distillation: going on from {resume}")
     loader = ResumableLoader(train, StepBatches(train, config.batch_size, config.seed), pad)
     trainer.fit(module, loader, validation, ckpt_path=resume, weights_only=True)
     return child.eval(), module.history

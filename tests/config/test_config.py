@@ -458,8 +458,8 @@ def test_params_are_frozen(compose_params):
 
 def test_dvc_names_the_folders_of_the_workspace():
     space = Workspace()
-    facts = str(space.results / "fetch" / "${key}.json")
-    assert outs_of("fetch") == [str(space.model("${key}")), facts]
+    facts = str(space.results / "models" / "${key}.json")
+    assert outs_of("fetch") == outs_of("distil") == [str(space.model("${key}")), facts]
     assert outs_of("prepare") == [str(space.results / "prepare"), str(space.classifiers)]
     assert set(outs_of("train")) == {
         str(space.arm("${key}")),
@@ -512,8 +512,8 @@ def test_dvc_watches_what_lies_outside_the_project(compose_params):
         judge = ["judge=reward_model", "judge.models.positivity.location=/rewards/warm"]
         inputs = compose("config", overrides=[*own, "fetch=[own,tiny,tiny-1l]", pretrained, *judge]).inputs
         local = compose("config", overrides=["judge=local_llm", "judge.model=smollm2-360m"]).inputs
-    assert inputs.fetch.own.source == "/models/mine" and inputs.fetch["tiny-1l"].source == "scratch/tiny"
-    assert inputs.fetch["tiny-1l"].prompts == "pipeline/data/prompts/everyday.jsonl"
+    assert inputs.fetch.own.source == "/models/mine" and inputs.distil["tiny-1l"].parent == "tiny"
+    assert inputs.distil["tiny-1l"].prompts == "pipeline/data/prompts/everyday.jsonl"
     assert inputs.train.positivity.pretrained == "/arms/warm"
     assert inputs.identify == {
         "judge-positivity": {

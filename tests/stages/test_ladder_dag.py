@@ -1,4 +1,4 @@
-"""The weak-to-strong experiment through DVC on a tiny random model and its healed sibling."""
+"""The weak-to-strong experiment through DVC on a tiny random model and a model distilled from it."""
 
 import json
 import sys
@@ -28,16 +28,16 @@ def test_the_table_the_figure_and_the_page_cover_every_base(ladder):
     html = (ladder / "results/weak_to_strong/index.html").read_text()
     assert "http://" not in html and "https://" not in html and "tiny-1l" in html
     assert "../weak_to_strong/index.html" in (ladder / "results/report/index.html").read_text()
-    facts = json.loads((ladder / "results/fetch/tiny-1l.json").read_text())
+    facts = json.loads((ladder / "results/models/tiny-1l.json").read_text())
     assert facts["layers"] == 1 and {"perplexity", "parent_perplexity", "kl", "steps"} <= facts.keys()
 
 
-def test_another_base_trains_no_arm_and_heals_nothing(ladder):
+def test_another_base_trains_no_arm_and_distils_nothing(ladder):
     assert "up to date" in run(ladder, "dvc", "repro")
     compose(ladder, "experiment=smoke_weak_to_strong", "base=tiny-1l")
     printed = run(ladder, "dvc", "repro")
     assert "Running stage 'generate'" in printed
-    assert not any(f"Running stage '{name}" in printed for name in ("fetch", "prepare", "train", "tune"))
+    assert not any(f"Running stage '{name}" in printed for name in ("fetch", "distil", "prepare", "train", "tune"))
     assert "0 of" not in printed.split("rows are in the store")[0].splitlines()[-1], "the rows of the ladder are reused"
 
 

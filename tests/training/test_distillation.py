@@ -5,19 +5,35 @@ import pytest
 import torch
 
 from pipeline.config.errors import UserError
-from pipeline.config.schema import Healing
+from pipeline.config.schema import Distillation
 from pipeline.models.fetch import shape
 from pipeline.models.loading import model_digest
 from pipeline.models.prompting import Prompter
 from pipeline.models.vocabulary import check_vocabulary
-from pipeline.stages.fetch import make_sibling
+from pipeline.stages import distil
 from pipeline.training.batches import PromptGroup
-from pipeline.training.distillation import Distillation, compare, heal, pruned
+from pipeline.training.distillation import Distiller, compare, pruned, train_child
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
 IDS = torch.arange(10, 30)[None]
-CONFIG = Healing((1,), "prompts.jsonl", samples_per_prompt=2, max_new_tokens=8, epochs=8, batch_size=2, lr=2e-2)
+CONFIG = Distillation((1,), "prompts.jsonl", samples_per_prompt=2, max_new_tokens=8, epochs=8, batch_size=2, lr=2e-2)
+
+
+def distilled(params, config, *names):
+    """The experiment with models that are distilled from its own."""
+    spec = dataclasses.replace(params.models["tiny"], source="distilled", location="tiny", distillation=config)
+    return dataclasses.replace(params, models={**params.models, **dict.fromkeys(names, spec)})
+
+
+def at_hand(workspace, parent):
+    workspace.models.mkdir(parents=True)
+    workspace.model("tiny").symlink_to(parent)
+
+
+def facts_of(params, workspace, name):
+    distil.run(params, workspace, name)
+    return json.loads((workspace.results / "models" / f"{name}.json").read_text())
 
 
 @pytest.fixture
@@ -44,14 +60,14 @@ def test_all_layers_are_the_parent_and_some_are_its_own(parent):
 
 @pytest.mark.parametrize("layers", [[], [2], [1, 0], [0, 0], [-1, 0]])
 def test_layers_that_are_not_the_parents_are_refused(parent, layers):
-    with pytest.raises(UserError, match=r"healing\.layers .*: name layers from 0 to 1, ascending, each once\."):
+    with pytest.raises(UserError, match=r"distillation\.layers .*: name layers from 0 to 1, ascending, each once\."):
         pruned(parent, layers)
 
 
-def test_healing_brings_the_child_to_the_parents_law_and_leaves_the_vocabulary(parent, text, tmp_path):
+def test_distillation_brings_the_child_to_the_parents_law_and_leaves_the_vocabulary(parent, text, tmp_path):
     train, held_out = text[:6], text[6:]
     before = compare(parent, pruned(parent, CONFIG.layers), held_out, 2, 0)
-    child, history = heal(parent, train, held_out, CONFIG, torch.float32, 0, tmp_path)
+    child, history = train_child(parent, train, held_out, CONFIG, torch.float32, 0, tmp_path)
     after = compare(parent, child, held_out, 2, 0)
     assert after["kl"] < 0.7 * before["kl"]
     assert before["parent_perplexity"] == after["parent_perplexity"] < after["perplexity"] < before["perplexity"]
@@ -60,39 +76,39 @@ def test_healing_brings_the_child_to_the_parents_law_and_leaves_the_vocabulary(p
     assert sum(row["phase"] == "train" for row in history) == 24
 
 
-def test_a_killed_healing_goes_on_where_it_stopped(parent, text, tmp_path, monkeypatch):
-    wanted, _ = heal(parent, text[:6], text[6:], CONFIG, torch.float32, 0, tmp_path / "whole")
-    step = Distillation.training_step
+def test_a_killed_distillation_goes_on_where_it_stopped(parent, text, tmp_path, monkeypatch):
+    wanted, _ = train_child(parent, text[:6], text[6:], CONFIG, torch.float32, 0, tmp_path / "whole")
+    step = Distiller.training_step
 
     def dying(self, batch, batch_idx):
         if self.global_step == 7:
             raise RuntimeError("killed")
         return step(self, batch, batch_idx)
 
-    monkeypatch.setattr(Distillation, "training_step", dying)
+    monkeypatch.setattr(Distiller, "training_step", dying)
     with pytest.raises(RuntimeError, match="killed"):
-        heal(parent, text[:6], text[6:], CONFIG, torch.float32, 0, tmp_path / "killed")
+        train_child(parent, text[:6], text[6:], CONFIG, torch.float32, 0, tmp_path / "killed")
     monkeypatch.undo()
-    found, history = heal(parent, text[:6], text[6:], CONFIG, torch.float32, 0, tmp_path / "killed")
+    found, history = train_child(parent, text[:6], text[6:], CONFIG, torch.float32, 0, tmp_path / "killed")
     assert [row["step"] for row in history if row["phase"] == "train"] == list(range(24))
     for one, other in zip(found.parameters(), wanted.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
-def test_a_loss_that_is_not_finite_stops_the_healing(parent, text, tmp_path):
-    with pytest.raises(UserError, match=r"healing: the loss is nan at step \d+: lower healing\.lr\."):
-        heal(parent, text[:6], text[6:], dataclasses.replace(CONFIG, lr=1e30), torch.float32, 0, tmp_path)
+def test_a_loss_that_is_not_finite_stops_it(parent, text, tmp_path):
+    with pytest.raises(UserError, match=r"distillation: the loss is nan at step \d+: lower distillation\.lr\."):
+        train_child(parent, text[:6], text[6:], dataclasses.replace(CONFIG, lr=1e30), torch.float32, 0, tmp_path)
 
 
-def test_a_sibling_is_a_model_of_the_same_vocabulary_with_its_measures(tiny, smoke_params, workspace, tmp_path, capsys):
+def test_a_distilled_model_has_its_parents_vocabulary_and_its_measures(tiny, smoke_params, workspace, tmp_path, capsys):
     prompts = [
         f'{{"prompt": "What is {n}?", "split": "{s}"}}' for n, s in enumerate(["train"] * 4 + ["validation"] * 2)
     ]
     (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
     config = dataclasses.replace(CONFIG, prompts=str(tmp_path / "prompts.jsonl"))
-    spec = dataclasses.replace(smoke_params.models["tiny"], healing=config)
-    params = dataclasses.replace(smoke_params, models={"one": spec, "two": spec})
-    measured = make_sibling(params, workspace, "one")
+    params = distilled(smoke_params, config, "one", "two")
+    at_hand(workspace, tiny)
+    measured = facts_of(params, workspace, "one")
     assert min(measured["perplexity"], measured["parent_perplexity"]) > 1 and measured["kl"] > 0
     assert shape(workspace.model("one"))["layers"] == 1
     prompters = [Prompter.load(folder, None) for folder in (tiny, workspace.model("one"))]
@@ -100,30 +116,34 @@ def test_a_sibling_is_a_model_of_the_same_vocabulary_with_its_measures(tiny, smo
     assert (workspace.model("one") / "curve.csv").read_text().startswith("step,phase,kl")
     assert model_digest(workspace.model("one")) != model_digest(tiny)
     capsys.readouterr()
-    make_sibling(params, workspace, "two")
-    assert "fetch: 8 of 8 rows are in the store already" in capsys.readouterr().out, "siblings share the text"
+    distil.run(params, workspace, "two")
+    assert "distil: 8 of 8 rows are in the store already" in capsys.readouterr().out, (
+        "models of one parent share the text"
+    )
 
 
-def test_a_prompt_that_leaves_no_room_is_left_out_of_healing_and_counted(smoke_params, workspace, tmp_path, capsys):
+def test_a_prompt_that_leaves_no_room_is_left_out_and_counted(tiny, smoke_params, workspace, tmp_path, capsys):
     words = ["tea", "rain", "word " * 400]  # the last exceeds the tiny model's context of 256 tokens
     rows = [
         {"prompt": f"Why {word} ({split})?", "split": split} for split in ("train", "validation") for word in words
     ]  # fmt: skip
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = dataclasses.replace(CONFIG, prompts=str(tmp_path / "prompts.jsonl"), epochs=1)
-    spec = dataclasses.replace(smoke_params.models["tiny"], healing=config)
-    measured = make_sibling(dataclasses.replace(smoke_params, models={"one": spec}), workspace, "one")
+    params = distilled(smoke_params, config, "one")
+    at_hand(workspace, tiny)
+    measured = facts_of(params, workspace, "one")
     assert measured["prompts_left_out"] == 2
     assert "1 of 3 prompts of split train left out: with 8 new tokens they exceed" in capsys.readouterr().out
     (tmp_path / "prompts.jsonl").write_text(json.dumps(rows[2]))
     with pytest.raises(UserError, match=r"no prompt of split train leaves room for 8 tokens in the context of 256: "):
-        make_sibling(dataclasses.replace(smoke_params, models={"one": spec}), workspace, "one")
+        distil.run(params, workspace, "one")
 
 
-def test_healing_without_prompts_to_learn_from_is_refused(smoke_params, workspace, tmp_path):
+def test_distillation_without_prompts_to_learn_from_is_refused(tiny, smoke_params, workspace, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Why?", "split": "test"}\n')
-    spec = dataclasses.replace(
-        smoke_params.models["tiny"], healing=dataclasses.replace(CONFIG, prompts=str(tmp_path / "prompts.jsonl"))
-    )
-    with pytest.raises(UserError, match="no prompt of split train to heal one with"):
-        make_sibling(dataclasses.replace(smoke_params, models={"one": spec}), workspace, "one")
+    params = distilled(smoke_params, dataclasses.replace(CONFIG, prompts=str(tmp_path / "prompts.jsonl")), "one")
+    at_hand(workspace, tiny)
+    with pytest.raises(UserError, match="no prompt of split train to distil one with"):
+        distil.run(params, workspace, "one")
+    with pytest.raises(UserError, match=r"models\.tiny is not distilled: set its source to distilled"):
+        distil.run(params, workspace, "tiny")
