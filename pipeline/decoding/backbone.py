@@ -18,7 +18,7 @@ from pipeline.models.vocabulary import check_adapter_tokenizer
 
 
 class Backbone:
-    """A causal LM, how it is asked, and the LoRA adapters that share it.
+    """A causal LM, its prompter, and the LoRA adapters that share it.
 
         Backbone(model, prompter, {"positivity": Path("models/arms/positivity")})   # the base and an ARM on it
         Backbone(small, small_prompter, name="helpfulness")                          # an ARM that is its own model
@@ -69,7 +69,7 @@ def has_fixed_shapes(model: PreTrainedModel) -> bool:
     """
     config = model.config
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {one.get("rope_type") for one in [rope, *rope.values()] if isinstance(one, dict)}
+    kinds = {entry.get("rope_type") for entry in [rope, *rope.values()] if isinstance(entry, dict)}
     plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
     spread = hasattr(model, "hf_device_map") or getattr(model, "is_quantized", False)
     routed = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))

@@ -106,16 +106,16 @@ def fused_elementwise(model: PreTrainedModel) -> Iterator[None]:
 
 
 def side_by_side(
-    one: Callable[[], Tensor], other: Callable[[], Tensor], *, device: torch.device
+    first_task: Callable[[], Tensor], second_task: Callable[[], Tensor], *, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """The results of two functions that do not wait for each other: at the same time in a graph, else one by one."""
     if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-        return one(), other()
+        return first_task(), second_task()
     stream, side = torch.cuda.current_stream(device), _side_stream(device)
     side.wait_stream(stream)
     with torch.cuda.stream(side):
-        first = one()
-    second = other()
+        first = first_task()
+    second = second_task()
     stream.wait_stream(side)
     return first, second
 
@@ -126,7 +126,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def fused(function: Callable[P, T]) -> Callable[P, T]:
-    """One kernel of a function that is made of small ones (torch.compile), where it is given tensors of a GPU."""
+    """One kernel of a function that is made of small ones (torch.compile), where its tensors are on a GPU."""
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -142,7 +142,7 @@ def _compiled(function: Callable[P, T]) -> Callable[P, T]:
 
 
 class Arriving:
-    """Numbers on their way from the device: what it is asked to do after them does not hold them up."""
+    """Numbers being copied from the device; work queued there later does not delay them."""
 
     def __init__(self, numbers: Tensor) -> None:
         self._numbers, self._arrived = numbers, None

@@ -67,7 +67,7 @@ class GuidedDecoder:
             raise UserError(f"the first backbone has no lane {BASE}: leave its name as it is.")
         self._vocab_size = common_vocabulary(base.prompter, self._backbones)
         other_vocabulary = [
-            one for one in others if not same_vocabulary(base.prompter.tokenizer, one.prompter.tokenizer)
+            backbone for backbone in others if not same_vocabulary(base.prompter.tokenizer, backbone.prompter.tokenizer)
         ]
         self._bridge = None
         if other_vocabulary:
@@ -95,10 +95,10 @@ class GuidedDecoder:
         """A decoder from local folders.
 
         Args:
-            base: the base; a folder alone is loaded in the dtype that `auto` resolves to and asked by chat template.
+            base: the base; a folder alone is loaded in the dtype that `auto` resolves to and prompted by chat template.
             arms: folder of each ARM; one with a config.json is a model of its own, the others are PEFT adapters.
             arm_base: what the ARMs were made from, where that is not the base: adapters run on it, whole models are
-                loaded and asked as it is.
+                loaded and prompted as it is.
             policies: adapters of the base itself beside ARMs of another model; with ARMs of the base, name them there.
             reference: give `arm_base` a lane called `reference`, for the log-ratio form; one of another tokenizer has
                 it anyway.
@@ -113,7 +113,7 @@ class GuidedDecoder:
         weak = Source(arm_base) if isinstance(arm_base, Path) else arm_base
         across = weak is not None and not same_vocabulary(strong.prompter().tokenizer, weak.prompter().tokenizer)
         own, beside = plan_backbones(strong, arms, weak, policies or {}, reference or across)
-        backbones = [Backbone(strong.load(place), strong.prompter(), own), *(other.load(place) for other in beside)]
+        backbones = [Backbone(strong.load(place), strong.prompter(), own), *(side.load(place) for side in beside)]
         return cls(*backbones, batch_size=batch_size)
 
     @torch.inference_mode()
@@ -135,7 +135,7 @@ class GuidedDecoder:
     def stream(self, requests: Sequence[Request]) -> Iterator[list[Draft]]:
         """Yield all responses as they grow, a token of each at a time, with the rewards of all ARMs that are named.
 
-        An ARM at weight 0 does not guide, but it is asked. All requests are one batch, whatever its size.
+        An ARM at weight 0 does not guide, but it reads. All requests are one batch, whatever its size.
 
         Raises:
             UserError: as `generate`.
@@ -158,10 +158,10 @@ class GuidedDecoder:
                 ]
 
     def trace(self, request: Request, tokens: Sequence[int]) -> Trace:
-        """What base, ARMs and the guided law say of each token of a response to the request's prompt.
+        """Log-probabilities of each token of a response to the request's prompt, by base, ARMs and guided law.
 
         Args:
-            request: the prompt at a point; ARMs that it weighs with 0 are asked as well.
+            request: the prompt at a point; ARMs that it weighs with 0 read it as well.
             tokens: the response, by the base's tokenizer; a generation's `tokens` are one.
 
         Raises:
@@ -209,8 +209,8 @@ class GuidedDecoder:
     def plan(self, requests: Sequence[Request]) -> list[list[int]]:
         """The chunks that `generate` works off one after the other, as indices into `requests`.
 
-        Inside a chunk rows take the places of rows that ended. What rows stand together can decide a floating-point
-        tie; so whoever keeps whole chunks only finds an interrupted run equal to an uninterrupted one, unless memory
+        Inside a chunk rows take the places of rows that ended. Which rows share a batch can decide a floating-point
+        tie. If only whole chunks are stored, an interrupted run therefore equals an uninterrupted one, unless memory
         ran out and halved the batch.
 
         Raises:
@@ -245,7 +245,7 @@ class GuidedDecoder:
 
     def _named(self, requests: Sequence[Request]) -> list[Row]:
         """The rows of requests whose ARMs must all be there, at weight 0 as well."""
-        self._rows([replace(one, weights=dict.fromkeys(one.weights, 1.0)) for one in requests])
+        self._rows([replace(request, weights=dict.fromkeys(request.weights, 1.0)) for request in requests])
         return self._rows(requests)
 
     def _chunk(self, rows: list[Row]) -> Iterator[tuple[int, Generation]]:
@@ -303,7 +303,7 @@ class GuidedDecoder:
             for backbone in self._backbones:
                 backbone.idle.clear()  # and what they hold, should memory have run out
             raise
-        except GeneratorExit:  # whoever asked wants no more of it
+        except GeneratorExit:  # the caller stopped iterating
             batch.release()
             raise
         batch.release()

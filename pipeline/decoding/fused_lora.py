@@ -99,7 +99,7 @@ class AdaptedModel:
     """A twin of a model that shares its weights and adds, row block by row block, the updates of many adapters.
 
     Linear layers that are fed the same tensor (q, k and v; gate and up) become one product: their weights are laid
-    side by side once, and the model's own parameters become views of that. The model given keeps its behaviour; its
+    side by side once, and the model's own parameters become views of that. The original keeps its behaviour; its
     twin is `model`.
     """
 

@@ -112,7 +112,7 @@ def draw(logps_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     inside_B1 = (target_B1 - (upper_BN.gather(1, chunk_B1) - mass_B1)) / mass_B1  # where in the chunk, in [0, 1)
     inner_BC = chunks_BNC[torch.arange(len(padded), device=padded.device), chunk_B1[:, 0]].double().cumsum(-1)
     token_B1 = torch.searchsorted(inner_BC, inside_B1.clamp(0, _ALMOST_ONE) * inner_BC[:, -1:], right=True)
-    # Only a law that is not a number points beyond the vocabulary; whoever asked finds that out by other means.
+    # Only a law that is not a number points beyond the vocabulary; callers check for that themselves.
     return (chunk_B1 * _CHUNK + token_B1)[:, 0].clamp_max(logps_BV.shape[-1] - 1)
 
 

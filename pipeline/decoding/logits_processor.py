@@ -25,7 +25,7 @@ from pipeline.models.vocabulary import same_vocabulary
 
 
 class GuidanceLogitsProcessor(LogitsProcessor):
-    """Adds the ARMs' say to the base's scores: log π_base + Σ_i α_i log π_r,i − log Z (GenARM, guided decoding).
+    """Adds the ARMs to the base's scores: log π_base + Σ_i α_i log π_r,i − log Z (GenARM, guided decoding).
 
         arms = {"positivity": Path("models/arms/positivity")}
         guidance = GuidanceLogitsProcessor.load(model, Path("models/smollm2-135m"), arms, {"positivity": 1.0})
@@ -35,14 +35,14 @@ class GuidanceLogitsProcessor(LogitsProcessor):
     from token to token, and starts anew when another prompt comes. Rows may be padded on the left and repeated
     (`num_return_sequences`). ARMs read the prompt as the base does; one with a template of its own needs
     `GuidedDecoder`, which is also the faster of the two: here base and ARMs are two forwards. ARMs of another tokenizer
-    cannot read the base's prompt, and are told it: `prompts`.
+    cannot read the base's prompt and need its text: `prompts`.
 
     Args:
         prompter: the base's.
         weights: α of each ARM.
         backbones: what the ARMs run on; the base itself with `name=None` for adapters of the base.
-        attention_mask: the prompts' [B, T]. Left out, what is padding is told by the tokenizer's pad token.
-        prompts: their texts, for ARMs of another tokenizer, which are asked by their own template.
+        attention_mask: the prompts' [B, T]. Left out, the tokenizer's pad token marks padding.
+        prompts: their texts, for ARMs of another tokenizer, which have their own template.
 
     Raises:
         UserError: an ARM is on no backbone, or has another tokenizer and no reference or no prompts; in `generate`,
@@ -63,7 +63,7 @@ class GuidanceLogitsProcessor(LogitsProcessor):
                 raise UserError(f"weights name {name}, but the ARMs are {', '.join(lanes) or 'none'}.")
         self._weights = {name: alpha for name, alpha in weights.items() if alpha != 0.0}
         self._vocab_size = common_vocabulary(prompter, backbones)
-        home = [one for one in backbones if same_vocabulary(prompter.tokenizer, one.prompter.tokenizer)]
+        home = [backbone for backbone in backbones if same_vocabulary(prompter.tokenizer, backbone.prompter.tokenizer)]
         self._backbones = [backbone for backbone in home if self._weights.keys() & set(backbone.lanes)]
         self._other_vocabulary = [one for one in backbones if one not in home]
         self._bridge = None
@@ -107,9 +107,9 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         """
         source = Source(folder, template)
         prompter = source.prompter()
-        adapters, others = plan_backbones(source, arms, None, {}, reference=False)
+        adapters, side_backbones = plan_backbones(source, arms, None, {}, reference=False)
         backbones = [Backbone(model, prompter, adapters, name=None)] if adapters else []
-        backbones += [other.load(model.device) for other in others]
+        backbones += [side.load(model.device) for side in side_backbones]
         return cls(prompter, weights, *backbones, attention_mask=attention_mask)
 
     @torch.inference_mode()

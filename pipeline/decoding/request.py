@@ -1,4 +1,4 @@
-"""What the decoder is asked for, and what comes out."""
+"""The decoder's requests and generations."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ class Request:
     """One row to generate: a prompt at a point, and how to sample."""
 
     prompt: str
-    weights: Mapping[str, float] = field(default_factory=dict)  # α per ARM, of any sign; `base` weighs 1 unless told
+    weights: Mapping[str, float] = field(default_factory=dict)  # α per ARM, of any sign; `base` weighs 1 unless named
     temperature: float = 1.0  # divides the guided sum; 0 is greedy
     top_k: int = 0  # 0: all tokens
     top_p: float = 1.0
@@ -40,7 +40,7 @@ class Request:
 
     @property
     def arms(self) -> dict[str, float]:
-        """The ARMs that have a say: an ARM at α = 0 is never run."""
+        """The ARMs of nonzero weight: an ARM at α = 0 is never run."""
         return {name: float(alpha) for name, alpha in self.weights.items() if alpha != 0.0 and name != BASE}
 
     @property
@@ -71,7 +71,7 @@ class Generation:
     logp_base: float  # under the base at temperature 1
     kl: float  # Σ_t KL(π ‖ π_base), the base at temperature 1
     forwards: int | None = None  # positions computed by any model beyond the prompt; None: as many as lanes × tokens
-    left_out: float | None = None  # across tokenizers: Σ_t of the base's mass on tokens that no ARM was asked about
+    left_out: float | None = None  # across tokenizers: Σ_t of the base's mass on tokens that no ARM evaluated
 
 
 def until_stop(text: str, stops: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ class Alternative:
     """A token that might have stood at a position, with its probability under every law."""
 
     text: str
-    chosen: bool  # whether it is the one that does stand there
+    chosen: bool  # whether it is the token of the response
     probabilities: Mapping[str, float]
 
 
@@ -46,7 +46,7 @@ class Trace:
 
     @property
     def arms(self) -> list[str]:
-        """The ARMs that were asked, in the request's order."""
+        """The ARMs that read the response, in the request's order."""
         return [name for name in self.request.weights if name != BASE]
 
     @property
@@ -67,10 +67,10 @@ class Trace:
         the base's share is taken off, because what every language model finds likely is no preference.
         """
         pairs = zip(self.token_logps(arm), self.token_logps(BASE), strict=True)
-        return [wanted - plain for wanted, plain in pairs]
+        return [arm_logp - base_logp for arm_logp, base_logp in pairs]
 
     def alternatives(self, position: int, count: int = 5) -> list[Alternative]:
-        """The `count` likeliest tokens of every law at a position, and the one that stands there; likeliest first."""
+        """The `count` likeliest tokens of every law at a position, and the response's own; likeliest first."""
         at = {name: logps_TV[position] for name, logps_TV in self.logps.items()}
         likeliest = {int(token) for logps_V in at.values() for token in logps_V.topk(min(count, len(logps_V))).indices}
         chosen = int(self.tokens[position])
@@ -92,8 +92,8 @@ class Trace:
         laws = [BASE, *self.arms, GUIDED]
         alternatives = [
             [
-                [one.text, one.chosen, [round(one.probabilities[law], 3) for law in laws]]
-                for one in self.alternatives(position, count)
+                [alternative.text, alternative.chosen, [round(alternative.probabilities[law], 3) for law in laws]]
+                for alternative in self.alternatives(position, count)
             ]
             for position in range(len(self.tokens))
         ]

@@ -60,11 +60,11 @@ def open_comparing_judge(params: Params, workspace: Workspace) -> JudgeSession:
 def generate(params: Params, workspace: Workspace, prompts: Sequence[str], judge: JudgeSession) -> list[Row]:
     """Rows of all lines with the judge's scores, each with `method`, `point` and the `line` it belongs to."""
     points = {name: point for name, point in params.sweep.points.items() if not point.guided}
-    wanted = [*point_requests(replace(params, sweep=replace(params.sweep, points=points)), params.base, prompts)]
-    plain = generate_stored([request for _, request in wanted], params, workspace, params.base, "generate")
+    unguided = [*point_requests(replace(params, sweep=replace(params.sweep, points=points)), params.base, prompts)]
+    plain = generate_stored([request for _, request in unguided], params, workspace, params.base, "generate")
     rows = [
         {"method": UNGUIDED, "point": point, "line": f"{UNGUIDED}/{point}", **row, "forwards": row["n_tokens"]}
-        for (point, _), row in zip(wanted, plain, strict=True)
+        for (point, _), row in zip(unguided, plain, strict=True)
     ]
     control = responses_of(rows, params.sweep.control)
     for name, compared in compared_methods(params, workspace).items():

@@ -52,11 +52,11 @@ def judge_bases(params: Params, sampled: Mapping[str, Sampled], judge: JudgeSess
 
     Each of the `samples_per_prompt` best-of-N rows has N samples of its own. Its KL is bounded as in `best_of_kl`.
     """
-    judge.prepare({}, [(one.every, one.control) for one in sampled.values()])
+    judge.prepare({}, [(samples.every, samples.control) for samples in sampled.values()])
     return [
         {"base": base, **row}
-        for base, one in sampled.items()
-        for row in _with_best(params, judge_rows(one.every, judge, one.control), len(one.rows))
+        for base, samples in sampled.items()
+        for row in _with_best(params, judge_rows(samples.every, judge, samples.control), len(samples.rows))
     ]
 
 

@@ -56,7 +56,7 @@ class ModelSet:
     def loaded(self) -> list[tuple[Source, int]]:
         """The models that are loaded, each with its lanes: its own, where it has a say, and one for each adapter."""
         adapters, beside = plan_backbones(self.strong, self.arms, self.weak, self.policies, REFERENCE in self._used)
-        return [(self.strong, 1 + len(adapters)), *((other.source, len(other.names)) for other in beside)]
+        return [(self.strong, 1 + len(adapters)), *((side.source, len(side.names)) for side in beside)]
 
     def identities(self, device: torch.device) -> dict[str, Any]:
         """Per lane, all that its log-probabilities depend on beside the base."""

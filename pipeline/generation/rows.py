@@ -44,7 +44,7 @@ def point_requests(params: Params, base: str, prompts: Sequence[str]) -> Iterato
 
 
 def prompts_with_room(params: Params, workspace: Workspace, bases: Sequence[str], prompts: Sequence[str]) -> list[str]:
-    """The prompts that leave room for a response in every model that reads them on these bases; says what is left out.
+    """The prompts that leave room for a response in every model that reads them on these bases; prints how many do not.
 
     Raises:
         UserError: no prompt does.
@@ -54,15 +54,15 @@ def prompts_with_room(params: Params, workspace: Workspace, bases: Sequence[str]
         used = {name for _, request in point_requests(params, base, prompts[:1]) for name in request.arms}
         sources += [source for source, _ in ModelSet(params, workspace, base, used).loaded]
     room = params.decoding.max_new_tokens
-    kept = with_room(sources, prompts, room)
-    if len(kept) < len(prompts):
+    fitting = with_room(sources, prompts, room)
+    if len(fitting) < len(prompts):
         print(
-            f"generate: {len(prompts) - len(kept)} of {len(prompts)} prompts left out: with {room} new tokens they "
+            f"generate: {len(prompts) - len(fitting)} of {len(prompts)} prompts left out: with {room} new tokens they "
             "exceed a model's context (decoding.max_new_tokens)"
         )
-    if prompts and not kept:
+    if prompts and not fitting:
         raise UserError(f"no prompt leaves room for {room} tokens in every model's context: lower max_new_tokens.")
-    return kept
+    return fitting
 
 
 def with_room(sources: Sequence[Source], prompts: Sequence[str], room: int) -> list[str]:
@@ -97,9 +97,9 @@ class Shard:
 
 def generate_sweep(params: Params, workspace: Workspace, base: str, prompts: Sequence[str]) -> list[Row]:
     """Every prompt at every point of the sweep on a base, in the order of `point_requests`, each row with its point."""
-    wanted = list(point_requests(params, base, prompts))
-    rows = generate_stored([request for _, request in wanted], params, workspace, base, "generate")
-    return [{"point": point, **row} for (point, _), row in zip(wanted, rows, strict=True)]
+    requests = list(point_requests(params, base, prompts))
+    rows = generate_stored([request for _, request in requests], params, workspace, base, "generate")
+    return [{"point": point, **row} for (point, _), row in zip(requests, rows, strict=True)]
 
 
 def generate_shard(
@@ -110,9 +110,9 @@ def generate_shard(
     A file per process, so that processes on several machines need nothing from the file system they share. Returns how
     many rows there are, and the file.
     """
-    wanted = list(point_requests(params, base, prompts[shard.index :: shard.count]))
+    requests = list(point_requests(params, base, prompts[shard.index :: shard.count]))
     name = f"generate.{shard.index}-of-{shard.count}"
-    rows = generate_stored([request for _, request in wanted], params, workspace, base, "generate", store=name)
+    rows = generate_stored([request for _, request in requests], params, workspace, base, "generate", store=name)
     return len(rows), store_file(workspace, name)
 
 
@@ -197,8 +197,8 @@ def stored(
     known = {*whole.parent.glob(f"{title}.*-of-*.jsonl"), *([whole] if whole.exists() else [])} - {file}
     note_asked(file.parent, title, set(keys))
     store = RowStore(file, keys, sorted(known))
-    first = {wanted: index for index, wanted in reversed(list(enumerate(keys)))}  # equal requests are one row
-    todo = [index for index, wanted in enumerate(keys) if wanted not in store and first[wanted] == index]
+    first = {key: index for index, key in reversed(list(enumerate(keys)))}  # equal requests are one row
+    todo = [index for index, key in enumerate(keys) if key not in store and first[key] == index]
     print(f"{title}: {len(first) - len(todo)} of {len(first)} rows are in the store already")
     if todo:
         decoder = load()
@@ -209,7 +209,7 @@ def stored(
                 (keys[todo[place]], _row(missing[place], generation))
                 for place, generation in islice(finished, len(chunk))
             )
-    return [store[wanted] for wanted in keys]
+    return [store[key] for key in keys]
 
 
 def _row(request: Request, generation: Generation) -> Row:
@@ -217,7 +217,7 @@ def _row(request: Request, generation: Generation) -> Row:
         "prompt": request.prompt,
         "response": generation.text,
         "prompt_tokens": generation.prompt_tokens,
-        "tokens": list(generation.tokens),  # a text does not say which it was made of
+        "tokens": list(generation.tokens),  # they cannot be recovered from the text
         "n_tokens": len(generation.tokens),
         "finish": generation.finish,
         "logp": round(generation.logp, 4),

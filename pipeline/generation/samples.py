@@ -87,10 +87,10 @@ def sample_responses(
         instruction: set(with_room([source], list(by_id.values()), sampling.max_new_tokens))
         for instruction, by_id in texts.items()
     }
-    kept = []
+    fitting_ids = []
     for prompt in prompts:
         if all(texts[instruction][prompt["id"]] in whole for instruction, whole in fitting.items()):
-            kept.append(prompt["id"])
+            fitting_ids.append(prompt["id"])
         else:
             card.drop("a prompt that leaves no room for a response in the base's context", f"prompt {prompt['id']}")
     requests = {
@@ -102,7 +102,7 @@ def sample_responses(
             sample=number,
         )
         for instruction, by_id in texts.items()
-        for prompt_id in kept
+        for prompt_id in fitting_ids
         for number in range(sampling.responses_per_prompt)
     }
     rows = generate_stored(list(requests.values()), params, workspace, params.data.sampler, "prepare")

@@ -1,4 +1,4 @@
-"""Which causal LMs can be trained and decoded here, told from a config: before a download, and before any work."""
+"""Which causal LMs can be trained and decoded here, judged by a config: before a download, and before any work."""
 
 import inspect
 from typing import Any

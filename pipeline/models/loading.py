@@ -28,7 +28,7 @@ def resolve_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one, else the CPU; of several processes on a machine, each has a GPU of its own.
 
     Raises:
-        UserError: a GPU is asked for where there is none.
+        UserError: a GPU is requested where there is none.
     """
     name = {"auto": "cuda" if torch.cuda.is_available() else "cpu", "gpu": "cuda"}.get(name, name)
     if name != "cuda":
@@ -119,7 +119,7 @@ def model_digest(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """A model on disk, how it is loaded and how it is asked."""
+    """A model on disk, how it is loaded and how it is prompted."""
 
     folder: Path
     template: str | None = None

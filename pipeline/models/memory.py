@@ -24,7 +24,7 @@ _BITS = {"nf4": 4.5, "int8": 8.0}  # per weight, the scales of nf4 included
 
 @dataclass(frozen=True)
 class Shape:
-    """What a config says about a model's size."""
+    """A model's size by its config."""
 
     parameters: int  # shared ones once
     matrices: int  # of them, those of the layers, which is what a format of few bits packs
@@ -90,8 +90,8 @@ def available_bytes(device: torch.device, spread: bool) -> int:
     if device.type != "cuda":
         return int(psutil.virtual_memory().available)
     places = range(torch.cuda.device_count()) if spread else [device.index or 0]
-    kept = [torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place) for place in places]
-    return sum(torch.cuda.mem_get_info(place)[0] for place in places) + sum(kept)  # torch keeps what was freed
+    cached = [torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place) for place in places]
+    return sum(torch.cuda.mem_get_info(place)[0] for place in places) + sum(cached)  # torch keeps what was freed
 
 
 @dataclass(frozen=True)
@@ -148,11 +148,11 @@ def refuse_too_large(needs: Sequence[Need], device: torch.device, spread: bool) 
     Raises:
         UserError: weights and caches exceed the free memory.
     """
-    wanted, free = sum(each.total for each in needs), available_bytes(device, spread)
-    if wanted > free:
-        listed = " and ".join(f"{each.name} ({each.total / 1e9:.1f} GB)" for each in needs)
+    needed, free = sum(need.total for need in needs), available_bytes(device, spread)
+    if needed > free:
+        listed = " and ".join(f"{need.name} ({need.total / 1e9:.1f} GB)" for need in needs)
         raise UserError(
-            f"{listed} need {wanted / 1e9:.1f} GB and {device} has {free / 1e9:.1f} free: lower decoding.batch_size, "
+            f"{listed} need {needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} free: lower decoding.batch_size, "
             "set models.<name>.quantisation or device_map, or choose a smaller model."
         )
 
@@ -180,9 +180,9 @@ def refuse_training_too_large(
     Raises:
         UserError: what training takes exceeds the free memory.
     """
-    wanted, free = training_bytes(shape, dtype, quantisation, whole, shards), available_bytes(device, False)
-    if wanted > free:
+    needed, free = training_bytes(shape, dtype, quantisation, whole, shards), available_bytes(device, False)
+    if needed > free:
         raise UserError(
-            f"training {name} needs {wanted / 1e9:.1f} GB beside its activations, {device} has {free / 1e9:.1f} free: "
+            f"training {name} needs {needed / 1e9:.1f} GB beside its activations, {device} has {free / 1e9:.1f} free: "
             "use arm=lora, arm=qlora or trainer=fsdp, or a smaller arm.base."
         )

@@ -16,8 +16,6 @@ from pipeline.config.errors import UserError
 from pipeline.data.files import replacing_folder
 
 _CORES = "preference_cores.safetensors"  # A and the M_i of every adapted layer
-
-
 _FACTOR = ".lora_A.weight"
 
 
@@ -51,8 +49,8 @@ def adapter_at(folder: Path, weights: Mapping[str, float], target: Path) -> Path
     for name in state:
         if name.endswith(_FACTOR):
             stem = name.removesuffix(_FACTOR)
-            kept = cores[f"{stem}.factor"], cores[f"{stem}.cores"]
-            state[name] = collapse(*kept, weights_O.to(kept[0])).contiguous()
+            factor_RD, cores_OCC = cores[f"{stem}.factor"], cores[f"{stem}.cores"]
+            state[name] = collapse(factor_RD, cores_OCC, weights_O.to(factor_RD)).contiguous()
     with replacing_folder(target) as unfinished:
         save_file(state, unfinished / "adapter_model.safetensors", metadata={"format": "pt"})
         (unfinished / "adapter_config.json").write_bytes((folder / "adapter_config.json").read_bytes())

@@ -34,16 +34,16 @@ def check_vocabulary(base: PreTrainedTokenizerBase, arm: PreTrainedTokenizerBase
 
 
 def check_end(base: Prompter, arm: Prompter, name: str) -> None:
-    """Refuse an ARM whose responses end with another token than the base's: it could not say when to end.
+    """Refuse an ARM whose responses end with another token than the base's: it could not guide when to end.
 
     Raises:
         UserError: the two tokens.
     """
     if base.eos != arm.eos:
-        own, other = (one.tokenizer.convert_ids_to_tokens(one.eos) for one in (base, arm))
+        base_end, arm_end = (prompter.tokenizer.convert_ids_to_tokens(prompter.eos) for prompter in (base, arm))
         raise UserError(
-            f"{name}: its responses end with {other}, the base's with {own}: give both models templates that end turns "
-            "with the same token, and train the ARM with it."
+            f"{name}: its responses end with {arm_end}, the base's with {base_end}: give both models templates that "
+            "end turns with the same token, and train the ARM with it."
         )
 
 

@@ -22,7 +22,7 @@ class TokenizerBridge:
         ends: its tokens that end a response.
         backbones: those of the ARMs and of the lane `reference`.
         vocab_size: the tokens that the base's law is over.
-        candidates: how many of the base's likeliest tokens the ARMs are asked about, beside its ends; of those that
+        candidates: how many of the base's likeliest tokens the ARMs evaluate, beside its ends; of those that
             they spell with several of their own, the ones of probability 2 / candidates at least.
 
     Raises:
@@ -84,7 +84,7 @@ def common_vocabulary(base: Prompter, backbones: Sequence[Backbone]) -> int:
     for lane in names:
         if names.count(lane) > 1:
             raise UserError(f"two models are called {lane}: name each ARM differently.")
-    sharing = [one for one in backbones if same_vocabulary(base.tokenizer, one.prompter.tokenizer)]
-    for one in sharing:
-        check_end(base, one.prompter, ", ".join(one.lanes))
+    sharing = [backbone for backbone in backbones if same_vocabulary(base.tokenizer, backbone.prompter.tokenizer)]
+    for backbone in sharing:
+        check_end(base, backbone.prompter, ", ".join(backbone.lanes))
     return min([base.vocab_size, *(backbone.vocab_size for backbone in sharing)])

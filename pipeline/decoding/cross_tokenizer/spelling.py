@@ -19,8 +19,8 @@ _PROBES = ("fi ﬁ", "Été e\u0301", "  two\n\n\tİ", "ＡＢＣ ½ ™")  # te
 def _byte_characters() -> dict[str, int]:
     """The characters that byte-level BPE writes bytes as (GPT-2's table): printable ones as they are, others beyond."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    remaining = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(remaining)}
 
 
 class Spelling:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.decoding.cross_tokenizer.spelling import Spelling
 
-LONGEST = 8  # tokens that the ARM may spell one of the base's with: on runs of blanks and the like it says nothing
+LONGEST = 8  # tokens that the ARM may spell one of the base's with; longer runs (of blanks, say) are left out
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Translation:
         for token, piece in enumerate(arm.pieces[:arm_size]):
             if token in counterpart:
                 groups.setdefault(counterpart[token], []).append(token)
-            elif piece and token not in begun:  # else it is for its successor to tell what the base would write
+            elif piece and token not in begun:  # else the base's token depends on its successor
                 first = next(iter(base.spell(piece)), base_size)
                 if first < base_size:
                     groups.setdefault(first, []).append(token)

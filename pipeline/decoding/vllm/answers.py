@@ -52,7 +52,7 @@ class Answer:
 
     def _choice(self, index: int, deltas: Sequence[Delta]) -> Any:
         text = "".join(delta.text for delta in deltas)
-        logprobs = self._logprobs([one for delta in deltas for one in delta.logprobs], 0)
+        logprobs = self._logprobs([record for delta in deltas for record in delta.logprobs], 0)
         end = {"finish_reason": deltas[-1].finish, "stop_reason": deltas[-1].stop_reason, "logprobs": logprobs}
         if self._chat:
             message = chat.ChatMessage(role="assistant", content=text)
@@ -105,20 +105,20 @@ class Answer:
             return chat.ChatCompletionLogProbs(
                 content=[
                     chat.ChatCompletionLogProbsContent(
-                        **self._spelled(one["token"], one["logprob"]), models=_bounded(one["models"]),
-                        top_logprobs=[chat.ChatCompletionLogProb(**self._spelled(*likely)) for likely in one["top"]],
+                        **self._spelled(record["token"], record["logprob"]), models=_bounded(record["models"]),
+                        top_logprobs=[chat.ChatCompletionLogProb(**self._spelled(*likely)) for likely in record["top"]],
                     )
-                    for one in records
+                    for record in records
                 ]
             )  # fmt: skip
-        texts = [self._spell(one["token"]) for one in records]
+        texts = [self._spell(record["token"]) for record in records]
         # Tokens that are parts of a character are all spelled "\ufffd": of those, the likeliest is listed.
-        tops = [{self._spell(token): logp for token, logp in reversed(one["top"])} for one in records]
+        tops = [{self._spell(token): logp for token, logp in reversed(record["top"])} for record in records]
         return completion.CompletionLogProbs(
-            tokens=texts, token_logprobs=[max(one["logprob"], _LOWEST) for one in records],
+            tokens=texts, token_logprobs=[max(record["logprob"], _LOWEST) for record in records],
             text_offset=[offset + sum(map(len, texts[:place])) for place in range(len(texts))],
             top_logprobs=[_bounded(dict(reversed(top.items()))) for top in tops],
-            models=[_bounded(one["models"]) for one in records],
+            models=[_bounded(record["models"]) for record in records],
         )  # fmt: skip
 
     def _spell(self, token: int) -> str:

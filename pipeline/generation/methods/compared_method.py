@@ -1,4 +1,4 @@
-"""A method of the comparison, ready to be asked at mixes of objectives: what it samples from, or how it searches."""
+"""A method of the comparison, ready for requests at mixes of objectives: what it samples from, or how it searches."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -34,7 +34,7 @@ class ComparedMethod:
         method: what it is.
         params: the experiment.
         workspace: where models and stores are.
-        mixes: all that it will be asked for; adapters that are made of others are written now.
+        mixes: all that its requests will have; adapters that are made of others are written now.
 
     Raises:
         UserError: something it needs is not trained.
@@ -74,7 +74,7 @@ class ComparedMethod:
     def rows(self, requested: Sequence[tuple[Mix, Request]]) -> list[Row]:
         """The rows of requests, from the store or generated, each with the positions that models computed for it.
 
-        The base computes every token, whether it has a say in the law or is only asked for the KL to it.
+        The base computes every token, whether it is part of the law or is only needed for the KL to it.
         """
         requests = [request for _, request in requested]
         if not self._laws:
@@ -96,7 +96,7 @@ class ComparedMethod:
         ]
 
     def decoder(self, batch_size: int | None = None) -> Decoder:
-        """What answers its requests, loaded.
+        """The decoder of its requests, loaded.
 
         Raises:
             UserError: its models cannot fit into memory (nothing is loaded then).

@@ -11,7 +11,7 @@ from pipeline.generation.methods import Law, Place
 def law(method: GenArm, mix: Mix, place: Place) -> Law:
     """log π_base + Σ α_i log π_r,i, α_i being weight times strength; its log-ratio form; Σ α_i log π_r,i alone; gated.
 
-    With policies in the place of the ARMs the loss that trained them can be told from the law that decodes.
+    With policies in the place of the ARMs the effect of the training loss is separated from that of the decoding law.
     """
     alphas = {name: weight * mix.strength for name, weight in mix.weights.items()}
     if method.arms == "policies":

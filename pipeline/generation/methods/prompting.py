@@ -1,6 +1,6 @@
 """The sentences of contrast objectives in the prompt while decoding, and no training.
 
-`instruction`: the base asked with the wanted sentence. `contrast`: log π(·|x) + Σ α_i (log π(·|x, wanted_i) −
+`instruction`: the base prompted with the wanted sentence. `contrast`: log π(·|x) + Σ α_i (log π(·|x, wanted_i) −
 log π(·|x, unwanted_i)), as in context-aware decoding (arXiv 2305.14739) and context steering (CoS, arXiv 2405.01768).
 
 Each sentence is a lane: the base again, on the same weights, with another prompt. So the law is one of `GuidedDecoder`,

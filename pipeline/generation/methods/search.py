@@ -48,7 +48,7 @@ class Search(ABC):
 
     Args:
         model: the base, a causal LM.
-        prompter: how it is asked.
+        prompter: its tokenizer and template.
         rewards: per objective.
         batch_size: rows at once.
     """
@@ -112,7 +112,7 @@ class Search(ABC):
 
     def _uniforms(self, rows: Sequence[Found]) -> Tensor:
         """The numbers that draw the rows' tokens: uniform_BT in float64."""
-        drawn = [random_stream(row.request.stream, row.request.max_new_tokens).tolist() for row in rows]
-        longest = max(map(len, drawn))
-        padded = [row + [0.0] * (longest - len(row)) for row in drawn]
+        streams = [random_stream(row.request.stream, row.request.max_new_tokens).tolist() for row in rows]
+        longest = max(map(len, streams))
+        padded = [row + [0.0] * (longest - len(row)) for row in streams]
         return torch.tensor(padded, dtype=torch.float64, device=self._model.device)
