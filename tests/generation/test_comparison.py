@@ -54,7 +54,7 @@ def human(smoke_params, workspace, tiny, arms):
     for where in ("train/human_preference", "tune/tiny/human_preference"):
         write_json(workspace.results / where / "metrics.json", {"tokens": 10})
     facts = dict.fromkeys(("layers", "parameters", "perplexity", "parent_perplexity", "kl"), 2)
-    write_json(workspace.results / "fetch/tiny.json", facts)
+    write_json(workspace.results / "models/tiny.json", facts)
     prompts = [{"prompt": prompt} for prompt in ("Why?", "Tell me about tea.", "Any tips?")]
     write_jsonl(workspace.results / "prepare/prompts.jsonl", prompts)
     methods = {"genarm": GenArm(kind="genarm", strengths=(1.0, 0.5)), "mod": Policies(kind="mod")}
