@@ -108,10 +108,35 @@ def page(table: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
+def page_of_rivals(table: pd.DataFrame) -> str:
+    """What follows in README.md: the trials of `tests.bench.rivals`, best first."""
+    lines = [
+        "",
+        "## Rivals",
+        "",
+        "Written by `python -m tests.bench.rivals`: β and learning rate of DPO (`mod`: its policies mixed token by token) "
+        "and of PARM, on the same pairs and validation prompts, beside GenARM as it is. All settings and measures are in "
+        "[rivals.csv](rivals.csv); the best of each are those of `tune=comparison`.",
+        "",
+        "| method | β | lr | readable hypervolume | hypervolume | positivity end | conciseness end | readable there |",
+        "|---" * 8 + "|",
+    ]
+    for row in table.itertuples():
+        settings = "– | –" if pd.isna(row.beta) else f"{row.beta:g} | {row.lr:g}"
+        lines.append(
+            f"| {row.method} | {settings} | {row.readable_hypervolume:.3f} | {row.hypervolume:.3f} | "
+            f"{row.reward_positivity_p100_c000:.2f} | {row.reward_conciseness_p000_c100:.2f} | "
+            f"{row.readable_p100_c000:.2f}, {row.readable_p000_c100:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def write_page() -> None:
-    """Write README.md from table.csv."""
+    """Write README.md from table.csv and rivals.csv."""
     with replacing(OUT / "README.md") as stream:
         stream.write(page(pd.read_csv(OUT / "table.csv")))
+        if (OUT / "rivals.csv").exists():
+            stream.write(page_of_rivals(pd.read_csv(OUT / "rivals.csv")))
 
 
 def main() -> None:
