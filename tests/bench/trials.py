@@ -115,8 +115,8 @@ def page_of_rivals(table: pd.DataFrame) -> str:
         "## Rivals",
         "",
         "Written by `python -m tests.bench.rivals`: β and learning rate of DPO (`mod`: its policies mixed token by "
-        "token) and of PARM, on the same pairs and validation prompts, beside GenARM as it is. All settings and measures "
-        "are in [rivals.csv](rivals.csv); the best of each are those of `tune=comparison`.",
+        "token) and of PARM, on the same pairs and validation prompts, beside GenARM as it is. All settings and "
+        "measures are in [rivals.csv](rivals.csv); the best of each are those of `tune=comparison`.",
         "",
         "| method | β | lr | readable hypervolume | hypervolume | positivity end | conciseness end | readable there |",
         "|---" * 8 + "|",
