@@ -1,6 +1,7 @@
 """The judges of an experiment, opened with what they find on this machine."""
 
-from pipeline.config.schema import LlmJudge, LocalJudge, Params, RewardJudge
+from pipeline.config.judges import LlmJudge, LocalJudge, RewardJudge
+from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.evaluation.judges.resources import Resources
 from pipeline.evaluation.judges.reward_model import RewardModels

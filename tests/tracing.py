@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import schema
+from pipeline.config import judges, methods, schema
 from pipeline.config.schema import Params
 from tests.tiny import ROOT
 
@@ -90,7 +90,7 @@ class Traced:
     def watching(self, trace: Trace, monkeypatch: Any) -> Iterator[None]:
         """Record what is read inside."""
         with monkeypatch.context() as context:
-            for kind in vars(schema).values():
+            for kind in [*vars(schema).values(), *vars(methods).values(), *vars(judges).values()]:
                 if dataclasses.is_dataclass(kind):
                     self._patch(kind, trace, context)
             _active.append(trace)

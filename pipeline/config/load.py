@@ -18,17 +18,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.config.errors import UserError
 from pipeline.config.inputs import inputs_of
-from pipeline.config.schema import (
-    Annotator,
-    Column,
-    Comparison,
-    Judge,
-    LocalJudge,
-    Method,
-    Objective,
-    Params,
-    RewardJudge,
-)
+from pipeline.config.judges import Annotator, Judge, LocalJudge, RewardJudge
+from pipeline.config.methods import Comparison, Method
+from pipeline.config.schema import Objective, Params
+from pipeline.config.values import Column
 
 # What DVC reads of params.yaml by itself: it fails where a key is missing, though a default stands in `params`.
 READ_BY_DVC = (

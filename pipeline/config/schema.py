@@ -1,76 +1,37 @@
 """What an experiment can say: the sections of params.yaml as frozen dataclasses, and what every option means.
 
-`conf/` has a group per section; `config` reads and checks.
+`conf/` has a group per section; `load` reads and checks. Methods and judges are in files of their own.
 """
 
-import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
-
-def _spelled(pattern: str, rule: str) -> AfterValidator:
-    """A text of that pattern; `rule` says so in the refusal."""
-
-    def check(text: str) -> str:
-        if not re.fullmatch(pattern, text):
-            raise ValueError(rule)
-        return text
-
-    return AfterValidator(check)
-
-
-def _set(entries: Any) -> Any:
-    """The entries that have a value: groups show all there can be, with null, so that each can be set by its name."""
-    return {key: value for key, value in entries.items() if value is not None} if isinstance(entries, dict) else entries
-
-
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Whole = Annotated[int, Field(ge=0, lt=2**31)]
-Count = Annotated[int, Field(ge=1, lt=2**31)]
-Several = Annotated[int, Field(ge=2, lt=2**31)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
-# Names become folders, cells of tables (which read some words as numbers or as missing), keys that DVC splits at dots,
-# and words of commands.
-Name = Annotated[
-    str,
-    _spelled(
-        r"(?!(?i:nan|na|null|none|true|false|inf|infinity)$)[A-Za-z][A-Za-z0-9_-]{0,63}",
-        "a name starts with a letter, goes on with up to 63 letters, digits, _ and -, and is not a word that tables "
-        "read as a value, such as nan or none",
-    ),
-]
-Device = Annotated[
-    str, _spelled(r"auto|cpu|gpu|cuda(:\d{1,3})?|mps", "use auto, cpu, gpu, cuda or, of several, cuda:1")
-]
-Targets = Annotated[
-    str,
-    _spelled(
-        r"all-linear|(?!.*(lm_head|embed|wte|wpe))[A-Za-z_][\w.]*(,[A-Za-z_][\w.]*)*",
-        "name linear layers of the blocks, as in q_proj,v_proj, or use all-linear; the head and the embeddings stay as "
-        "the base has them",
-    ),
-]
-Share = Annotated[float, Field(gt=0, lt=1)]
-Sentence = Annotated[str, _spelled(r"(?s).*\S.*", "write a sentence that tells the model how to answer")]
-Split = Literal["train", "validation", "test"]
-Column = Literal[
-    "id", "split", "system", "prompt", "response_0", "response_1", "ended_0", "ended_1", "chosen", "rejected",
-    "chosen_ended", "rejected_ended", "objective", "score_chosen", "score_rejected",
-]  # fmt: skip
-
-
-class _Strict:
-    """Keys that no field carries are refused, and so are numbers that are none: NaN and the infinities."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+from pipeline.config.judges import Annotator, Judge, RewardJudge
+from pipeline.config.methods import Comparison
+from pipeline.config.values import (
+    Column,
+    Count,
+    Device,
+    Finite,
+    Name,
+    NotNegative,
+    Positive,
+    Seed,
+    Sentence,
+    Several,
+    Share,
+    Split,
+    Strict,
+    Targets,
+    Whole,
+    without_nulls,
+)
 
 
 @dataclass(frozen=True)
-class Distillation(_Strict):
+class Distillation(Strict):
     """How a smaller model comes from a larger one: the layers it keeps, the text on which it learns to be like it."""
 
     layers: tuple[Whole, ...]  # from 0, ascending
@@ -84,7 +45,7 @@ class Distillation(_Strict):
 
 
 @dataclass(frozen=True)
-class Model(_Strict):
+class Model(Strict):
     """A causal LM that a base, an ARM or a sampler may be: where its files are, how it is loaded and asked."""
 
     source: Literal["wheel", "hub", "path", "distilled"]
@@ -102,7 +63,7 @@ class Model(_Strict):
 
 
 @dataclass(frozen=True)
-class Sampling(_Strict):
+class Sampling(Strict):
     """How responses are drawn from the base when the data are prompts only."""
 
     responses_per_prompt: Count = 4  # under each sentence of an objective that has two; else 2 or more, to compare
@@ -111,7 +72,7 @@ class Sampling(_Strict):
 
 
 @dataclass(frozen=True)
-class Download(_Strict):
+class Download(Strict):
     """A dataset repository of the Hub, and the folder that its files go to."""
 
     repository: str
@@ -121,7 +82,7 @@ class Download(_Strict):
 
 
 @dataclass(frozen=True)
-class Data(_Strict):
+class Data(Strict):
     """Preference rows, or prompts to sample and label (`sampling` set)."""
 
     path: str  # a file (JSON Lines, JSON, Parquet, CSV, TSV), or a folder of such
@@ -130,8 +91,10 @@ class Data(_Strict):
     download: tuple[Download, ...] = ()  # what must be fetched first
     # Which files of a folder are which split, as patterns; a split of none is drawn from train; empty: all files, whose
     # rows say their splits or have them drawn by prompt.
-    files: Annotated[dict[Split, str], BeforeValidator(_set)] = field(default_factory=dict)
-    columns: Annotated[dict[Column, str], BeforeValidator(_set)] = field(default_factory=dict)  # as the files call them
+    files: Annotated[dict[Split, str], BeforeValidator(without_nulls)] = field(default_factory=dict)
+    columns: Annotated[dict[Column, str], BeforeValidator(without_nulls)] = field(
+        default_factory=dict
+    )  # as the files call them
     strict: bool = False  # whether a row that cannot be used stops the run
     sampling: Sampling | None = None
     label_noise: Annotated[float, Field(ge=0, lt=0.5)] = (
@@ -140,11 +103,11 @@ class Data(_Strict):
     validation_fraction: Share = 0.1  # of prompts without a split
     test_fraction: Share = 0.1
     # Only the first so many prompts of a split.
-    limits: Annotated[dict[Split, Count], BeforeValidator(_set)] = field(default_factory=dict)
+    limits: Annotated[dict[Split, Count], BeforeValidator(without_nulls)] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Arm(_Strict):
+class Arm(Strict):
     """What becomes an ARM, and how: by a LoRA adapter (names as in PEFT), or by training all of it."""
 
     base: str  # the model it is made from, of the vocabulary of the base it guides
@@ -157,7 +120,7 @@ class Arm(_Strict):
 
 
 @dataclass(frozen=True)
-class Loss(_Strict):
+class Loss(Strict):
     """What pulls chosen and rejected apart; β is the objective's."""
 
     kind: Literal["arm", "hinge", "simpo", "dpo"] = "arm"
@@ -166,7 +129,7 @@ class Loss(_Strict):
 
 
 @dataclass(frozen=True)
-class Trainer(_Strict):
+class Trainer(Strict):
     """The training run; batches count prompts, each with all its pairs."""
 
     lr: Positive = 5.0e-4
@@ -188,7 +151,7 @@ class Trainer(_Strict):
 
 
 @dataclass(frozen=True)
-class Decoding(_Strict):
+class Decoding(Strict):
     """Guided generation; `batch_size` counts rows (a prompt at a point)."""
 
     max_new_tokens: Count = 48
@@ -206,7 +169,7 @@ class Decoding(_Strict):
 
 
 @dataclass(frozen=True)
-class Point(_Strict):
+class Point(Strict):
     """One weight vector α; no weights is the unguided base."""
 
     weights: dict[str, Finite] = field(default_factory=dict)  # negative ones, in the log-ratio form, steer away
@@ -231,7 +194,7 @@ class Point(_Strict):
 
 
 @dataclass(frozen=True)
-class Sweep(_Strict):
+class Sweep(Strict):
     """The weight vectors to generate at, and which of them the others are compared with."""
 
     control: str
@@ -239,7 +202,7 @@ class Sweep(_Strict):
 
 
 @dataclass(frozen=True)
-class Rival(_Strict):
+class Rival(Strict):
     """A LoRA adapter of a base to compare ARMs with, trained on the same pairs.
 
     `dpo`: the base as a policy tuned for the mix of objectives · `parm`: one ARM for all mixes · `reward_model`: a
@@ -256,7 +219,7 @@ class Rival(_Strict):
 
 
 @dataclass(frozen=True)
-class Tune(_Strict):
+class Tune(Strict):
     """What is trained for comparison, on which bases."""
 
     bases: tuple[str, ...] = ()  # empty: nothing
@@ -264,7 +227,7 @@ class Tune(_Strict):
 
 
 @dataclass(frozen=True)
-class WeakToStrong(_Strict):
+class WeakToStrong(Strict):
     """One ARM on bases of several sizes, beside what tuning each of them would give."""
 
     name: Name = "weak_to_strong"  # of the folder below results/ that it goes to
@@ -273,175 +236,8 @@ class WeakToStrong(_Strict):
     best_of: Count = 4  # samples of the base, of which the judge picks one
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Method(_Strict):
-    """What methods of a comparison have in common."""
-
-    strengths: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)  # what multiplies a point's weights: all
-    # points at the first; those of one objective at the others too, for reward against KL
-    prompts: Count | None = None  # only the first so many, where more would take too long
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenArm(_Method):
-    """ARMs guide the base."""
-
-    kind: Literal["genarm"]
-    form: Literal["plain", "log_ratio", "alone"] = "plain"  # as in `Point`
-    arms: Literal["arms", "policies"] = "arms"  # policies: what DPO trained of the base takes the place of the ARMs
-    gate: NotNegative = 0.0  # nats: where the base's next token has less entropy, it goes on alone
-
-
-@dataclass(frozen=True, kw_only=True)
-class Policies(_Method):
-    """Adapters of the base.
-
-    `mod` mixes the objectives' policies token by token, `morl` trained one for each mix, `rloo` too, by reinforcement
-    learning; `soup` and `soup_factors` merge the objectives' policies; `parm` is one ARM for all mixes and guides the
-    base.
-    """
-
-    kind: Literal["mod", "morl", "rloo", "soup", "soup_factors", "parm"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class BestOf(_Method):
-    """The best of n samples by reward models."""
-
-    kind: Literal["best_of_n"]
-    n: Several = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidates(_Method):
-    """Reward models value the base's likeliest next tokens, as they stand (`args`) or rolled out (`transfer_q`)."""
-
-    kind: Literal["args", "transfer_q"]
-    top_k: Several = 10
-    scale: Positive = 1.0  # of the rewards, which come in standard deviations
-    horizon: Whole = 0  # tokens rolled out
-
-
-@dataclass(frozen=True, kw_only=True)
-class Segments(_Method):
-    """Reward models accept or refuse segments of the base's text (CARDS)."""
-
-    kind: Literal["cards"]
-    threshold: NotNegative = 3.0  # nats of entropy before whose token a segment ends
-    longest: Count = 16  # tokens of a segment
-    tries: Count = 4  # proposals of a segment
-    target: Finite = 1.0  # what the text as a whole should earn, in standard deviations of the rewards
-    softness: Positive = 0.3  # by how much less is still taken
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompting(_Method):
-    """The sentences of contrast objectives in the base's prompt, and no training.
-
-    `instruction`: the base asked with the wanted sentence · `contrast`: the base, and α times what the wanted sentence
-    makes more likely than the unwanted one.
-    """
-
-    kind: Literal["prompting"]
-    form: Literal["instruction", "contrast"]
-    role: Literal["user", "system"] = "user"  # whose turn the sentence stands in
-
-
-Method = Annotated[GenArm | Policies | BestOf | Candidates | Segments | Prompting, Field(discriminator="kind")]
-
-
 @dataclass(frozen=True)
-class Comparison(_Strict):
-    """GenARM beside other methods, at the weights of the sweep."""
-
-    bases: tuple[str, ...] = ()  # the one that is steered, `base`; empty: no such comparison
-    prompts: Count | None = None  # only the first so many of those that prepare wrote; a method may have fewer still
-    against: str = ""  # the method that the others' differences are from
-    methods: dict[Name, Method] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Judge(_Strict):
-    """What all judges have in common."""
-
-    confidence: Share = 0.95  # of every interval
-    resamples: Count = 2000  # of a bootstrap
-    card_pairs: Count = 100  # held-out pairs per objective, drawn, that the judge is checked on first
-
-
-@dataclass(frozen=True, kw_only=True)
-class OracleJudge(_Judge):
-    """Every objective's own scorer."""
-
-    kind: Literal["oracle"]
-
-
-@dataclass(frozen=True)
-class Scoring(_Strict):
-    """A reward model: a sequence classifier with one label."""
-
-    source: Literal["hub", "path"]
-    location: str
-    revision: str | None = None
-    template: str | None = None  # text with {prompt} and {response}; null: the tokenizer's chat template
-    lower_is_better: bool = False  # a cost
-    dtype: str = "auto"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardJudge(_Judge):
-    """A reward model for each objective; pointwise."""
-
-    kind: Literal["reward_model"]
-    models: dict[str, Scoring]
-    batch_size: Count = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class _RubricJudge(_Judge):
-    """Whoever reads two responses and a rubric; pairwise, against the control."""
-
-    rubrics: dict[str, str]  # per objective, a file in pipeline/evaluation/judges/rubrics
-    orders: Literal["both", "seeded"] = "both"  # seeded: one order, drawn from the question itself
-    max_calls: Count | None = None  # questions of one run, over card, rows and objectives; what is answered is kept
-
-
-@dataclass(frozen=True, kw_only=True)
-class LlmJudge(_RubricJudge):
-    """A model behind an endpoint that speaks OpenAI's chat protocol."""
-
-    kind: Literal["llm"]
-    base_url: Annotated[
-        str, _spelled(r"https?://[^\s?#]+", "an address starts with http:// or https://, without ? or #")
-    ]
-    model: str
-    api_key_env: str  # the environment variable that holds the key
-    max_tokens: Count = 200
-    max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = "max_completion_tokens"
-    temperature: NotNegative | None = None  # null: the endpoint's own
-    extra_body: dict[str, bool | int | float | str] = field(default_factory=dict)
-    concurrency: Count = 4
-    timeout: Positive = 60.0  # seconds
-    attempts: Count = 6
-    price: tuple[NotNegative, NotNegative] | None = None  # of a million tokens read, and written; null: not reckoned
-
-
-@dataclass(frozen=True, kw_only=True)
-class LocalJudge(_RubricJudge):
-    """A model of `models` that is at hand; its verdict is read from the probabilities of the next token."""
-
-    kind: Literal["local_llm"]
-    model: str
-    batch_size: Count = 8
-    least: Share = 0.05  # probability of all verdicts together, below which there is none
-
-
-Judge = Annotated[OracleJudge | RewardJudge | LlmJudge | LocalJudge, Field(discriminator="kind")]
-Annotator = Annotated[RewardJudge | LlmJudge | LocalJudge, Field(discriminator="kind")]
-
-
-@dataclass(frozen=True)
-class Objective(_Strict):
+class Objective(Strict):
     """One preference: where its pairs come from, the oracle that scores it, the β_r that trains its ARM.
 
     Pairs come from one of these: the column `label` of the data's rows; where responses are sampled
@@ -469,7 +265,7 @@ class Objective(_Strict):
 
 
 @dataclass(frozen=True)
-class Explain(_Strict):
+class Explain(Strict):
     """Whose token rewards the report shows."""
 
     prompts: Whole = 3
@@ -478,7 +274,7 @@ class Explain(_Strict):
 
 
 @dataclass(frozen=True)
-class Tracking(_Strict):
+class Tracking(Strict):
     """Weights & Biases; the key comes from the environment."""
 
     mode: Literal["offline", "online", "disabled"] = "offline"
@@ -487,7 +283,7 @@ class Tracking(_Strict):
 
 
 @dataclass(frozen=True)
-class Params(_Strict):
+class Params(Strict):
     """One experiment, whole."""
 
     seed: Seed

@@ -7,7 +7,8 @@ the stores of the judges, so that nothing is asked, or paid for, twice.
 from collections import Counter
 from collections.abc import Sequence
 
-from pipeline.config.schema import Objective, RewardJudge
+from pipeline.config.judges import RewardJudge
+from pipeline.config.schema import Objective
 from pipeline.data.files import Row
 from pipeline.data.splits import RESPONSES
 from pipeline.evaluation.judges.resources import Resources

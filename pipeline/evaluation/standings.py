@@ -10,8 +10,9 @@ from itertools import permutations
 import numpy as np
 import pandas as pd
 
+from pipeline.config.methods import Method
 from pipeline.config.points import Mix
-from pipeline.config.schema import Method, Objective, Point
+from pipeline.config.schema import Objective, Point
 from pipeline.data.files import Row
 from pipeline.evaluation.front import mean_inner_product
 from pipeline.evaluation.statistics import (

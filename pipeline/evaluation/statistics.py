@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from pipeline.config.schema import Judge
+from pipeline.config.judges import Judge
 
 _DRAWN = 2_000_000  # values that a bootstrap draws at once, 16 MB; in how many parts it draws them changes no interval
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pandas as pd
 
 from pipeline.config.errors import UserError
-from pipeline.config.schema import LlmJudge, LocalJudge, Params
+from pipeline.config.judges import LlmJudge, LocalJudge
+from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import Row
 from pipeline.evaluation.judges.resources import Resources

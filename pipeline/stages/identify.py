@@ -6,7 +6,8 @@ python -m pipeline identify --role judge --objective helpfulness      # the fold
 from pathlib import Path
 
 from pipeline.config.errors import UserError
-from pipeline.config.schema import LocalJudge, Params, RewardJudge
+from pipeline.config.judges import LocalJudge, RewardJudge
+from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import write_json
 from pipeline.models.identity import folder_identity

@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config.errors import UserError
+from pipeline.config.judges import LlmJudge, LocalJudge
 from pipeline.config.load import load_params, to_params
-from pipeline.config.schema import LlmJudge, LocalJudge, Params
+from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.data.contrast import conditions
 from pipeline.data.sources import read

@@ -26,8 +26,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.config.errors import UserError
+from pipeline.config.judges import RewardJudge
 from pipeline.config.load import to_params
-from pipeline.config.schema import Params, RewardJudge
+from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import digest
 

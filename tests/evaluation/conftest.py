@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline.config.schema import LlmJudge
+from pipeline.config.judges import LlmJudge
 from pipeline.data.files import write_jsonl
 from pipeline.evaluation.judges import llm
 from tests.endpoint import KEY, Server

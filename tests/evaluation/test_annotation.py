@@ -6,7 +6,8 @@ import json
 import pytest
 
 from pipeline.config.errors import UserError
-from pipeline.config.schema import LlmJudge, Objective, Point
+from pipeline.config.judges import LlmJudge
+from pipeline.config.schema import Objective, Point
 from pipeline.data.files import read_jsonl
 from pipeline.stages import prepare
 from tests.endpoint import KEY, Server, longer

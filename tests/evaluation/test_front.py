@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pipeline.config.errors import UserError
+from pipeline.config.judges import OracleJudge
 from pipeline.config.points import point_laws
-from pipeline.config.schema import Objective, OracleJudge
+from pipeline.config.schema import Objective
 from pipeline.evaluation.front import (
     front_metrics,
     front_table,

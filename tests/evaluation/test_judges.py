@@ -9,7 +9,7 @@ from scipy.stats import binomtest
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from pipeline.config.errors import UserError
-from pipeline.config.schema import OracleJudge, RewardJudge, Scoring
+from pipeline.config.judges import OracleJudge, RewardJudge, Scoring
 from pipeline.evaluation import judging
 from pipeline.evaluation.judges import reward_model
 from pipeline.evaluation.judges.rubric import Question, read_rubric

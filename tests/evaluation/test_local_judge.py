@@ -9,7 +9,8 @@ import torch
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from pipeline.config.errors import UserError
-from pipeline.config.schema import LocalJudge, Model
+from pipeline.config.judges import LocalJudge
+from pipeline.config.schema import Model
 from pipeline.evaluation.judges.local_llm import LocalModel, Spelled
 from pipeline.evaluation.judges.rubric import Question
 from pipeline.evaluation.judges.verdicts import undetermined

@@ -8,7 +8,7 @@ from tokenizers import processors
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from pipeline.config.errors import UserError
-from pipeline.config.schema import RewardJudge, Scoring
+from pipeline.config.judges import RewardJudge, Scoring
 from pipeline.evaluation import judging
 from pipeline.evaluation.judges import reward_model
 from pipeline.evaluation.statistics import Bootstrap

@@ -6,20 +6,9 @@ import pandas as pd
 import pytest
 
 from pipeline.config.errors import UserError
-from pipeline.config.schema import (
-    Comparison,
-    GenArm,
-    LlmJudge,
-    Objective,
-    OracleJudge,
-    Point,
-    Policies,
-    RewardJudge,
-    Rival,
-    Scoring,
-    Sweep,
-    Tune,
-)
+from pipeline.config.judges import LlmJudge, OracleJudge, RewardJudge, Scoring
+from pipeline.config.methods import Comparison, GenArm, Policies
+from pipeline.config.schema import Objective, Point, Rival, Sweep, Tune
 from pipeline.data.files import write_json, write_jsonl
 from pipeline.stages import comparison, weak_to_strong
 from tests.endpoint import KEY, Server, longer

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.errors import UserError
+from pipeline.config.methods import Comparison, GenArm
 from pipeline.config.points import Mix
-from pipeline.config.schema import Arm, Comparison, GenArm, Rival, Tune
+from pipeline.config.schema import Arm, Rival, Tune
 from pipeline.decoding.backbone import Backbone
 from pipeline.decoding.decoder import GuidedDecoder, Request
 from pipeline.decoding.fused_lora import read_adapter

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pipeline.config.errors import UserError
+from pipeline.config.methods import Prompting
 from pipeline.config.points import Mix
-from pipeline.config.schema import Objective, Prompting
+from pipeline.config.schema import Objective
 from pipeline.decoding.guidance import random_stream
 from pipeline.generation.methods.compared_method import ComparedMethod
 from pipeline.models import loading

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from pipeline.config.schema import RewardJudge, Scoring
+from pipeline.config.judges import RewardJudge, Scoring
 from pipeline.decoding.backbone import Backbone
 from pipeline.decoding.decoder import GuidedDecoder, Request
 from pipeline.decoding.guidance import LAW_VERSION

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.errors import UserError
-from pipeline.config.schema import Model, RewardJudge, Scoring
+from pipeline.config.judges import RewardJudge, Scoring
+from pipeline.config.schema import Model
 from pipeline.models.fetch import fetch
 from tests.judges import rewards_of
 from tests.tiny import ROOT, tiny_tokenizer

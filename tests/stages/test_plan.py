@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 from transformers import LlamaConfig
 
-from pipeline.config.schema import Comparison
+from pipeline.config.methods import Comparison
 from pipeline.stages import plan
 from pipeline.stages.plan import Rows
 from tests.models.test_memory import SEVEN, SEVENTY, planned

@@ -12,7 +12,7 @@ from threading import Event, Lock
 from typing import Any, cast
 
 from pipeline.config.errors import UserError
-from pipeline.config.schema import LlmJudge
+from pipeline.config.judges import LlmJudge
 from pipeline.evaluation.judges.reply import Reply, refusal_reason
 from pipeline.evaluation.judges.rubric import Question
 

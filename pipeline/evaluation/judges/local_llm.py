@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pipeline.config.errors import UserError
-from pipeline.config.schema import LocalJudge
+from pipeline.config.judges import LocalJudge
 from pipeline.evaluation.judges.reply import CONTEXT_LENGTH, Reply
 from pipeline.evaluation.judges.rubric import Question
 from pipeline.models.loading import Source, resolve_device

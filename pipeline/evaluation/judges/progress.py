@@ -6,7 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pipeline.config.schema import LlmJudge, LocalJudge
+from pipeline.config.judges import LlmJudge, LocalJudge
 from pipeline.evaluation.judges.reply import Reply
 from pipeline.evaluation.judges.rubric import Question
 

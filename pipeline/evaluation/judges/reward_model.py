@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline.config.errors import UserError
-from pipeline.config.schema import RewardJudge, Scoring
+from pipeline.config.judges import RewardJudge, Scoring
 from pipeline.data.chat import is_dialogue, turns_of
 from pipeline.data.files import Row, digest
 from pipeline.data.row_store import RowStore

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.config.errors import UserError
-from pipeline.config.schema import Judge, LlmJudge, LocalJudge, Objective, OracleJudge, RewardJudge
+from pipeline.config.judges import Judge, LlmJudge, LocalJudge, OracleJudge, RewardJudge
+from pipeline.config.schema import Objective
 from pipeline.data.files import Row
 from pipeline.data.oracles import scorer
 from pipeline.evaluation.judges.resources import Resources

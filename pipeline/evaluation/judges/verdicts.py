@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pipeline.config.errors import UserError
-from pipeline.config.schema import LlmJudge, LocalJudge
+from pipeline.config.judges import LlmJudge, LocalJudge
 from pipeline.data.files import digest
 from pipeline.data.row_store import RowStore
 from pipeline.evaluation.judges.llm import EndpointModel

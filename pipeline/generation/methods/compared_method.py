@@ -5,8 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.config.errors import UserError
+from pipeline.config.methods import BestOf, Candidates, GenArm, Method, Policies, Prompting, Segments
 from pipeline.config.points import Mix
-from pipeline.config.schema import BestOf, Candidates, GenArm, Method, Params, Policies, Prompting, Segments
+from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import Row, digest
 from pipeline.decoding.decoder import GuidedDecoder, Request

@@ -3,8 +3,9 @@
 The gate is that of SIA: at tokens the base is sure of, it goes on alone.
 """
 
+from pipeline.config.methods import GenArm
 from pipeline.config.points import BASE, Mix, point_weights, policy_lane
-from pipeline.config.schema import GenArm, Point
+from pipeline.config.schema import Point
 from pipeline.generation.methods import Law, Place
 
 

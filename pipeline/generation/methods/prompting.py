@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.errors import UserError
+from pipeline.config.methods import Prompting
 from pipeline.config.points import BASE
-from pipeline.config.schema import Objective, Prompting
+from pipeline.config.schema import Objective
 from pipeline.data.contrast import instructed
 from pipeline.decoding.backbone import Backbone
 from pipeline.decoding.decoder import GuidedDecoder

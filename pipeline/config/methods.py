@@ -1,0 +1,95 @@
+"""The section `comparison`: the methods that GenARM is compared with."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pipeline.config.values import Count, Finite, Name, NotNegative, Positive, Several, Strict, Whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Method(Strict):
+    """What methods of a comparison have in common."""
+
+    strengths: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)  # what multiplies a point's weights: all
+    # points at the first; those of one objective at the others too, for reward against KL
+    prompts: Count | None = None  # only the first so many, where more would take too long
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenArm(_Method):
+    """ARMs guide the base."""
+
+    kind: Literal["genarm"]
+    form: Literal["plain", "log_ratio", "alone"] = "plain"  # as in `Point`
+    arms: Literal["arms", "policies"] = "arms"  # policies: what DPO trained of the base takes the place of the ARMs
+    gate: NotNegative = 0.0  # nats: where the base's next token has less entropy, it goes on alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policies(_Method):
+    """Adapters of the base.
+
+    `mod` mixes the objectives' policies token by token, `morl` trained one for each mix, `rloo` too, by reinforcement
+    learning; `soup` and `soup_factors` merge the objectives' policies; `parm` is one ARM for all mixes and guides the
+    base.
+    """
+
+    kind: Literal["mod", "morl", "rloo", "soup", "soup_factors", "parm"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOf(_Method):
+    """The best of n samples by reward models."""
+
+    kind: Literal["best_of_n"]
+    n: Several = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates(_Method):
+    """Reward models value the base's likeliest next tokens, as they stand (`args`) or rolled out (`transfer_q`)."""
+
+    kind: Literal["args", "transfer_q"]
+    top_k: Several = 10
+    scale: Positive = 1.0  # of the rewards, which come in standard deviations
+    horizon: Whole = 0  # tokens rolled out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segments(_Method):
+    """Reward models accept or refuse segments of the base's text (CARDS)."""
+
+    kind: Literal["cards"]
+    threshold: NotNegative = 3.0  # nats of entropy before whose token a segment ends
+    longest: Count = 16  # tokens of a segment
+    tries: Count = 4  # proposals of a segment
+    target: Finite = 1.0  # what the text as a whole should earn, in standard deviations of the rewards
+    softness: Positive = 0.3  # by how much less is still taken
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompting(_Method):
+    """The sentences of contrast objectives in the base's prompt, and no training.
+
+    `instruction`: the base asked with the wanted sentence · `contrast`: the base, and α times what the wanted sentence
+    makes more likely than the unwanted one.
+    """
+
+    kind: Literal["prompting"]
+    form: Literal["instruction", "contrast"]
+    role: Literal["user", "system"] = "user"  # whose turn the sentence stands in
+
+
+Method = Annotated[GenArm | Policies | BestOf | Candidates | Segments | Prompting, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class Comparison(Strict):
+    """GenARM beside other methods, at the weights of the sweep."""
+
+    bases: tuple[str, ...] = ()  # the one that is steered, `base`; empty: no such comparison
+    prompts: Count | None = None  # only the first so many of those that prepare wrote; a method may have fewer still
+    against: str = ""  # the method that the others' differences are from
+    methods: dict[Name, Method] = field(default_factory=dict)
