@@ -10,14 +10,14 @@ from pipeline.generation.methods import Law, Place
 
 
 def law(method: GenArm, mix: Mix, place: Place) -> Law:
-    """log π_base + Σ α_i log π_r,i, α_i being weight times strength; its log-ratio form; Σ α_i log π_r,i alone; gated.
+    """log π_base + Σ α_i log π_r,i, α_i being weight times strength; its log-ratio form; either of them gated.
 
     With policies in the place of the ARMs the effect of the training loss is separated from that of the decoding law.
     """
     alphas = {name: weight * mix.strength for name, weight in mix.weights.items()}
     if method.arms == "policies":
         folders = {policy_lane(name): place.rival(name) for name in alphas}
-        rest = {"plain": {}, "log_ratio": {BASE: 1 - sum(alphas.values())}, "alone": {BASE: 0.0}}[method.form]
+        rest = {} if method.form == "plain" else {BASE: 1 - sum(alphas.values())}
         lanes = {policy_lane(name): alpha for name, alpha in alphas.items()}
         return Law({**rest, **lanes}, folders, folders.values(), method.gate)
     weights = point_weights(Point(alphas, form=method.form), place.params.arm.base == place.params.base)
