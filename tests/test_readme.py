@@ -268,22 +268,43 @@ def test_what_guidance_across_families_costs_is_that_of_its_bench():
 
 def test_what_is_said_of_the_comparison_is_in_its_tables():
     text, table = prose(RESULTS_PAGE, "Comparison of methods"), csv("comparison/table.csv")
-    fronts = csv("comparison/fronts.csv", "method")
-    assert fronts.hypervolume.idxmax() == "genarm"
-    for method in ("mod", "morl", "parm"):
-        assert fronts.delta_ci_high[method] < 0
-    for method in ("soup", "gated"):
-        assert fronts.delta_ci_high[method] > 0
-    matched = csv("comparison/matched.csv", "objective", "kl", "method").loc[("positivity", 16.0)]
-    quoted = re.search(
-        r"at 16 nats positivity is (.*?) where DPO \(MOD's end\) has (.*?); the log-ratio form has (.*?) there", text
+    fronts, matched = csv("comparison/fronts.csv", "method"), csv("comparison/matched.csv", "objective", "kl", "method")
+    columns, points = ["hypervolume", "readable_hypervolume"], table.drop_duplicates(["method", "point"])
+    ends = {point: points[points.point == point].set_index("method") for point in ("p100_c000", "p000_c100")}
+    trials = csv("trials/rivals.csv").drop_duplicates("method").set_index("method").readable_hypervolume
+
+    def quoted(pattern, *values):
+        found = re.search(pattern, text)
+        assert quotes(" ".join(found.groups()), *values), (found[0], values)
+
+    assert len(fronts) == 1 + 13 and (fronts[columns].idxmax() == "genarm").all()
+    quoted(
+        r"largest hypervolume\*\*, ([\d.]+), and the largest readable one, ([\d.]+\d)", *fronts.loc["genarm", columns]
     )
-    for figures, method in zip(quoted.groups(), ("genarm", "mod", "log_ratio"), strict=True):
-        assert quotes(figures, *matched.loc[method, ["reward", "ci_low", "ci_high"]])
-    ends = table[table.point == "p000_c100"].drop_duplicates("method").set_index("method")
-    assert quotes(re.search(r"\(perplexity (\d+) under the base\)", text)[1][:2], ends.perplexity["mod"] / 100)
-    (parm,) = table[(table.method == "parm") & (table.alpha_positivity == 1)].distinct_2
-    assert quotes(re.search(r"repeats itself at the positivity end \(distinct-2 ([\d.]+)\)", text)[1], parm)
+    parm = fronts.loc["parm"]
+    delta = parm[["delta_hv", "delta_ci_low", "delta_ci_high", "p_holm"]]
+    quoted(r"next\*\*: ([\d.]+), readable ([\d.]+\d)", *parm[columns])
+    quoted(r"difference is (.*?), and p is ([\d.]+) once", *delta)
+    quoted(r"was ahead, ([\d.]+) against ([\d.]+):", trials["parm"], trials["genarm"])
+    along = [ends[point].reward_positivity for point in ends]
+    quoted(r"from ([\d.]+) to ([\d.]+) along", *(reward["parm"] for reward in along))
+    quoted(r"GenARM's from ([\d.]+) to ([\d.]+\d)", *(reward["genarm"] for reward in along))
+    of_dpo = [name for name in fronts.index if name in ("mod", "morl", "soup", "soup_factors", "genarm_dpo")]
+    assert len(of_dpo) == 5 and fronts.hypervolume[of_dpo].between(0.2, 0.3).all()
+    readable = ends["p000_c100"].readable
+    quoted(r"unlikely: ([\d.]+) of DPO's.*? readable, ([\d.]+) of", readable["mod"], readable["genarm"])
+    quoted(r"Its readable hypervolume is ([\d.]+\d)", fronts.readable_hypervolume["log_ratio"])
+    interval = ["reward", "ci_low", "ci_high"]
+    for pattern, place in (
+        (r"positivity is (.*?) where", ("positivity", 16.0, "genarm")),
+        (r"MOD's end\) has (.*?);", ("positivity", 16.0, "mod")),
+        (r"form has (.*?) there", ("positivity", 16.0, "log_ratio")),
+        (r"other way: (.*?) at 8", ("conciseness", 8.0, "genarm")),
+        (r"and DPO (0\.\d+ \[.*?\])", ("conciseness", 8.0, "mod")),
+    ):
+        quoted(pattern, *matched.loc[place, interval])
+    assert "thirteen trials" in text and len(csv("trials/rivals.csv").dropna(subset="beta")) == 13
+    assert (fronts.hypervolume[["best_of_n", "args", "transfer_q", "cards"]] < 0.1).all()
 
 
 VLLM = {

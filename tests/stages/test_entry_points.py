@@ -51,8 +51,8 @@ def test_every_file_of_the_stages_package_is_a_command_and_there_is_no_other_ent
     stages = [file for file in (ROOT / "pipeline/stages").glob("*.py") if "def run(params" in file.read_text("utf-8")]
     assert {file.stem for file in stages} == {*STAGES, "dial"}
     mains = [file for file in (ROOT / "pipeline").rglob("*.py") if '__name__ == "__main__"' in file.read_text("utf-8")]
-    vllm = ROOT / "pipeline/decoding/vllm/run.py"  # what a process of vLLM begins with
-    assert sorted(mains) == [ROOT / "pipeline" / "__main__.py", vllm]
+    vllm = ROOT / "pipeline/decoding/vllm"  # what processes of its server begin with
+    assert sorted(mains) == [ROOT / "pipeline" / "__main__.py", vllm / "compilation.py", vllm / "run.py"]
 
 
 COMMAND = re.compile(r"-m pipeline(?:\.(\w+))? ?([\w-]*)")

@@ -2,8 +2,7 @@
 
 What a client writes can take hours to compile, or all memory, and the engine or the server would go down with it. So
 one process compiles for all requests, within bounds; it is killed where it exceeds them, and started again when needed.
-
-    python -m pipeline.decoding.vllm.compilation      # what the server starts: a line of JSON in, a line out
+That process runs this module, and answers each line of JSON with a line.
 """
 
 import asyncio
