@@ -329,10 +329,15 @@ def test_what_is_said_of_serving_is_in_its_benches():
     figures = re.search(r"With one ARM (.*?) of unguided", text)[1]
     assert quotes(figures, *table.loc[("guided", 1)].of_unguided)
     served = csv("bench/serve.csv", "requests")
-    assert (served.answers == served.whole).all() and served.answers.sum() == 64 + 2000
-    figures = re.search(r"memory rose from (.*?) GiB over the first 1,200 and stood still over the last 800", text)[1]
-    assert quotes(figures, served.memory_gib["64 at once"], served.memory_gib["1001 to 1200"])
-    assert served.memory_gib["1801 to 2000"] == served.memory_gib["1001 to 1200"]
+    assert (served.answers == served.whole).all() and not served.internal_errors.any()
+    assert len(served) == 11 and "5401 to 6000" in served.index
+    quoted = re.search(
+        r"memory rose from (.*?) to (.*?) GiB over the first 3,600 and to (.*?) over the rest, (.*?) of", text
+    )
+    memory = served.memory_gib
+    last = memory["5401 to 6000"]
+    places = (memory["64 at once"], memory["3001 to 3600"], last, last - memory["4201 to 4800"])
+    assert quotes(" ".join(quoted.groups()), *places)
 
 
 COSTS = {
