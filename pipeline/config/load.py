@@ -32,8 +32,8 @@ READ_BY_DVC = (
 )  # fmt: skip
 # Columns of the tables that scores stand in under their objectives' names, and `base`, the lane of the base.
 COLUMNS = (
-    "base", "forwards", "finish", "kl", "left_out", "line", "logp", "logp_base", "method", "n_tokens", "point",
-    "prompt", "prompt_tokens", "response", "sample", "seed", "stream", "tokens",
+    "accepted", "base", "drafted", "forwards", "finish", "kl", "left_out", "line", "logp", "logp_base", "method",
+    "n_tokens", "point", "prompt", "prompt_tokens", "response", "sample", "seed", "stream", "tokens",
 )  # fmt: skip
 _SECRET = re.compile(r"://[^/\s?#]*@|://\S*[?&][\w.-]*(key|token|secret|signature|sig|password)=", re.IGNORECASE)
 _STAGES = (

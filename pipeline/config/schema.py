@@ -162,6 +162,9 @@ class Decoding(Strict):
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()  # texts that end a response
     samples_per_prompt: Count = 1
     batch_size: Count = 64
+    # Tokens that the model of the ARMs drafts, where it is another than the base. None: as many as pay by the times
+    # measured; rows that are stored are then drafted in float32 only, where no row depends on it.
+    num_speculative_tokens: Annotated[int, Field(ge=0, le=16)] | None = None
     device: Device = "auto"
     engine: Literal["transformers", "vllm"] = (
         "transformers"  # vllm: for the generate stage, in `make vllm`'s environment

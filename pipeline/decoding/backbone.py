@@ -53,6 +53,11 @@ class Backbone:
         self.lanes = (*([] if name is None else [name]), *adapters)
         self.device = model.device
         self.context = int(config.max_position_embeddings)
+        # Whether any layer looks back a window only; some configurations tell one and do not use it.
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+        self.windowed = (
+            "sliding_attention" in kinds and (getattr(config, "sliding_window", None) or self.context) < self.context
+        )
         self.vocab_size = min(prompter.vocab_size, int(config.vocab_size))
         self.ends = ends_of(prompter, model.generation_config)
         self.adapted = AdaptedModel(model, {lane: read_adapter(folder, model) for lane, folder in adapters.items()})
@@ -98,12 +103,15 @@ class SideBackbone:
 def plan_backbones(
     base: Source, arms: Mapping[str, Path], arm_base: Source | None, policies: Mapping[str, Path], reference: bool
 ) -> tuple[dict[str, Path], list[SideBackbone]]:
-    """Which adapters run on the base, and what is loaded beside it: arguments as `GuidedDecoder.load` takes them."""
+    """Which adapters run on the base, and what is loaded beside it: arguments as `GuidedDecoder.load` takes them.
+
+    What adapters beside the base are made from is a lane as well, `reference`: it can be weighed, and drafts.
+    """
     whole = {name: folder for name, folder in arms.items() if (folder / "config.json").is_file()}
     adapters = {name: folder for name, folder in arms.items() if name not in whole}
     beside = []
     if arm_base is not None and (adapters or reference):
-        beside.append(SideBackbone(arm_base, adapters, REFERENCE if reference else None))
+        beside.append(SideBackbone(arm_base, adapters, REFERENCE))
     for name, folder in whole.items():
         beside.append(SideBackbone(replace(arm_base or base, folder=folder, quantisation=None), name=name))
     return {**policies, **({} if arm_base else adapters)}, beside

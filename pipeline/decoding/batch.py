@@ -3,7 +3,7 @@
 Shapes: B rows, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.errors import UserError
-from pipeline.config.points import BASE
+from pipeline.config.points import BASE, REFERENCE
 from pipeline.decoding.backbone import Backbone
 from pipeline.decoding.cross_tokenizer.bridge import TokenizerBridge
 from pipeline.decoding.cross_tokenizer.session import CrossTokenizerSession
@@ -29,6 +29,9 @@ from pipeline.decoding.guidance import (
 from pipeline.decoding.request import Generation, Request, until_stop
 from pipeline.decoding.static_cache import StaticSession, lanes_of, release
 
+# Per ARM the rows it serves, its α there, and its logits there.
+Arms = Mapping[str, tuple[Tensor, Tensor, Tensor]]
+
 
 @dataclass
 class Row:
@@ -41,11 +44,14 @@ class Row:
     ended: bool = False
     probed_arms: frozenset[str] = frozenset()  # ARMs that read it, whatever their weight
     rewards: dict[str, list[float]] = field(default_factory=dict)  # of probed ARMs: log π_r − log π_base per token
+    stand_in: bool = False  # whether what the ARMs were made from reads it, to draft in the base's place
+    drafted: int = 0  # tokens proposed by a draft, and how many of them it has taken: see `speculation`
+    accepted: int = 0
 
     @property
     def lanes(self) -> set[str]:
         """The models that read it."""
-        return {BASE, *self.request.arms, *self.probed_arms}
+        return {BASE, *self.request.arms, *self.probed_arms, *([REFERENCE] if self.stand_in else [])}
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -61,6 +67,16 @@ class Row:
     def window(self) -> int:
         """How many of the last tokens hold any stop text that has just been completed: a token is a byte at least."""
         return 2 * max(len(text.encode()) for text in self.request.stop) + 8
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A token for each row, and what it was drawn from."""
+
+    tokens_B: Tensor
+    summands_B3: Tensor  # log-probability, the base's, and divergence from the base, in nats
+    base_BV: Tensor  # logits
+    arms: Arms
 
 
 class Batch:
@@ -87,11 +103,7 @@ class Batch:
 
     def admit_rows(self, newcomers: Sequence[Row]) -> None:
         """Let ended rows go and add new ones behind those that stay."""
-        if self._ahead:
-            self._ahead = False
-            for static in self._static:
-                if static.rows:
-                    static.rewind()
+        self._take_back()
         kept = [place for place, row in enumerate(self.rows) if not row.ended]
         for number, lanes in self._lanes.items():
             prompts = sorted({row.prompts[number] for row in newcomers})
@@ -133,7 +145,7 @@ class Batch:
     def _tensor(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._device)
 
-    def read(self) -> tuple[Tensor, Tensor, Mapping[str, tuple[Tensor, Tensor, Tensor]]]:
+    def read(self) -> tuple[Tensor, Tensor, Arms]:
         """Let all models read the rows' last tokens: the guided law, the base's logits, and those of the ARMs.
 
         Returns:
@@ -144,7 +156,31 @@ class Batch:
         self._ahead = False
         if self._across is not None and self._across.rows:
             self._across.step(self._last_B, [not row.ended for row in self.rows])
-        base_BV, arms = self._logits()
+        base_BV, arms = self._base_logits(), self._arms_of(self._lanes)
+        if self._across is not None:
+            named = {lane for row in self.rows for lane in row.lanes}
+            for lane, (at, values_bV) in self._across.translated(base_BV, named).items():
+                arms[lane] = at, self._alpha[lane][at], values_bV
+        logps_BV = self._law(base_BV, arms)
+        return logps_BV, base_BV, arms
+
+    def _base_logits(self, place: int = -1) -> Tensor:
+        """The base's logits behind a token of the last step: base_BV."""
+        return cut(self._lanes[0].logits(BASE, place), self._vocab_size)
+
+    def _arms_of(self, numbers: Iterable[int], place: int = -1) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Per ARM of these backbones its rows, its α there, and its logits behind a token of the last step."""
+        arms = {}
+        for number in numbers:
+            lanes = self._lanes[number]
+            for lane, rows_b in lanes.rows.items():
+                if lane != BASE:
+                    at, logits_bV = rows_b.to(self._device), cut(lanes.logits(lane, place), self._vocab_size)
+                    arms[lane] = at, self._alpha[lane][at], logits_bV.to(self._device)
+        return arms
+
+    def _law(self, base_BV: Tensor, arms: Arms) -> Tensor:
+        """The law that tokens are drawn from, gate and truncation included: logps_BV."""
         weight_B = self._base_weight_B
         if self._gate_B is not None:
             alone_B = entropy(base_BV) < self._gate_B
@@ -156,12 +192,20 @@ class Batch:
         if self._cutting is not None:
             at = self._cutting
             logps_BV[at] = truncate(logps_BV[at], self._top_k_B[at], self._top_p_B[at], self._min_p_B[at])
-        return logps_BV, base_BV, arms
+        return logps_BV
 
     def _advance(self) -> None:
         for lanes in self._lanes.values():
             if lanes.rows:
-                lanes.step(self._last_B)
+                lanes.step(self._last_B[:, None])
+
+    def _take_back(self) -> None:
+        """Let the models that have read the last tokens ahead of time read them again."""
+        if self._ahead:
+            self._ahead = False
+            for static in self._static:
+                if static.rows:
+                    static.rewind(torch.ones_like(self._last_B))
 
     def append(self, tokens_B: Tensor) -> None:
         """Make these the rows' last tokens."""
@@ -169,35 +213,39 @@ class Batch:
 
     def step(self) -> list[tuple[Row, Generation]]:
         """Draw one token per row; return the rows that ended."""
-        logps_BV, base_BV, arms = self.read()
-        place_B1 = self._drawn_B.clamp_max(self._uniforms_BT.shape[1] - 1)[:, None]  # ended rows draw on, unheard
-        tokens_B = draw(logps_BV, self._uniforms_BT.gather(1, place_B1)[:, 0])
+        drawn = self._drawn(*self.read())
         self._drawn_B += 1
-        base_logps_BV = normalised(base_BV)
-        drawn_B1 = tokens_B[:, None]
-        new_B3 = torch.stack(
-            [
-                logps_BV.gather(1, drawn_B1)[:, 0],
-                base_logps_BV.gather(1, drawn_B1)[:, 0],
-                kl_divergence(logps_BV, base_logps_BV),
-            ],
-            dim=1,
-        )
         # One look at the device per step: what it drew, and whether all of it was a number.
-        arriving = Arriving(torch.cat([tokens_B, new_B3.isfinite().all()[None]]))
-        self._sums_BN[:, :3] += new_B3
+        arriving = Arriving(torch.cat([drawn.tokens_B, drawn.summands_B3.isfinite().all()[None]]))
+        self._sums_BN[:, :3] += drawn.summands_B3
         if self._across is not None:
             self._sums_BN[:, 3] += self._across.uncovered_mass_B
-        if any(row.probed_arms for row in self.rows):
-            self._reward(drawn_B1, base_logps_BV, arms)
-        self.append(tokens_B)
+        self.append(drawn.tokens_B)
         if self._goes_on():
             self._advance()
             self._ahead = True
         *tokens, finite = arriving.tolist()
         if not finite:
-            self._blame(base_BV, arms)
-        return self._ended(tokens)
+            self._blame(drawn)
+        return self._ended(tokens, drawn, self._sums_BN)
+
+    def _drawn(self, logps_BV: Tensor, base_BV: Tensor, arms: Arms, ahead: int = 0) -> Drawn:
+        """Draw every row's next token but `ahead` from its guided law."""
+        base_logps_BV, tokens_B = normalised(base_BV), self._draw(logps_BV, ahead)
+        drawn_B1 = tokens_B[:, None]
+        of_token_BN = [logps_BV.gather(1, drawn_B1)[:, 0], base_logps_BV.gather(1, drawn_B1)[:, 0]]
+        summands_B3 = torch.stack([*of_token_BN, kl_divergence(logps_BV, base_logps_BV)], dim=1)
+        return Drawn(tokens_B, summands_B3, base_BV, arms)
+
+    def _draw(self, logps_BV: Tensor, ahead: int = 0) -> Tensor:
+        """Each row's next token but `ahead`: tokens_B."""
+        return draw(logps_BV, self._uniforms(ahead))
+
+    def _uniforms(self, ahead: int) -> Tensor:
+        """The number that draws each row's next token but `ahead`: uniforms_B."""
+        # Ended rows draw on, unheard.
+        place_B1 = (self._drawn_B + ahead).clamp_max(self._uniforms_BT.shape[1] - 1)[:, None]
+        return self._uniforms_BT.gather(1, place_B1)[:, 0]
 
     def _goes_on(self) -> bool:
         """Whether models read the new tokens before they are looked at here: the device then never waits for Python.
@@ -207,45 +255,37 @@ class Batch:
         last = any(len(row.tokens) + 1 >= row.request.max_new_tokens for row in self.rows if not row.ended)
         return not last and len(self._static) == len(self._lanes) and all(lanes.small for lanes in self._static)
 
-    def _reward(
-        self, drawn_B1: Tensor, base_logps_BV: Tensor, arms: Mapping[str, tuple[Tensor, Tensor, Tensor]]
-    ) -> None:
-        """Note down what the probed ARMs say of the tokens that were drawn."""
-        for name, (at_b, _, logits_bV) in arms.items():
-            drawn_b1 = drawn_B1[at_b]
-            rewards_b1 = normalised(logits_bV).gather(1, drawn_b1) - base_logps_BV[at_b].gather(1, drawn_b1)
-            for place, reward in zip(at_b.tolist(), rewards_b1[:, 0].tolist(), strict=True):
-                row = self.rows[place]
-                if name in row.probed_arms and not row.ended:
-                    row.rewards.setdefault(name, []).append(reward)
-
-    def _logits(self) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor, Tensor]]]:
-        """The base's logits, and per ARM the rows it guides, its α there, and its logits there."""
-        base_BV, arms = cut(self._lanes[0].logits(BASE), self._vocab_size), {}
-        for lanes in self._lanes.values():
-            for lane, rows_b in lanes.rows.items():
-                if lane != BASE:
-                    at, logits_bV = rows_b.to(self._device), cut(lanes.logits(lane), self._vocab_size)
-                    arms[lane] = at, self._alpha[lane][at], logits_bV.to(self._device)
-        if self._across is not None:
-            named = {lane for row in self.rows for lane in row.lanes}
-            for lane, (at, values_bV) in self._across.translated(base_BV, named).items():
-                arms[lane] = at, self._alpha[lane][at], values_bV
-        return base_BV, arms
-
-    def _ended(self, tokens: list[int]) -> list[tuple[Row, Generation]]:
+    def _ended(self, tokens: Sequence[int | None], drawn: Drawn, sums_BN: Tensor) -> list[tuple[Row, Generation]]:
+        """Give each row that goes on the token drawn for it, if it has one; the rows that end with it."""
+        taking = [not row.ended and token is not None for row, token in zip(self.rows, tokens, strict=True)]
+        if any(row.probed_arms for row in self.rows):
+            self._reward(drawn, taking)
         ended = []
         for place, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
-            if row.ended:
+            if row.ended or token is None:
                 continue
             row.tokens.append(token)
             if finish := self._finish(row):
                 row.ended = True
-                text = until_stop(self._spell(row.tokens), row.request.stop).strip()
-                *sums, left_out = self._sums_BN[place].tolist()
-                generation = Generation(text, len(row.ids), row.tokens, finish, *sums)
-                ended.append((row, generation if self._across is None else replace(generation, left_out=left_out)))
+                ended.append((row, self._generation(row, finish, sums_BN[place].tolist())))
         return ended
+
+    def _generation(self, row: Row, finish: str, sums: Sequence[float]) -> Generation:
+        text = until_stop(self._spell(row.tokens), row.request.stop).strip()
+        logp, logp_base, kl, left_out = sums
+        generation = Generation(text, len(row.ids), row.tokens, finish, logp, logp_base, kl)
+        return generation if self._across is None else replace(generation, left_out=left_out)
+
+    def _reward(self, drawn: Drawn, taking: Sequence[bool]) -> None:
+        """Note down what the probed ARMs say of the tokens that rows are taking."""
+        base_logps_BV, drawn_B1 = normalised(drawn.base_BV), drawn.tokens_B[:, None]
+        for name, (at_b, _, logits_bV) in drawn.arms.items():
+            drawn_b1 = drawn_B1[at_b]
+            rewards_b1 = normalised(logits_bV).gather(1, drawn_b1) - base_logps_BV[at_b].gather(1, drawn_b1)
+            for place, reward in zip(at_b.tolist(), rewards_b1[:, 0].tolist(), strict=True):
+                row = self.rows[place]
+                if name in row.probed_arms and taking[place]:
+                    row.rewards.setdefault(name, []).append(reward)
 
     def _finish(self, row: Row) -> str | None:
         if row.tokens[-1] in self._ends:
@@ -256,16 +296,16 @@ class Batch:
                 return "stop"
         return "length" if len(row.tokens) >= row.request.max_new_tokens else None
 
-    def _blame(self, base_BV: Tensor, arms: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> None:
+    def _blame(self, drawn: Drawn, ahead: int = 0) -> None:
         """Say which model gave logits that are not finite, and at which row."""
         everywhere = torch.arange(len(self.rows), device=self._device)
-        logits = {BASE: (everywhere, base_BV)}
-        logits |= {name: (rows_b, logits_bV) for name, (rows_b, _, logits_bV) in arms.items()}
+        logits = {BASE: (everywhere, drawn.base_BV)}
+        logits |= {name: (rows_b, logits_bV) for name, (rows_b, _, logits_bV) in drawn.arms.items()}
         for name, (rows_b, logits_bV) in logits.items():
             for row in rows_b[~logits_bV.isfinite().all(-1)].tolist():
                 at = self.rows[row]
                 raise UserError(
-                    f"{name} gave logits that are not finite at token {len(at.tokens) + 1} of the response to "
+                    f"{name} gave logits that are not finite at token {len(at.tokens) + 1 + ahead} of the response to "
                     f"{at.request.prompt[:60]!r}: set base.dtype=float32, or check that model's weights."
                 )
         raise UserError("the guided sum is not finite although every model's logits are: lower the weights.")

@@ -19,18 +19,19 @@ from pipeline.decoding.cross_tokenizer.bridge import TokenizerBridge, common_voc
 from pipeline.decoding.cuda_graphs import lacks_memory
 from pipeline.decoding.guidance import normalised
 from pipeline.decoding.request import Generation, Request
+from pipeline.decoding.speculation import DraftLength, SpeculativeBatch
 from pipeline.decoding.trace import GUIDED, Trace
 from pipeline.models.loading import Source, resolve_device
 from pipeline.models.vocabulary import same_vocabulary
 
-__all__ = ["Draft", "Generation", "GuidedDecoder", "Request", "Trace"]
+__all__ = ["Generation", "GuidedDecoder", "PartialGeneration", "Request", "Trace"]
 
 _ROUNDS = 4  # batches' worth of rows that are planned together: see `GuidedDecoder.plan`
 _EVICT_FRACTION = 8  # finished rows are let go once they are one in so many
 
 
 @dataclass(frozen=True)
-class Draft:
+class PartialGeneration:
     """A response as far as it has come."""
 
     tokens: Sequence[int]
@@ -55,13 +56,18 @@ class GuidedDecoder:
         base: the backbone whose lane `base` is steered.
         others: backbones of further ARMs.
         batch_size: rows generated at once; halved once if memory does not suffice.
+        num_speculative_tokens: tokens that the backbones of ARMs beside the base draft for it to read at once; None: as
+            many as pay. Rows do not depend on it but for rounding. Without effect on ARMs that are adapters of the base
+            and on those of another tokenizer.
 
     Raises:
         UserError: an ARM of another tokenizer comes without its reference, or one of the two tokenizers does not tell
             its bytes; two lanes have one name.
     """
 
-    def __init__(self, base: Backbone, *others: Backbone, batch_size: int = 64) -> None:
+    def __init__(
+        self, base: Backbone, *others: Backbone, batch_size: int = 64, num_speculative_tokens: int | None = None
+    ) -> None:
         self._backbones = [base, *others]
         if BASE not in base.lanes:
             raise UserError(f"the first backbone has no lane {BASE}: leave its name as it is.")
@@ -79,6 +85,7 @@ class GuidedDecoder:
         self._arms = [lane for backbone in self._backbones for lane in backbone.lanes if lane != BASE]
         self._batch_size = batch_size
         self._halved = False
+        self._draft_length = DraftLength(num_speculative_tokens)
 
     @classmethod
     def load(
@@ -91,6 +98,7 @@ class GuidedDecoder:
         reference: bool = False,
         device: str = "auto",
         batch_size: int = 64,
+        num_speculative_tokens: int | None = None,
     ) -> "GuidedDecoder":
         """A decoder from local folders.
 
@@ -104,6 +112,7 @@ class GuidedDecoder:
                 it anyway.
             device: as `decoding.device` in the configuration.
             batch_size: rows generated at once.
+            num_speculative_tokens: as for the decoder itself.
 
         Raises:
             UserError: a folder is missing or unreadable, or an ARM does not fit the base.
@@ -114,7 +123,7 @@ class GuidedDecoder:
         across = weak is not None and not same_vocabulary(strong.prompter().tokenizer, weak.prompter().tokenizer)
         own, beside = plan_backbones(strong, arms, weak, policies or {}, reference or across)
         backbones = [Backbone(strong.load(place), strong.prompter(), own), *(side.load(place) for side in beside)]
-        return cls(*backbones, batch_size=batch_size)
+        return cls(*backbones, batch_size=batch_size, num_speculative_tokens=num_speculative_tokens)
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], progress: str | None = None) -> Iterator[tuple[int, Generation]]:
@@ -132,7 +141,7 @@ class GuidedDecoder:
                     yield index, generation
 
     @torch.inference_mode()
-    def stream(self, requests: Sequence[Request]) -> Iterator[list[Draft]]:
+    def stream(self, requests: Sequence[Request]) -> Iterator[list[PartialGeneration]]:
         """Yield all responses as they grow, a token of each at a time, with the rewards of all ARMs that are named.
 
         An ARM at weight 0 does not guide, but it reads. All requests are one batch, whatever its size.
@@ -148,7 +157,7 @@ class GuidedDecoder:
             while batch.alive:
                 ended |= {row.index: generation for row, generation in batch.step()}
                 yield [
-                    Draft(
+                    PartialGeneration(
                         tuple(row.tokens),
                         pieces(row.tokens),
                         {name: tuple(rewards) for name, rewards in row.rewards.items()},
@@ -181,6 +190,8 @@ class GuidedDecoder:
         sizes = map(len, responses)
         limited = [replace(request, max_new_tokens=size) for request, size in zip(requests, sizes, strict=True)]
         laws: list[dict[str, list[torch.Tensor]]] = [{} for _ in limited]
+        named = {BASE, *(name for request in requests for name in request.weights)}
+        proposed: list[torch.Tensor] = []
         with self._batch() as batch:
             batch.admit_rows(
                 [replace(row, probed_arms=frozenset(row.request.weights) - {BASE}) for row in self._named(limited)]
@@ -189,18 +200,24 @@ class GuidedDecoder:
                 guided_BV, base_BV, arms = batch.read()
                 everywhere = torch.arange(len(limited), device=base_BV.device)
                 lane_logits = {BASE: (everywhere, base_BV)}
-                lane_logits |= {name: (at, values) for name, (at, _, values) in arms.items()}
+                lane_logits |= {name: (at, values) for name, (at, _, values) in arms.items() if name in named}
                 lane_logits = {name: (at, normalised(values)) for name, (at, values) in lane_logits.items()}
+                if isinstance(batch, SpeculativeBatch) and batch.drafts:
+                    proposed.append(batch.proposals(arms, step).cpu())
                 for name, (at, logps_BV) in {**lane_logits, GUIDED: (everywhere, guided_BV)}.items():
                     for place, row in enumerate(at.tolist()):
                         if step < len(responses[row]):
                             laws[row].setdefault(name, []).append(logps_BV[place].cpu())
                 batch.append(torch.tensor([tokens[min(step, len(tokens) - 1)] for tokens in responses]))
         spell = self._backbones[0].prompter
+        proposals = torch.stack(proposed, dim=1).tolist() if proposed else [None] * len(limited)
         return [
-            Trace(one, list(tokens), {name: torch.stack(parts) for name, parts in logps_by_law.items()}, spell)
-            for one, tokens, logps_by_law in zip(limited, responses, laws, strict=True)
-        ]
+            Trace(
+                one, list(tokens), {name: torch.stack(parts) for name, parts in logps_by_law.items()}, spell,
+                proposal and proposal[: len(tokens)],
+            )
+            for one, tokens, logps_by_law, proposal in zip(limited, responses, laws, proposals, strict=True)
+        ]  # fmt: skip
 
     def response_ids(self, prompt: str, response: str, ended: bool = True) -> list[int]:
         """The tokens of a text as a response to a prompt; end-of-sequence included, if it ended."""
@@ -296,7 +313,7 @@ class GuidedDecoder:
     @contextmanager
     def _batch(self) -> Iterator[Batch]:
         """A batch whose sessions the next one may take over, unless an error left them half-way."""
-        batch = Batch(self._backbones, self._vocab_size, self._bridge)
+        batch = self._new_batch()
         try:
             yield batch
         except Exception:
@@ -307,3 +324,8 @@ class GuidedDecoder:
             batch.release()
             raise
         batch.release()
+
+    def _new_batch(self) -> Batch:
+        if self._bridge is None and len(self._backbones) > 1:
+            return SpeculativeBatch(self._backbones, self._vocab_size, self._draft_length)
+        return Batch(self._backbones, self._vocab_size, self._bridge)

@@ -133,7 +133,7 @@ class AdaptedModel:
         self._served = tuple(blocks), step
 
     def serve_slots(self, adapter_S: Tensor | None) -> None:
-        """Say which adapter each row of the next forward, of one token each, belongs to: its place in `lanes`, or −1.
+        """Say which adapter each row of the next forward belongs to: its place in `lanes`, or −1.
 
         The tensor is read while the forward runs, so that a replayed one follows what it holds then. None: no row has
         an adapter.
@@ -319,14 +319,17 @@ class _Group:
         y_LTO[self._first :] += low_LTR @ update.b_RO
         return y_LTO
 
-    def _slots_product(self, x_S1D: Tensor, own_SR: Tensor) -> Tensor:
+    def _slots_product(self, x_STD: Tensor, own_SR: Tensor) -> Tensor:
         """The product of a step whose rows are slots: every row times every adapter, what is not its own blanked."""
         assert self._all is not None
         a_DR, b_RO = self._all.a_DR, self._all.b_RO
-        low = _few_low if len(x_S1D) <= _FEW else _low
+        count = x_STD.shape[1]
+        x_ND = x_STD.flatten(0, 1)
+        own_NR = own_SR if count == 1 else own_SR.repeat_interleave(count, dim=0)
+        low = _few_low if len(x_ND) <= _FEW else _low
         # The small product runs while the large one waits for its weights.
-        low_SR, y_S1O = side_by_side(
-            lambda: low(x_S1D[:, 0], a_DR, own_SR), lambda: self._unadapted(x_S1D), device=x_S1D.device
+        low_NR, y_STO = side_by_side(
+            lambda: low(x_ND, a_DR, own_NR), lambda: self._unadapted(x_STD), device=x_STD.device
         )
-        y_S1O[:, 0].addmm_(low_SR, b_RO)
-        return y_S1O
+        y_STO.flatten(0, 1).addmm_(low_NR, b_RO)
+        return y_STO

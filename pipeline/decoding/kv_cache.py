@@ -2,13 +2,14 @@
 
 A lane is one model: the backbone itself, or the backbone with one LoRA adapter. The rows of all lanes go through the
 backbone together, so its weights are read once per step. Shapes: B rows, L block rows over all lanes, T time (padded
-on the left), V vocabulary.
+on the left), C columns of the cache, V vocabulary.
 """
 
 from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, DynamicLayer
 
@@ -49,6 +50,14 @@ class _RoomyLayer(DynamicLayer):
         self.keys, self.values = keys, values = rooms[0][:, :, :filled], rooms[1][:, :, :filled]
         return keys, values
 
+    def close_up(self, order_LC: Tensor, length: int) -> None:
+        """Lay each row's columns out anew, in this order, and keep the last `length`."""
+        at = order_LC[:, None, -length:, None]
+        keys, values = (
+            room[:, :, : self.filled].gather(2, at.expand(-1, room.shape[1], -1, room.shape[3])) for room in self.rooms
+        )
+        self._hold((keys, values), length)
+
     @classmethod
     def merged(cls, parts: Sequence[tuple["_RoomyLayer", Tensor, Tensor]], rows: int, length: int) -> "_RoomyLayer":
         """A layer of `rows` rows and `length` columns out of rows of others: (layer, its rows, their new places).
@@ -69,9 +78,10 @@ class _RoomyLayer(DynamicLayer):
 
 
 class BackboneSession:
-    """Rows on their way through a backbone: `admit_rows` lets them come and go, `step` advances all by one token.
+    """Rows on their way through a backbone: `admit_rows` lets them come and go, `step` advances all.
 
-    Afterwards `logits` are those of the next token. Any number of these may share a backbone.
+    Afterwards `logits` are those behind each token of the step. `rewind` takes a row's last tokens back: their columns
+    stay and are not looked at, until there are many and the rows close up. Any number of these may share a backbone.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -81,9 +91,9 @@ class BackboneSession:
         self._blocks: list[Block] = []
         self._cache = Cache(layer_class_to_replicate=_RoomyLayer)
         self._length_L = torch.zeros(0, dtype=torch.long, device=self._device)  # tokens read so far
-        self._columns = 0  # of the cache
+        self._seen_LC = torch.zeros(0, 0, dtype=torch.bool, device=self._device)  # columns that hold a row's tokens
         self._waiting_L: Tensor | None = None  # the last prompt token of new rows, −1 at the others
-        self._logits_LV: Tensor | None = None
+        self._logits_LTV: Tensor | None = None
 
     def admit_rows(
         self, kept: Sequence[int], prompts: Sequence[Sequence[int]], newcomers: Sequence[tuple[int, Collection[str]]]
@@ -97,6 +107,8 @@ class BackboneSession:
             prompts: token ids, at least one each.
             newcomers: per new row, its place in `prompts` and the lanes that serve it (others' lanes are ignored).
         """
+        if not self._seen_LC.equal(self._aligned(self._seen_LC.shape[1])):
+            self._close_up()
         number, rank = {row: new for new, row in enumerate(kept)}, {lane: at for at, lane in enumerate(self._names)}
         read = sorted({(rank[lane], prompt) for prompt, lanes in newcomers for lane in self._names if lane in lanes})
         # The block rows to be, lane by lane: lane, row, and either the place it has now or the prompt it begins with.
@@ -133,30 +145,57 @@ class BackboneSession:
             lane: self._index([row for _, row in self._seated[first:last]]) for lane, first, last in self._blocks
         }
 
-    def step(self, tokens_B: Tensor) -> None:
-        """Append each row's token in every lane that serves the row; a new row's last prompt token goes instead."""
-        tokens_L = torch.cat([tokens_B.to(self._device)[rows_b] for rows_b in self.rows.values()])
+    def step(self, tokens_BT: Tensor) -> None:
+        """Append each row's tokens in every lane that serves the row; the first of a new row is its prompt's last."""
+        tokens_LT = torch.cat([tokens_BT.to(self._device)[rows_b] for rows_b in self.rows.values()])
         if self._waiting_L is not None:
-            tokens_L, self._waiting_L = torch.where(self._waiting_L < 0, tokens_L, self._waiting_L), None
+            tokens_LT[:, 0] = torch.where(self._waiting_L < 0, tokens_LT[:, 0], self._waiting_L)
+            self._waiting_L = None
         self._backbone.adapted.serve(self._blocks, step=True)
-        position_L1 = self._length_L[:, None].clamp_max(self._backbone.context - 1)
-        self._length_L += 1
-        self._columns += 1
-        # Read from the left: rows that began later are padded up to there.
-        column_T = torch.arange(self._columns, device=self._device)
-        self._logits_LV = self._backbone.adapted.model(
-            input_ids=tokens_L[:, None],
-            attention_mask=column_T >= (self._columns - self._length_L)[:, None],
-            position_ids=position_L1,
+        count = tokens_LT.shape[1]
+        position_LT = self._length_L[:, None] + torch.arange(count, device=self._device)
+        self._length_L += count
+        self._seen_LC = F.pad(self._seen_LC, (0, count), value=True)
+        self._logits_LTV = self._backbone.adapted.model(
+            input_ids=tokens_LT,
+            attention_mask=self._seen_LC,
+            position_ids=position_LT.clamp_max(self._backbone.context - 1),
             past_key_values=self._cache,
             use_cache=True,
-        ).logits[:, -1]
+        ).logits
 
-    def logits(self, lane: str) -> Tensor:
-        """The lane's next-token logits at the rows it serves, in the order of `rows[lane]`: logits_bV."""
-        assert self._logits_LV is not None
+    def rewind(self, counts_B: Tensor) -> None:
+        """Take back the last tokens of each row, so many as `counts_B` says: never more than the last step appended."""
+        counts_L = torch.cat([counts_B.to(self._device)[rows_b] for rows_b in self.rows.values()])
+        columns = self._seen_LC.shape[1]
+        self._seen_LC &= torch.arange(columns, device=self._device) < (columns - counts_L)[:, None]
+        self._length_L -= counts_L
+        # A window of attention counts columns and not tokens, so there the rows always lie close.
+        if self._backbone.windowed or columns > int(self._length_L.max()) + _ROOM:
+            self._close_up()
+
+    def logits(self, lane: str, place: int = -1) -> Tensor:
+        """The lane's next-token logits at the rows it serves, in the order of `rows[lane]`: logits_bV.
+
+        Args:
+            lane: one that serves a row.
+            place: behind which token of the last step.
+        """
+        assert self._logits_LTV is not None
         first, last = next((first, last) for name, first, last in self._blocks if name == lane)
-        return self._logits_LV[first:last]
+        return self._logits_LTV[first:last, place]
+
+    def _close_up(self) -> None:
+        """Let go of columns between and before the tokens of rows; each row stays aligned to the right."""
+        length = int(self._length_L.max()) if len(self._length_L) else 0
+        order_LC = self._seen_LC.int().argsort(dim=1, stable=True)
+        for layer in cast(list[_RoomyLayer], self._cache.layers):
+            layer.close_up(order_LC, length)
+        self._seen_LC = self._aligned(length)
+
+    def _aligned(self, columns: int) -> Tensor:
+        """Where the tokens of rows stand that lie close and are aligned to the right: seen_LC."""
+        return torch.arange(columns, device=self._device) >= (columns - self._length_L)[:, None]
 
     def _read(self, lanes: Sequence[str], prompts: Sequence[Sequence[int]]) -> tuple[Cache, Tensor]:
         """The cache of prompts read by lanes (grouped, in order), and how many tokens each has."""
@@ -177,18 +216,16 @@ class BackboneSession:
 
     def _merge(self, caches: Sequence[Cache], taken: Sequence[Tensor], spots: Sequence[Tensor], rows: int) -> None:
         """One cache out of the taken rows of others, as short as its longest row allows."""
-        self._columns = int(self._length_L.max()) if rows else 0
+        columns = int(self._length_L.max()) if rows else 0
         parts = [
             (cast(list[_RoomyLayer], cache.layers), from_b, to_b)
             for cache, from_b, to_b in zip(caches, taken, spots, strict=True)
             if len(from_b) and cache.layers
         ]
-        self._cache = Cache(layer_class_to_replicate=_RoomyLayer)
-        while self._columns and parts[0][0]:  # layer by layer, so that old and new are never held whole together
+        self._cache, self._seen_LC = Cache(layer_class_to_replicate=_RoomyLayer), self._aligned(columns)
+        while columns and parts[0][0]:  # layer by layer, so that old and new are never held whole together
             self._cache.layers.append(
-                _RoomyLayer.merged(
-                    [(layers.pop(0), from_b, to_b) for layers, from_b, to_b in parts], rows, self._columns
-                )
+                _RoomyLayer.merged([(layers.pop(0), from_b, to_b) for layers, from_b, to_b in parts], rows, columns)
             )
 
     def _index(self, places: Sequence[int]) -> Tensor:

@@ -120,7 +120,7 @@ class GuidanceLogitsProcessor(LogitsProcessor):
         self._seen_BT = input_ids.clone()
         arms = []
         for lanes in self._lanes:
-            lanes.step(input_ids[:, -1])
+            lanes.step(input_ids[:, -1:])
             for lane, rows_b in lanes.rows.items():
                 logits_bV = cut(lanes.logits(lane), self._vocab_size).to(scores.device)
                 alpha_b = torch.full((len(rows_b),), self._weights[lane], device=scores.device)

@@ -71,6 +71,8 @@ class Generation:
     logp_base: float  # under the base at temperature 1
     kl: float  # Σ_t KL(π ‖ π_base), the base at temperature 1
     forwards: int | None = None  # positions computed by any model beyond the prompt; None: as many as lanes × tokens
+    drafted: int | None = None  # tokens that a draft proposed; None: nothing drafts for this decoder
+    accepted: int | None = None  # those of them that are in `tokens`
     left_out: float | None = None  # across tokenizers: Σ_t of the base's mass on tokens that no ARM evaluated
 
 

@@ -2,11 +2,13 @@
 
 `StaticSession` does what `kv_cache.BackboneSession` does. There rows lie lane by lane, aligned on the right, and
 everything moves when rows come and go; here a row keeps its slot in each of its lanes, and a token's keys and values
-lie at its position. Shapes: B rows, S slots (a lane of a row, or free), C columns of the cache, T time, V vocabulary.
+lie at its position. Shapes: B rows, S slots (a lane of a row, or free), C columns of the cache, T tokens of a step, V
+vocabulary.
 """
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -27,7 +29,7 @@ class _SlotLayer(DynamicLayer):
 
     keys: Tensor
     values: Tensor
-    column_S: Tensor
+    column_ST: Tensor
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
@@ -35,16 +37,16 @@ class _SlotLayer(DynamicLayer):
         self.keys, self.values = keys, values
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write one token per slot (the interface of transformers)."""
-        _write(self.keys, self.values, key_states, value_states, self.column_S)
+        """Write the step's tokens of every slot (the interface of transformers)."""
+        _write(self.keys, self.values, key_states, value_states, self.column_ST)
         return self.keys, self.values
 
 
 @fused
-def _write(keys_SHCE: Tensor, values_SHCE: Tensor, key_SH1E: Tensor, value_SH1E: Tensor, column_S: Tensor) -> None:
-    every_S = torch.arange(len(column_S), device=column_S.device)
-    keys_SHCE[every_S, :, column_S] = key_SH1E[:, :, 0]
-    values_SHCE[every_S, :, column_S] = value_SH1E[:, :, 0]
+def _write(keys_SHCE: Tensor, values_SHCE: Tensor, key_SHTE: Tensor, value_SHTE: Tensor, column_ST: Tensor) -> None:
+    every_S1 = torch.arange(len(column_ST), device=column_ST.device)[:, None]
+    keys_SHCE[every_S1, :, column_ST] = key_SHTE.transpose(1, 2)
+    values_SHCE[every_S1, :, column_ST] = value_SHTE.transpose(1, 2)
 
 
 class StaticSession:
@@ -63,13 +65,14 @@ class StaticSession:
         self._lengths: list[int] = []  # tokens that each slot has read
         self._layers: list[_SlotLayer] = []
         self._columns = 0
-        # What a step reads and where it stays: last token, tokens read so far, place of the adapter or −1.
-        self._token_S, self._length_S, self._adapter_S = (self._index([]) for _ in range(3))
+        # What a step reads and where it stays: its tokens, tokens read so far, place of the adapter or −1.
+        self._length_S, self._adapter_S = self._index([]), self._index([])
+        self._token_ST: dict[int, Tensor] = {}  # by T
         self._row_S = self._index([])
         self._adapted = False  # whether any slot has an adapter: else none is multiplied with
         self._waiting_S: Tensor | None = None  # the last prompt token of new rows, −1 at the others
-        self._steps: dict[bool, ReplayedStep] = {}  # with adapters and without
-        self._logits_SV: Tensor | None = None
+        self._steps: dict[tuple[int, bool], ReplayedStep] = {}  # by T, with adapters and without
+        self._logits_STV: Tensor | None = None
 
     def admit_rows(
         self, kept: Sequence[int], prompts: Sequence[Sequence[int]], newcomers: Sequence[tuple[int, Collection[str]]]
@@ -91,55 +94,64 @@ class StaticSession:
             self._read(free, [(lane, prompt) for lane, _, prompt in new])
         self._index_rows()
 
-    def step(self, tokens_B: Tensor) -> None:
-        """Append each row's token in every lane that serves the row; a new row's last prompt token goes instead."""
-        tokens_S = tokens_B.to(self._device)[self._row_S]
+    def step(self, tokens_BT: Tensor) -> None:
+        """Append each row's tokens in every lane that serves the row; the first of a new row is its prompt's last."""
+        tokens_ST = tokens_BT.to(self._device)[self._row_S]
         if self._waiting_S is not None:
-            tokens_S, self._waiting_S = torch.where(self._waiting_S < 0, tokens_S, self._waiting_S), None
-        self._token_S.copy_(tokens_S)
-        if (longest := self._longest()) >= self._columns and self._columns < self.backbone.context:
-            self._move(range(len(self._slots)), len(self._slots), _rounded_columns(longest + 1, len(self._slots)))
-        self._lengths = [length + 1 for length in self._lengths]
-        if self._adapted not in self._steps:
-            self._steps[self._adapted] = ReplayedStep(self._forward, self._device)
-        self._logits_SV = self._steps[self._adapted]()
+            tokens_ST[:, 0] = torch.where(self._waiting_S < 0, tokens_ST[:, 0], self._waiting_S)
+            self._waiting_S = None
+        count = tokens_ST.shape[1]
+        # What is drafted may lie beyond the context, in columns of its own.
+        longest, most = self._longest() + count, self.backbone.context + count - 1
+        if longest > self._columns and self._columns < most:
+            self._move(range(len(self._slots)), len(self._slots), _rounded_columns(longest, len(self._slots)))
+        if count not in self._token_ST:
+            self._token_ST[count] = torch.zeros_like(tokens_ST)
+        self._token_ST[count].copy_(tokens_ST)
+        self._lengths = [length + count for length in self._lengths]
+        kind = count, self._adapted
+        if kind not in self._steps:
+            self._steps[kind] = ReplayedStep(partial(self._forward, self._token_ST[count]), self._device)
+        self._logits_STV = self._steps[kind]()
 
-    def rewind(self) -> None:
-        """Undo the last step, for rows that stay: the next one reads its token again, to the same place."""
-        self._lengths = [length - 1 for length in self._lengths]
-        self._length_S -= 1
+    def rewind(self, counts_B: Tensor) -> None:
+        """Take back the last tokens of each row, so many as `counts_B` says: the next step writes over them."""
+        counts_S = counts_B.to(self._device)[self._row_S]
+        self._lengths = [length - count for length, count in zip(self._lengths, counts_S.tolist(), strict=True)]
+        self._length_S -= counts_S
 
     @property
     def small(self) -> bool:
         """Whether its memory is little beside the model's weights."""
         return len(self._slots) <= _FEW
 
-    def logits(self, lane: str) -> Tensor:
-        """The lane's next-token logits at the rows it serves, in the order of `rows[lane]`: logits_bV."""
-        assert self._logits_SV is not None
-        return self._logits_SV[self._places[lane]]
+    def logits(self, lane: str, place: int = -1) -> Tensor:
+        """The lane's next-token logits behind a token of the last step, as of `BackboneSession.logits`: logits_bV."""
+        assert self._logits_STV is not None
+        return self._logits_STV[self._places[lane], place]
 
-    def _forward(self) -> Tensor:
-        """Keep each slot's token and return the logits behind it: logits_SV. Nothing here waits for the device."""
-        adapted = self.backbone.adapted
-        # The slots of rows that have ended run on until they are taken: they stay at the last column.
-        column_S = self._length_S.clamp_max(self._columns - 1)
-        hidden_SC = torch.arange(self._columns, device=self._device) > column_S[:, None]
-        mask_SC = torch.zeros(hidden_SC.shape, dtype=adapted.model.dtype, device=self._device)
-        mask_SC.masked_fill_(hidden_SC, torch.finfo(mask_SC.dtype).min)
+    def _forward(self, token_ST: Tensor) -> Tensor:
+        """Keep each slot's tokens and return the logits behind them: logits_STV. Nothing here waits for the device."""
+        adapted, count = self.backbone.adapted, token_ST.shape[1]
+        # The slots of rows that have ended run on until they are taken: they stay at the last columns.
+        first_S1 = self._length_S.clamp_max(self._columns - count)[:, None]
+        column_ST = first_S1 + torch.arange(count, device=self._device)
+        hidden_STC = torch.arange(self._columns, device=self._device) > column_ST[:, :, None]
+        mask_STC = torch.zeros(hidden_STC.shape, dtype=adapted.model.dtype, device=self._device)
+        mask_STC.masked_fill_(hidden_STC, torch.finfo(mask_STC.dtype).min)
         for layer in self._layers:
-            layer.column_S = column_S
+            layer.column_ST = column_ST
         adapted.serve_slots(self._adapter_S if self._adapted else None)
         with fused_elementwise(adapted.model) if self._device.type == "cuda" else nullcontext():
-            logits_S1V: Tensor = adapted.model(
-                input_ids=self._token_S[:, None],
-                attention_mask=mask_SC[:, None, None, :],
-                position_ids=column_S.clamp_max(self.backbone.context - 1)[:, None],
+            logits_STV: Tensor = adapted.model(
+                input_ids=token_ST,
+                attention_mask=mask_STC[:, None],
+                position_ids=column_ST.clamp_max(self.backbone.context - 1),
                 past_key_values=Cache(layers=list(self._layers)),
                 use_cache=True,
             ).logits
-        self._length_S += 1
-        return logits_S1V[:, -1]
+        self._length_S += count
+        return logits_STV
 
     def _longest(self) -> int:
         return max((length for length, one in zip(self._lengths, self._slots, strict=True) if one), default=0)
@@ -163,11 +175,10 @@ class StaticSession:
             self._layers[place] = _SlotLayer(keys, values)
         self._slots = [*(self._slots[slot] for slot in taken), *[None] * behind]
         self._lengths = [*(self._lengths[slot] for slot in taken), *[0] * behind]
-        self._token_S, self._length_S, self._adapter_S = (
-            torch.cat([held[from_b], held.new_zeros(behind)])
-            for held in (self._token_S, self._length_S, self._adapter_S)
+        self._length_S, self._adapter_S = (
+            torch.cat([held[from_b], held.new_zeros(behind)]) for held in (self._length_S, self._adapter_S)
         )
-        self._columns, self._steps, self._logits_SV = columns, {}, None
+        self._columns, self._steps, self._token_ST, self._logits_STV = columns, {}, {}, None
 
     def _read(self, slots: Sequence[int], prompts: Sequence[tuple[str, tuple[int, ...]]]) -> None:
         """Read all but the last token of each new slot's prompt, once per lane and prompt."""
@@ -187,7 +198,7 @@ class StaticSession:
         at_b, adapters = self._index(slots), self.backbone.adapted.lanes
         self._length_S[at_b] = self._index([len(prompt) - 1 for _, prompt in prompts])
         self._adapter_S[at_b] = self._index([adapters.index(lane) if lane in adapters else -1 for lane, _ in prompts])
-        self._waiting_S = torch.full_like(self._token_S, -1)
+        self._waiting_S = torch.full_like(self._length_S, -1)
         self._waiting_S[at_b] = self._index([prompt[-1] for _, prompt in prompts])
 
     def _prompts(self, prompts: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[list[tuple[Tensor, Tensor]], int]:

@@ -37,12 +37,15 @@ class Trace:
         tokens: the response.
         logps: per law, `base`, each ARM and `guided`, log-probabilities of the next token: logps_TV.
         prompter: spells tokens.
+        proposals: at every position the token that a draft proposes behind those before it, with the numbers of the
+            request: where it is the response's own, speculative decoding takes it unseen; None where nothing drafts.
     """
 
     request: Request
     tokens: Sequence[int]
     logps: Mapping[str, Tensor]
     prompter: Prompter
+    proposals: Sequence[int] | None = None
 
     @property
     def arms(self) -> list[str]:
@@ -87,7 +90,8 @@ class Trace:
     def record(self, count: int) -> dict[str, Any]:
         """The trace as a JSON value, with `count` alternatives per law at every position; no law is kept whole.
 
-        An alternative is `[text, chosen, probabilities]`, these in the order of `laws`.
+        An alternative is `[text, chosen, probabilities]`, these in the order of `laws`. `refused` is there if something
+        drafts: at every position the text that was proposed, null where it is the response's own.
         """
         laws = [BASE, *self.arms, GUIDED]
         alternatives = [
@@ -97,11 +101,19 @@ class Trace:
             ]
             for position in range(len(self.tokens))
         ]
+        refused = {} if self.proposals is None else {"refused": self.refused}
         return {
             "prompt": self.request.prompt, "weights": dict(self.request.weights), "tokens": self.texts,
             "rewards": {arm: [round(reward, 2) for reward in self.rewards(arm)] for arm in self.arms},
-            "laws": laws, "alternatives": alternatives,
+            "laws": laws, "alternatives": alternatives, **refused,
         }  # fmt: skip
+
+    @property
+    def refused(self) -> list[str | None]:
+        """The text that a draft proposes at every position, None where it proposes the response's own token."""
+        pairs = zip(self.proposals or (), self.tokens, strict=True)
+        spell = self.prompter.tokenizer.decode
+        return [None if proposal == token else str(spell([proposal])) for proposal, token in pairs]
 
     def _repr_html_(self) -> str:
         """The response once per ARM in its colours, as notebooks show it."""

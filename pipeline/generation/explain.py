@@ -121,6 +121,14 @@ def show(trace: Trace, console: Console, position: int | None, top: int) -> None
         alpha = trace.request.weights.get(arm, 0.0)
         console.print(f"[bold]{arm}[/bold], α = {alpha:g}: {sum(rewards):+.1f} nats beside the base")
         console.print(line)
+    if trace.proposals is not None:
+        refused, line = trace.refused, Text()
+        for text, instead in zip(trace.texts, refused, strict=True):
+            line.append(text, "" if instead is None else "bold")
+            line.append("" if instead is None else f"⟨{instead}⟩", "red strike")
+        right = f"{refused.count(None)} of {len(refused)} tokens"
+        console.print(f"[bold]drafted[/bold]: {right}; behind each of the others what was refused in its place")
+        console.print(line)
     sums = "   ".join(f"{law} {sum(trace.token_logps(law)):.1f}" for law in trace.logps)
     console.print(f"log π(y|x) in nats: {sums}")
     if position is None:

@@ -14,7 +14,7 @@ from pipeline.decoding.backbone import plan_backbones
 from pipeline.decoding.decoder import Generation, GuidedDecoder, Request
 from pipeline.models import memory
 from pipeline.models.identity import folder_identity
-from pipeline.models.loading import Source, resolve_device
+from pipeline.models.loading import Source, resolve_device, resolve_dtype
 
 
 class Decoder(Protocol):
@@ -68,13 +68,16 @@ class ModelSet:
             by_lane |= {REFERENCE: weak} | {name: [by_lane[name], *weak] for name in self.arms}
         return by_lane
 
-    def decoder(self, device: str, batch_size: int, new_tokens: int | None = None) -> GuidedDecoder:
+    def decoder(
+        self, device: str, batch_size: int, new_tokens: int | None = None, stored: bool = False
+    ) -> GuidedDecoder:
         """A decoder of all of them.
 
         Args:
             device: where it computes.
             batch_size: rows at once.
             new_tokens: how long responses will be, for the check of the memory; None: as `params.decoding` says.
+            stored: whether rows are to come out the same again.
 
         Raises:
             UserError: the models cannot fit into memory (nothing is loaded then), or do not fit each other.
@@ -83,9 +86,12 @@ class ModelSet:
         models = [memory.Loaded.at(source, lanes) for source, lanes in self.loaded]
         needs = memory.needs_of(models, batch_size, new_tokens or self._params.decoding.max_new_tokens, place)
         memory.refuse_too_large(needs, place, self.strong.device_map is not None)
+        drafted = self._params.decoding.num_speculative_tokens
+        if drafted is None and stored and resolve_dtype(self.strong.dtype, place) != torch.float32:
+            drafted = 0  # what pays depends on times, and on that what bfloat16 rounds to
         return GuidedDecoder.load(
             self.strong, self.arms, arm_base=self.weak, policies=self.policies, reference=REFERENCE in self._used,
-            device=device, batch_size=batch_size,
+            device=device, batch_size=batch_size, num_speculative_tokens=drafted,
         )  # fmt: skip
 
     def vllm_decoder(self, batch_size: int) -> Decoder:

@@ -155,7 +155,7 @@ def generate_stored(
         if params.decoding.engine == "vllm":
             return models.vllm_decoder(params.decoding.batch_size)
         longest = max(request.max_new_tokens for request in requests)
-        return models.decoder(params.decoding.device, params.decoding.batch_size, longest)
+        return models.decoder(params.decoding.device, params.decoding.batch_size, longest, stored=True)
 
     return stored(requests, [key(request) for request in requests], decoder, workspace, title, store)
 
@@ -229,6 +229,8 @@ def _row(request: Request, generation: Generation) -> Row:
     }
     if generation.forwards is not None:
         row["forwards"] = generation.forwards
+    if generation.drafted is not None:
+        row |= {"drafted": generation.drafted, "accepted": generation.accepted}
     if generation.left_out is not None:
         row["left_out"] = round(generation.left_out, 4)
     return row

@@ -22,7 +22,7 @@ from pipeline.config.errors import UserError
 from pipeline.config.load import load_params
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
-from pipeline.decoding.decoder import Draft, GuidedDecoder, Request
+from pipeline.decoding.decoder import GuidedDecoder, PartialGeneration, Request
 from pipeline.decoding.token_colours import coloured
 from pipeline.generation.model_set import ModelSet
 from pipeline.report.dial_maker import MOST_DIALS, DialMaker, panel, slider_of
@@ -77,7 +77,9 @@ class Playground:
         folders = {name: folder for name, folder, _ in dials}
         return ModelSet(self.params, self._workspace, base, arms, folders).decoder(self.params.decoding.device, 2)
 
-    def write(self, base: str, prompt: str, weights: Mapping[str, float], **how: float) -> Iterator[list[Draft]]:
+    def write(
+        self, base: str, prompt: str, weights: Mapping[str, float], **how: float
+    ) -> Iterator[list[PartialGeneration]]:
         """The base's and the guided response as they grow.
 
         Args:
@@ -108,7 +110,7 @@ class Playground:
         )  # fmt: skip
 
 
-def shown(draft: Draft, arm: str) -> str:
+def shown(draft: PartialGeneration, arm: str) -> str:
     """A response in the colours of an ARM, as HTML."""
     facts = [f"{name} {sum(rewards):+.1f} nats" for name, rewards in draft.rewards.items()]
     if draft.generation is not None:

@@ -26,6 +26,7 @@ from pipeline.config.workspace import Workspace
 from pipeline.data.contrast import conditions
 from pipeline.data.sources import read
 from pipeline.data.splits import SPLITS
+from pipeline.decoding.speculation import MOST, expected_tokens
 from pipeline.evaluation.judges.progress import CHARACTERS, token_cost
 from pipeline.evaluation.judges.rubric import RUBRICS
 from pipeline.generation.comparison import entries_of
@@ -134,12 +135,32 @@ def multiplications_per_second(dtype: torch.dtype, device: torch.device, rows: i
     return rows * 4096 * 4096 / min(seconds)
 
 
+def bytes_per_second(dtype: torch.dtype, device: torch.device) -> float:
+    """Bytes of weights read per second where one row is multiplied with them, measured: more than any cache holds."""
+    weights, row = (torch.zeros(size, 16384, device=device, dtype=dtype) for size in (8192, 1))
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        (row @ weights.T).sum().item()  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    return weights.nbytes / min(seconds)
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What cannot be known before a run, where it was measured; None: what is measured here, or not reckoned with."""
+
+    tokens_per_second: float | None = None  # of guided decoding
+    price: tuple[float, float] | None = None  # of a million tokens that the judge reads, and writes
+    bandwidth: float | None = None  # bytes of weights read per second
+    acceptance: float = 0.7  # share of drafted tokens that the guided law draws
+
+
 def print_plan(
     params: Params,
     workspace: Workspace,
     console: Console,
-    tokens_per_second: float | None = None,
-    price: tuple[float, float] | None = None,
+    assumed: Assumed = Assumed(),
 ) -> bool:
     """Print what training, generating the sweep and judging need; return whether it fits into memory.
 
@@ -147,16 +168,15 @@ def print_plan(
         params: the experiment.
         workspace: where fetched models are.
         console: what it is printed on.
-        tokens_per_second: of guided decoding, if it was measured; else the bound that arithmetic sets is printed.
-        price: of a million tokens that the judge reads, and writes, in the place of `judge.price`.
+        assumed: what was measured elsewhere; without the speed of decoding the bound that arithmetic sets is printed.
     """
     rows = Rows.of(params, workspace)
     console.print(f"[bold]{params.base}[/bold] guided by {', '.join(params.objectives)}: {rows}")
     print_preparing(params, console)
     fits = _training(params, workspace, console)
-    fits &= _decoding(params, workspace, console, rows, tokens_per_second)
+    fits &= _decoding(params, workspace, console, rows, assumed)
     if isinstance(params.judge, LlmJudge):
-        console.print(_judging(params.judge, *calls(params.judge, params, rows), price or params.judge.price))
+        console.print(_judging(params.judge, *calls(params.judge, params, rows), assumed.price or params.judge.price))
     if not fits:
         console.print("[bold]this does not fit, and would be refused before anything is loaded[/bold]")
     return fits
@@ -190,9 +210,7 @@ def _training(params: Params, workspace: Workspace, console: Console) -> bool:
     return wanted <= free
 
 
-def _decoding(
-    params: Params, workspace: Workspace, console: Console, rows: Rows, tokens_per_second: float | None
-) -> bool:
+def _decoding(params: Params, workspace: Workspace, console: Console, rows: Rows, assumed: Assumed) -> bool:
     decoding, device = params.decoding, resolve_device(params.decoding.device)
     tokens = PROMPT + decoding.max_new_tokens
     forms = {point.form for point in params.sweep.points.values() if point.guided}
@@ -208,11 +226,15 @@ def _decoding(
         f"forwards per token: {len(needs)}; parameters multiplied per token: {base / 1e9:.3g} B unguided, "
         f"{(base + arm) / 1e9:.3g} B guided by one ARM ({1 + arm / base:.2f} times)"
     )
-    new = rows.total * decoding.max_new_tokens
-    if tokens_per_second is not None:
-        console.print(f"time: {_time(new / tokens_per_second)} at most, at {tokens_per_second:g} tokens/s")
-        return wanted <= free
     dtype = resolve_dtype(params.models[params.base].dtype, device)
+    # Embeddings of one tokenizer may be padded to sizes a little apart.
+    if len(needs) > 1 and abs(needs[-1].shape.vocabulary / needs[0].shape.vocabulary - 1) < 0.01:
+        console.print(_speculation(needs[0], needs[-1], assumed, assumed.bandwidth or bytes_per_second(dtype, device)))
+    new = rows.total * decoding.max_new_tokens
+    if assumed.tokens_per_second is not None:
+        speed = assumed.tokens_per_second
+        console.print(f"time: {_time(new / speed)} at most, at {speed:g} tokens/s")
+        return wanted <= free
     rate = multiplications_per_second(dtype, device, decoding.batch_size)
     for what, cost in (("unguided", base), ("guided by one ARM", base + arm)):
         console.print(
@@ -220,6 +242,19 @@ def _decoding(
             f"{_time(new * cost / rate)} or more for all rows at full length"
         )
     return wanted <= free
+
+
+def _speculation(base: Need, arm: Need, assumed: Assumed, bandwidth: float) -> str:
+    """What drafting by the ARM's model gains at one row at a time, if nothing takes time but reading weights."""
+    base_seconds, arm_seconds, a = base.weights / bandwidth, arm.weights / bandwidth, assumed.acceptance
+    speeds = [expected_tokens(a, drafted) / (base_seconds + (drafted + 1) * arm_seconds) for drafted in range(MOST + 1)]
+    best = max(range(MOST + 1), key=lambda drafted: speeds[drafted])
+    return (
+        f"one row at a time, by reading weights at {bandwidth / 1e9:.3g} GB/s: {1 / base_seconds:.3g} tokens/s of "
+        f"{base.name} unguided, {speeds[0]:.3g} guided, {speeds[best]:.3g} if {arm.name} drafts {best} tokens in each "
+        f"round of which {a:g} are right ({speeds[best] / speeds[0]:.2f} times guided, "
+        f"{speeds[best] * base_seconds:.2f} times unguided)"
+    )
 
 
 def _table(params: Params, needs: list[Need], title: str) -> Table:
@@ -251,10 +286,16 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("params", nargs="?", default="params.yaml", help="a file, or - for standard input")
     parser.add_argument("--tokens-per-second", type=float, help="of guided decoding at that batch, as it was measured")
     parser.add_argument("--price", type=float, nargs=2, metavar=("READ", "WRITTEN"), help="in the place of judge.price")
+    parser.add_argument("--bandwidth", type=float, help="GB of weights read per second; else measured here")
+    parser.add_argument("--acceptance", type=float, default=0.7, help="share of drafted tokens that are right")
     options = parser.parse_args(arguments)
     if options.params == "-":
         params = to_params(OmegaConf.create(sys.stdin.read()), "the composition")
     else:
         params = load_params(Path(options.params))
-    if not print_plan(params, Workspace(), Console(), options.tokens_per_second, options.price):
+    if not 0 <= options.acceptance <= 1:
+        raise UserError(f"--acceptance {options.acceptance:g} is no share: give a number from 0 to 1.")
+    bandwidth = options.bandwidth and options.bandwidth * 1e9
+    assumed = Assumed(options.tokens_per_second, options.price, bandwidth, options.acceptance)
+    if not print_plan(params, Workspace(), Console(), assumed):
         raise UserError("this run cannot fit here: see above.")

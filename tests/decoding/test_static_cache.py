@@ -143,7 +143,7 @@ def test_a_step_is_the_same_operations_on_the_same_shapes_and_never_looks_at_a_n
     for _ in range(3):
         made.step()
         with Recorded() as recorded:
-            lanes._forward()
+            lanes._forward(lanes._token_ST[1])
         steps.append(recorded.operations)
     assert len(steps[0]) > 100 and steps[0] == steps[1] == steps[2]
     names = {name.split(".")[1] for name, _ in steps[0]}
@@ -217,11 +217,11 @@ def test_a_session_is_taken_over_with_its_memory_and_its_step(fixed):
     wanted = requests(points=[{"one": 1.0}])
     expected = [row.tokens for row in run(GuidedDecoder(backbone, batch_size=2), wanted)]
     (session,) = backbone.idle
-    step = session._steps[True]
+    step = session._steps[1, True]
     assert [row.tokens for row in run(GuidedDecoder(backbone, batch_size=2), wanted)] == expected
     run(GuidedDecoder(backbone, batch_size=2), requests(points=[{}]))
-    assert backbone.idle == [session] and session._steps[True] is step, "the same shapes are captured once"
-    assert session._steps.keys() == {False, True}
+    assert backbone.idle == [session] and session._steps[1, True] is step, "the same shapes are captured once"
+    assert session._steps.keys() == {(1, False), (1, True)}
     generating = fixed.generate(wanted)
     next(generating)
     assert not backbone.idle, "two generations at once have sessions of their own"
@@ -266,7 +266,7 @@ def test_adapters_that_no_row_has_are_not_multiplied_with(fixed):
 
 def test_models_read_on_before_tokens_are_looked_at_and_step_back_where_rows_come_and_go(fixed, decoder, monkeypatch):
     ahead, back, rewind, advance = [], [], StaticSession.rewind, Batch._advance
-    monkeypatch.setattr(StaticSession, "rewind", lambda lanes: back.append(1) or rewind(lanes))
+    monkeypatch.setattr(StaticSession, "rewind", lambda lanes, counts: back.append(1) or rewind(lanes, counts))
     monkeypatch.setattr(Batch, "_advance", lambda made: ahead.append(1) or advance(made))
     for backbone in (*fixed._backbones, *decoder._backbones):
         backbone.ends |= set(range(100, 130))  # so that most rows end by themselves

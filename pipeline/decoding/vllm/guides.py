@@ -84,7 +84,7 @@ class Guides:
         """Let all read the groups' last tokens: per ARM its name, its groups, its α over T there, its logits there."""
         for lanes in self._lanes:
             if lanes.rows:
-                lanes.step(self._last_G)
+                lanes.step(self._last_G[:, None])
             for name, rows_g in lanes.rows.items():
                 yield name, rows_g, self._alphas[name][rows_g], lanes.logits(name)
 

@@ -106,7 +106,7 @@ class ComparedMethod:
         size = batch_size or params.decoding.batch_size
         if self._laws:
             used = {lane for law in self._laws.values() for lane, weight in law.weights.items() if weight}
-            return ModelSet(params, workspace, params.base, used, self._adapters).decoder(place, size)
+            return ModelSet(params, workspace, params.base, used, self._adapters).decoder(place, size, stored=True)
         if isinstance(self._method, Prompting):
             return prompting.decoder(self._method, self._source, params.objectives, place, size)
         device = resolve_device(place)
