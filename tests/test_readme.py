@@ -368,6 +368,44 @@ def test_what_guidance_costs_is_that_of_its_bench():
     assert quotes(figures[1], precision.mean_kl["all"]) and quotes(figures[2], points.p99_kl.min(), points.p99_kl.max())
 
 
+DRAFTED = {
+    "one ARM, plain, α = 0.5": (1, "plain", 0.5), "one ARM, plain, α = 1": (1, "plain", 1.0),
+    "one ARM, plain, α = 2": (1, "plain", 2.0), "two ARMs, plain, α = 0.5 each": (2, "plain", 1.0),
+    "one ARM, log-ratio, α = 1": (1, "log_ratio", 1.0),
+}  # fmt: skip
+
+
+def test_how_often_drafts_are_right_is_that_of_the_bench():
+    title = "Speculative guidance"
+    table, lines = csv("bench/acceptance.csv", "drafts_from", "arms", "form", "alpha"), lines_of(BENCH_PAGE, title)
+    for name, point in DRAFTED.items():
+        line = table.loc["the model of the ARMs", *point]
+        figures = line[["rejection", "gumbel", "inverse", "likely", "per_forward_3"]]
+        assert all(quotes(quoted, value) for quoted, value in zip(lines[name], figures, strict=True)), name
+    others = table.likely.unstack("drafts_from").loc[(1, "plain", 1.0)]
+    quoted = re.search(
+        r"the ARMs alone are right in ([\d.]+) and the small model without them in ([\d.]+)", prose(BENCH_PAGE, title)
+    )
+    assert quotes(" ".join(quoted.groups()), others["the ARMs"], others["no ARM"])
+
+
+def test_what_drafts_gain_is_that_of_the_bench():
+    table, lines = pd.read_csv(ROOT / "results/bench/speculation.csv"), lines_of(BENCH_PAGE, "Speculative guidance")
+    bases = dict(zip(("the base", "six times its layers"), table.base.unique(), strict=True))
+    speed = table.set_index(["base", "batch", "run"])
+    for name, base in bases.items():
+        for batch in speed.loc[base].index.unique("batch"):
+            at = speed.loc[base, batch]
+            best = at[at.index.str.fullmatch(r"guided, [1-9] drafted")].over_plain.max()
+            auto = at.loc["guided, as many as pay"]
+            quoted = lines[f"{name}, batch {batch}"]
+            figures = (
+                at.tokens_per_s["unguided"], at.tokens_per_s["guided, 0 drafted"], best, auto.tokens_per_s,
+                auto.over_plain, auto.low, auto.high, auto.over_unguided,
+            )  # fmt: skip
+            assert quotes(" ".join(quoted), *figures), (name, batch)
+
+
 TRAINED = {
     "one pair of each embedded prompt": "short",
     "the same behind two earlier turns (65 % of tokens are prompt)": "long",

@@ -108,8 +108,8 @@ class GuidedDecoder:
             arm_base: what the ARMs were made from, where that is not the base: adapters run on it, whole models are
                 loaded and prompted as it is.
             policies: adapters of the base itself beside ARMs of another model; with ARMs of the base, name them there.
-            reference: give `arm_base` a lane called `reference`, for the log-ratio form; one of another tokenizer has
-                it anyway.
+            reference: where the ARMs are whole models, load `arm_base` beside them as lane `reference`, for the
+                log-ratio form; beside adapters of it, it is one anyway.
             device: as `decoding.device` in the configuration.
             batch_size: rows generated at once.
             num_speculative_tokens: as for the decoder itself.
@@ -326,6 +326,6 @@ class GuidedDecoder:
         batch.release()
 
     def _new_batch(self) -> Batch:
-        if self._bridge is None and len(self._backbones) > 1:
+        if self._bridge is None and len(self._backbones) > 1 and self._draft_length.fixed != 0:
             return SpeculativeBatch(self._backbones, self._vocab_size, self._draft_length)
         return Batch(self._backbones, self._vocab_size, self._bridge)

@@ -8,9 +8,12 @@ sampling (Leviathan et al., arXiv 2211.17192) would keep somewhat more drafts an
 Shapes: B rows, T tokens of a round, V vocabulary.
 """
 
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +26,12 @@ from pipeline.decoding.cuda_graphs import Arriving
 from pipeline.decoding.request import Generation
 
 MOST = 8  # tokens that are drafted at most
-_MEASURED = 2  # rounds of a length whose time is known well enough to choose by
+_TIMED = {0: 6, 1: 3, 3: 3}  # rounds of a length that are timed before any is chosen
+_NEWEST = 15  # rounds that a time is the median of
 _WORTH = 1.03  # times faster
 _RECHECK = 64  # time between two trials of a length that seems not to pay, in its rounds
-_SMOOTHING = 0.2  # share of the newest round in a mean
-_CONCENTRATION = 6.0  # of the guided law around a draft's: from 3 to 12 drafts are right as often (acceptance.csv)
+_SMOOTHING = 0.2  # share of a round of ten drafted tokens in the acceptance
+_CONCENTRATION = 6.0  # of the guided law around a draft's; with 3 to 12 drafts are right as often
 _EDGE = 1e-6
 
 
@@ -59,8 +63,8 @@ def likely_draw(logps_BV: Tensor, uniforms_B: Tensor) -> Tensor:
 class DraftLength:
     """How many tokens to draft: as many as make most tokens per second, by the rounds so far; none where that is best.
 
-    Times are of whole rounds, by the number of rows (doubling from one class to the next); the acceptance is that of
-    all rows. A length that was not timed yet is taken to lie on the line through two that were.
+    Times are of whole rounds, by the number of rows (doubling from one class to the next), medians of the newest; the
+    acceptance is that of all rows. A length that was not timed yet lies on the line through the two next to it.
 
     Args:
         fixed: always so many.
@@ -70,7 +74,7 @@ class DraftLength:
     fixed: int | None = None
     clock: Callable[[], float] = time.perf_counter
     acceptance: float = 0.6
-    _seconds: dict[int, dict[int, tuple[float, int]]] = field(default_factory=dict)  # by class and length: mean, rounds
+    _seconds: dict[int, dict[int, deque[float]]] = field(default_factory=dict)  # by class and length
     _paying: dict[int, bool] = field(default_factory=dict)  # by class
     _since: float = 0.0  # seconds since a length was last tried
 
@@ -79,10 +83,10 @@ class DraftLength:
         if self.fixed is not None:
             return self.fixed > 0
         kind = rows.bit_length()
-        if not self._untimed(rows):
+        if self._untimed(rows) is None:
             # Turning round makes the drafting models read their rows anew, so a little gain is not worth it.
-            best, now = max(self.speed(rows, length) for length in range(1, MOST + 1)), self._paying.get(kind, False)
-            self._paying[kind] = best > self.speed(rows, 0) * (1 / _WORTH if now else _WORTH)
+            best = max(self.speed(rows, length) for length in range(1, MOST + 1))
+            self._paying[kind] = best > self.speed(rows, 0) * (1.0 if self._paying.get(kind) else _WORTH)
         return self._paying.get(kind, False)
 
     def choose(self, rows: int, most: int = MOST) -> int:
@@ -94,16 +98,16 @@ class DraftLength:
         """
         if self.fixed is not None:
             return min(self.fixed, most)
-        untimed = [length for length in self._untimed(rows) if length <= most]
-        if untimed:
-            return untimed[0]
-        if not self._seconds.get(rows.bit_length()):
-            return 0
-        pays, most = self.pays(rows), min(most, MOST)
-        best = max(range(1, most + 1), key=lambda length: self.speed(rows, length)) if pays and most else 0
-        other = best + 1 if best < most else best - 1
-        if other > 0 and self._since > _RECHECK * self._time(rows, other):
-            self._since = 0.0  # what was slow for a moment is not so for ever
+        untimed = self._untimed(rows)
+        if untimed is not None or not most:
+            return untimed if untimed is not None and untimed <= most else 0
+        best = max(range(1, min(most, MOST) + 1), key=lambda length: self.speed(rows, length)) if self.pays(rows) else 0
+        # What was slow for a moment is not so for ever: now and then the neighbour is tried that was timed least.
+        timed = self._seconds[rows.bit_length()]
+        near = [length for length in (best - 1, best + 1) if 0 <= length <= min(most, MOST)]
+        other = min(near, key=lambda length: len(timed.get(length, ())))
+        if self._since > _RECHECK * self._time(rows, other):
+            self._since = 0.0
             return other
         return best
 
@@ -111,32 +115,33 @@ class DraftLength:
         """Tokens per second and row to be expected."""
         return expected_tokens(self.acceptance, length) / self._time(rows, length)
 
-    def note(self, rows: int, length: int, seconds: float, drafted: int, accepted: int) -> None:
+    def note(self, rows: int, length: int, seconds: float, tested: int, accepted: int) -> None:
         """Learn from a round: its time, and how many drafted tokens the guided law was asked about and drew."""
         self._since += seconds
-        timed = self._seconds.setdefault(rows.bit_length(), {})
-        mean, count = timed.get(length, (seconds, 0))
-        # The first round of a kind compiles, captures or warms caches: the second takes its place.
-        share = 1.0 if count < 2 else _SMOOTHING
-        timed[length] = mean + share * (seconds - mean), count + 1
-        if drafted:
-            weight = _SMOOTHING * min(1.0, drafted / 10)
-            self.acceptance += weight * (accepted / drafted - self.acceptance)
+        times = self._seconds.setdefault(rows.bit_length(), {}).setdefault(length, deque(maxlen=_NEWEST))
+        times.append(seconds)
+        if tested:
+            self.acceptance += _SMOOTHING * min(1.0, tested / 10) * (accepted / tested - self.acceptance)
 
-    def _untimed(self, rows: int) -> list[int]:
-        """What is to be timed before anything can be chosen."""
+    def note_beside(self, rows: int, seconds: float) -> None:
+        """Learn from a step without drafts that is slowed down by what reads beside: plain decoding takes no longer."""
+        self.note(rows, 0, min(seconds, self._time(rows, 0)), 0, 0)
+
+    def _untimed(self, rows: int) -> int | None:
+        """A length that is to be timed before any can be chosen; None: it is known what they take."""
         timed = self._seconds.get(rows.bit_length(), {})
-        return [length for length in (0, 1) if timed.get(length, (0.0, 0))[1] < _MEASURED]
+        for length, rounds in _TIMED.items():
+            if len(timed.get(length, ())) < rounds:
+                return length
+        return None
 
     def _time(self, rows: int, length: int) -> float:
-        timed = self._seconds[rows.bit_length()]
-        if length in timed:
-            return timed[length][0]
-        (one, at), (other, beside) = sorted(
-            ((each, timed[each][0]) for each in timed), key=lambda one: abs(one[0] - length)
-        )[:2]
-        line = at + (beside - at) / (other - one) * (length - one)
-        return max(line, at if length > one else 0.0, 1e-9)
+        medians = {each: median(times) for each, times in self._seconds.get(rows.bit_length(), {}).items()}
+        if length in medians or len(medians) < 2:
+            return medians.get(length, math.inf)
+        one, other = sorted(medians, key=lambda each: abs(each - length))[:2]
+        line = medians[one] + (medians[other] - medians[one]) / (other - one) * (length - one)
+        return max(line, medians[one] if length > one else 0.0, 1e-9)
 
 
 class SpeculativeBatch(Batch):
@@ -179,10 +184,11 @@ class SpeculativeBatch(Batch):
             self._read_anew()
         count = self._length.choose(len(alive), room) if self.drafts else 0
         ended, tested, accepted = self._round(count) if count else (super().step(), 0, 0)
-        # What a stand-in would change is not learnt from: a step that it slows down, and drafts that it did not make.
-        if self.drafts and (count or not self._stand_in):
-            tested = tested if self._stand_in or not self._reference else 0
-            self._length.note(len(alive), count, self._length.clock() - started, tested, accepted)
+        seconds = self._length.clock() - started
+        if self._stand_in and not count:
+            self._length.note_beside(len(alive), seconds)
+        elif self.drafts:  # drafts that the stand-in would have made better say nothing of how often they are right
+            self._length.note(len(alive), count, seconds, tested if self._stand_in == self._reference else 0, accepted)
         return ended
 
     def _read_anew(self) -> None:
@@ -236,16 +242,14 @@ class SpeculativeBatch(Batch):
         self, count: int, drawn: Sequence[Drawn], live_TB: Tensor, sums_TBN: Tensor
     ) -> tuple[list[tuple[Row, Generation]], int, int]:
         """Give rows the tokens that count, and let the models forget those they have read in vain."""
-        tokens_TB, each = (
-            torch.stack([one.tokens_B for one in drawn]),
-            torch.arange(len(self.rows), device=self._device),
-        )
+        tokens_TB = torch.stack([one.tokens_B for one in drawn])
+        every_B = torch.arange(len(self.rows), device=self._device)
         finite = torch.stack([one.summands_B3.isfinite().all() for one in drawn]).all()
         arriving = Arriving(torch.cat([tokens_TB.flatten(), live_TB.flatten(), finite[None]]))
         taken_B = live_TB.sum(0)
-        self._sums_BN = sums_TBN[taken_B, each]
+        self._sums_BN = sums_TBN[taken_B, every_B]
         self._drawn_B += taken_B
-        self.append(tokens_TB[(taken_B - 1).clamp_min(0), each])
+        self.append(tokens_TB[(taken_B - 1).clamp_min(0), every_B])
         for lanes in self._lanes.values():
             if lanes.rows:
                 lanes.rewind(count + 1 - taken_B)

@@ -176,9 +176,8 @@ def main() -> None:
     def all_speeds() -> Iterator[dict]:
         yield from speeds(decoder, params.base, prompts, arms[0], repetitions, [1, 4, 8])
         heavy = GuidedDecoder(Backbone(heavier(base.adapted.model, options.times), base.prompter), beside)
-        yield from speeds(
-            heavy, f"{params.base}, {options.times} times its layers", prompts, arms[0], repetitions, [1, 4, 8]
-        )
+        named, fewer = f"{params.base}, {options.times} times its layers", max(2, repetitions // 2)
+        yield from speeds(heavy, named, prompts, arms[0], fewer, [1, 8])
 
     tables = {"acceptance": lambda: acceptances(decoder, prompts[: options.prompts], arms), "speculation": all_speeds}
     for name, lines in tables.items():

@@ -70,7 +70,7 @@ MANY = [
     Request("Write a review of the corner bakery.", {"two": 2.0}, max_new_tokens=25, min_p=0.05, stop=("e", " a")),
     Request("Describe a rainy Monday.", {"three": 0.4}, max_new_tokens=1, gate=2.0),
     Request("Describe a rainy Monday.", {"three": 0.4}, max_new_tokens=21, gate=2.0),
-] * 4
+] * 2
 
 
 def numbered(wanted):
@@ -257,9 +257,10 @@ def test_what_the_arms_were_made_from_reads_rows_only_where_drafts_pay(strong, w
 def timed(plain, drafted):
     """A length that has seen rounds of one row without drafts, and with one."""
     length = DraftLength(acceptance=0.7)
-    for _ in range(3):
+    for _ in range(6):
         length.note(1, 0, plain, 0, 0)
         length.note(1, 1, drafted, 0, 0)
+        length.note(1, 3, 2 * drafted, 0, 0)
     return length
 
 
@@ -270,7 +271,7 @@ def test_drafting_begins_and_stops_in_the_middle_of_rows(strong, weak, prompter,
     monkeypatch.setattr(DraftLength, "choose", lambda length, rows, most: min(most, len(calls) // 5 % 4))
     anew = SpeculativeBatch._read_anew
     monkeypatch.setattr(SpeculativeBatch, "_read_anew", lambda batch: read.append(1) or anew(batch))
-    wanted = numbered(MANY)
+    wanted = numbered(MANY * 3)
     rows = run(pair(strong, weak, prompter, arms, None, static), wanted)
     assert len(read) > 10 and sum(row.accepted for row in rows) > 20
     monkeypatch.undo()

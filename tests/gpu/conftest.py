@@ -49,12 +49,16 @@ def whole_float32() -> None:
 
 @pytest.fixture
 def backbone_of(tiny: Path, prompter: Prompter, arms: dict[str, Path], device: torch.device) -> Callable[..., Backbone]:
-    """The tiny base with its three adapters, on the device unless told."""
+    """The tiny base, with its three adapters and on the device unless told otherwise."""
 
     def make(
-        place: torch.device = device, dtype: torch.dtype = torch.float32, static: bool = False, **how: str
+        place: torch.device = device,
+        dtype: torch.dtype = torch.float32,
+        static: bool = False,
+        adapters: dict[str, Path] = arms,
+        **how: str,
     ) -> Backbone:
-        made = Backbone(load_model(tiny, dtype, place), prompter, arms, **how)
+        made = Backbone(load_model(tiny, dtype, place), prompter, adapters, **how)
         made.static = static
         return made
 

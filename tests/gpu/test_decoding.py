@@ -97,3 +97,21 @@ def test_generate_is_guided_across_tokenizers_too(backbone_of, device, static):
     found = model.generate(ids, do_sample=False, max_new_tokens=10, logits_processor=[guidance], pad_token_id=0)
     (row,) = run(GuidedDecoder(base, arm), [Request("Tips?", weights, temperature=0.0, max_new_tokens=10)])
     assert found[0, ids.shape[1] :].tolist()[: len(row.tokens)] == row.tokens
+
+
+@pytest.mark.parametrize("length", [1, 3, None])
+def test_drafted_rows_are_those_of_the_cpu_without_drafts(backbone_of, static, length):
+    wanted = [
+        Request(prompt, point, max_new_tokens=3 + 17 * (sample % 2), sample=sample)
+        for sample in range(3) for prompt in PROMPTS for point in POINTS
+    ]  # fmt: skip
+
+    def decoder(drafted, *where, **how):
+        return GuidedDecoder(
+            backbone_of(*where, adapters={}, **how), backbone_of(*where, name=REFERENCE, **how), batch_size=4,
+            num_speculative_tokens=drafted,
+        )  # fmt: skip
+
+    here, there = run(decoder(length, static=static), wanted), run(decoder(0, CPU), wanted)
+    print(f"{sum(row.accepted for row in here)} of {sum(row.drafted for row in here)} drafted tokens accepted")
+    assert changed(here, there, f"device with {length} drafted and CPU") <= 1
