@@ -404,6 +404,13 @@ def test_what_drafts_gain_is_that_of_the_bench():
                 auto.over_plain, auto.low, auto.high, auto.over_unguided,
             )  # fmt: skip
             assert quotes(" ".join(quoted), *figures), (name, batch)
+    text = re.search(
+        r"is ([\d.]+) times as fast as without drafts; on a base .*? ([\d.]+) times",
+        prose(RESULTS_PAGE, "Weak to strong"),
+    )
+    assert quotes(
+        " ".join(text.groups()), *(speed.loc[base, 1, "guided, as many as pay"].over_plain for base in bases.values())
+    )
 
 
 TRAINED = {

@@ -34,7 +34,7 @@ from pipeline.decoding.trace import GUIDED, Trace
 from pipeline.generation.model_set import ModelSet
 from pipeline.models.prompting import left_pad
 
-OUT, TOKENS, LENGTHS, DRAWS = Path("results/bench"), 48, (1, 2, 3, 4), 4
+OUT, TOKENS, LENGTHS, DRAWS = Path("results/bench"), 48, (1, 2, 3), 4
 ALPHAS, FORMS = (0.25, 0.5, 1.0, 2.0), ("plain", "log_ratio")
 MODEL, ARMS, BARE = "the model of the ARMs", "the ARMs", "no ARM"
 
@@ -81,7 +81,7 @@ def acceptances(decoder: GuidedDecoder, prompts: list[str], arms: list[str]) -> 
         decoder._draft_length, seen = DraftLength(0), {}
         rows = dict(decoder.generate(asked))
         traces = [decoder.trace(request, rows[index].tokens) for index, request in enumerate(asked)]
-        for length in LENGTHS:
+        for length in (*LENGTHS, 4):
             decoder._draft_length = DraftLength(length)
             made = [row for _, row in decoder.generate(asked)]
             tokens = sum(len(row.tokens) for row in made)
