@@ -227,6 +227,11 @@ def _check(params: Params, origin: str) -> None:
             f"{origin}: data.path is {params.data.path}, but data.download fills {', '.join(folders)} anew: set "
             "data.download=[] to read files of your own."
         )
+    if params.decoding.engine == "vllm" and params.decoding.num_speculative_tokens:
+        raise UserError(
+            f"{origin}: decoding.num_speculative_tokens is {params.decoding.num_speculative_tokens}, and guided "
+            "requests are not drafted inside vLLM: set it to null, or decoding.engine=transformers."
+        )
     if params.data.validation_fraction + params.data.test_fraction >= 1:
         raise UserError(f"{origin}: data.validation_fraction and data.test_fraction leave nothing to train on.")
 

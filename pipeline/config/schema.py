@@ -163,7 +163,7 @@ class Decoding(Strict):
     samples_per_prompt: Count = 1
     batch_size: Count = 64
     # Tokens that the model of the ARMs drafts, where it is another than the base. None: as many as pay by the times
-    # measured; rows that are stored are then drafted in float32 only, where no row depends on it.
+    # measured, and for rows that are stored none, since they are to be the same at every run.
     num_speculative_tokens: Annotated[int, Field(ge=0, le=16)] | None = None
     device: Device = "auto"
     engine: Literal["transformers", "vllm"] = (

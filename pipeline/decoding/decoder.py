@@ -192,7 +192,9 @@ class GuidedDecoder:
         laws: list[dict[str, list[torch.Tensor]]] = [{} for _ in limited]
         named = {BASE, *(name for request in requests for name in request.weights)}
         proposed: list[torch.Tensor] = []
-        with self._batch() as batch:
+        # With drafts, so that what is proposed is told; nothing is generated.
+        length = self._draft_length if self._draft_length.fixed == 0 else DraftLength(1)
+        with self._batch(length) as batch:
             batch.admit_rows(
                 [replace(row, probed_arms=frozenset(row.request.weights) - {BASE}) for row in self._named(limited)]
             )
@@ -311,9 +313,9 @@ class GuidedDecoder:
                 yield from batch.step()
 
     @contextmanager
-    def _batch(self) -> Iterator[Batch]:
+    def _batch(self, length: DraftLength | None = None) -> Iterator[Batch]:
         """A batch whose sessions the next one may take over, unless an error left them half-way."""
-        batch = self._new_batch()
+        batch = self._new_batch(length or self._draft_length)
         try:
             yield batch
         except Exception:
@@ -325,7 +327,7 @@ class GuidedDecoder:
             raise
         batch.release()
 
-    def _new_batch(self) -> Batch:
-        if self._bridge is None and len(self._backbones) > 1 and self._draft_length.fixed != 0:
-            return SpeculativeBatch(self._backbones, self._vocab_size, self._draft_length)
+    def _new_batch(self, length: DraftLength) -> Batch:
+        if self._bridge is None and len(self._backbones) > 1 and length.fixed != 0:
+            return SpeculativeBatch(self._backbones, self._vocab_size, length)
         return Batch(self._backbones, self._vocab_size, self._bridge)

@@ -14,7 +14,7 @@ from pipeline.decoding.backbone import plan_backbones
 from pipeline.decoding.decoder import Generation, GuidedDecoder, Request
 from pipeline.models import memory
 from pipeline.models.identity import folder_identity
-from pipeline.models.loading import Source, resolve_device, resolve_dtype
+from pipeline.models.loading import Source, resolve_device
 
 
 class Decoder(Protocol):
@@ -87,8 +87,8 @@ class ModelSet:
         needs = memory.needs_of(models, batch_size, new_tokens or self._params.decoding.max_new_tokens, place)
         memory.refuse_too_large(needs, place, self.strong.device_map is not None)
         drafted = self._params.decoding.num_speculative_tokens
-        if drafted is None and stored and resolve_dtype(self.strong.dtype, place) != torch.float32:
-            drafted = 0  # what pays depends on times, and on that what bfloat16 rounds to
+        if drafted is None and stored:
+            drafted = 0  # what pays depends on times, and on that what numbers round to
         return GuidedDecoder.load(
             self.strong, self.arms, arm_base=self.weak, policies=self.policies, reference=REFERENCE in self._used,
             device=device, batch_size=batch_size, num_speculative_tokens=drafted,

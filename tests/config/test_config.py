@@ -388,6 +388,13 @@ def test_own_preference_rows_need_no_scorer(compose_params):
     assert params.objectives["conciseness"].scorer is None
 
 
+def test_drafts_are_refused_inside_vllm(compose_params):
+    assert compose_params("decoding.engine=vllm").decoding.num_speculative_tokens is None
+    assert compose_params("decoding.num_speculative_tokens=3").decoding.num_speculative_tokens == 3
+    with pytest.raises(UserError, match="num_speculative_tokens is 3, and guided requests are not drafted inside vLLM"):
+        compose_params("decoding.engine=vllm", "decoding.num_speculative_tokens=3")
+
+
 @pytest.mark.parametrize("loss", ["arm", "hinge", "simpo", "dpo"])
 @pytest.mark.parametrize("arm", ["lora", "full", "qlora"])
 @pytest.mark.parametrize("trainer", ["default", "ddp", "fsdp"])

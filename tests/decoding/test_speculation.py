@@ -194,7 +194,8 @@ def test_a_trace_says_which_tokens_were_drafted_and_refused(strong, weak, prompt
         took = place + 1 < len(row.tokens) and right[place]
         accepted, place = accepted + took, place + 1 + took
     assert row.accepted == accepted and 5 < sum(right) < 35
-    assert trace.record(2)["refused"] == trace.refused
+    assert trace.record(2)["refused"] == trace.refused and REFERENCE not in trace.logps
+    assert pair(strong, weak, prompter, arms, None).trace(request, row.tokens).refused == trace.refused
     assert GuidedDecoder(Backbone(strong, prompter, arms)).trace(request, row.tokens).proposals is None
     shown = Console(record=True, width=200)
     show(trace, shown, None, 3)

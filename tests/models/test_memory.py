@@ -114,6 +114,9 @@ def test_the_check_counts_what_is_loaded_for_the_rows_that_are_asked_for(checked
     assert [need.name for need in needs] == [folder.name for folder in loads] == ["tiny", "two"]
     size = resolve_dtype(params.models["tiny"].dtype, torch.device("cpu")).itemsize
     row = (memory.PROMPT + 5) * needs[0].shape.cached * size
+    for stored, drafted in ((False, None), (True, 0)):
+        decoder = served.decoder("cpu", 2, 5, stored=stored)
+        assert decoder._draft_length.fixed == drafted, "rows that are stored do not depend on the clock"
     assert [need.cache for need in needs] == [2 * 2 * row, 2 * row], (
         "two rows: the base and an adapter, and a whole ARM"
     )
