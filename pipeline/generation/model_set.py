@@ -86,7 +86,8 @@ class ModelSet:
         models = [memory.Loaded.at(source, lanes) for source, lanes in self.loaded]
         needs = memory.needs_of(models, batch_size, new_tokens or self._params.decoding.max_new_tokens, place)
         memory.refuse_too_large(needs, place, self.strong.device_map is not None)
-        drafted = self._params.decoding.num_speculative_tokens
+        # Only a model beside the base can draft.
+        drafted = self._params.decoding.num_speculative_tokens if len(models) > 1 else 0
         if drafted is None and stored:
             drafted = 0  # what pays depends on times, and on that what numbers round to
         return GuidedDecoder.load(
