@@ -148,7 +148,7 @@ def bytes_per_second(dtype: torch.dtype, device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class Assumed:
-    """What cannot be known before a run, where it was measured; None: what is measured here, or not reckoned with."""
+    """What a plan cannot know by itself, as it was measured elsewhere."""
 
     tokens_per_second: float | None = None  # of guided decoding
     price: tuple[float, float] | None = None  # of a million tokens that the judge reads, and writes
@@ -293,6 +293,9 @@ def main(arguments: Sequence[str]) -> None:
         params = to_params(OmegaConf.create(sys.stdin.read()), "the composition")
     else:
         params = load_params(Path(options.params))
+    for name in ("tokens_per_second", "bandwidth"):
+        if (rate := getattr(options, name)) is not None and not 0 < rate < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')} {rate:g} is no speed: give a number above 0.")
     if not 0 <= options.acceptance <= 1:
         raise UserError(f"--acceptance {options.acceptance:g} is no share: give a number from 0 to 1.")
     bandwidth = options.bandwidth and options.bandwidth * 1e9

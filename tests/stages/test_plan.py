@@ -1,14 +1,19 @@
 import dataclasses
 import io
+import re
 
 import pytest
+import torch
 from rich.console import Console
 from transformers import LlamaConfig
 
+from pipeline.config.errors import UserError
 from pipeline.config.methods import Comparison
+from pipeline.models import memory
 from pipeline.stages import plan
 from pipeline.stages.plan import Assumed, Rows
 from tests.models.test_memory import SEVEN, SEVENTY, planned
+from tests.tiny import ROOT
 
 
 def printed(params, workspace, *options):
@@ -113,3 +118,33 @@ def test_what_preparing_samples_and_asks_is_reckoned(compose_params):
     assert told("data=own", "data.path=mine.jsonl", "objectives=scored") == "", (
         "rows from files are sampled from nobody"
     )
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--bandwidth", "0"), ("--bandwidth", "-3"), ("--tokens-per-second", "nan"), ("--acceptance", "1.2")],
+)
+def test_impossible_measures_are_refused(option, value):
+    with pytest.raises(UserError, match=rf"{option} {value} is no (speed|share): give a number"):
+        plan.main([option, value])
+
+
+def test_what_drafts_would_gain_by_the_sizes_alone_is_what_the_benches_page_says():
+    thirteen = LlamaConfig(
+        vocab_size=32000, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40
+    )
+    page = (ROOT / "results/bench/README.md").read_text(encoding="utf-8")
+
+    def need(name, config):
+        shape = memory.shape_of(config)
+        return memory.Need(name, shape, memory.weight_bytes(shape, torch.bfloat16, None), 0.0)
+
+    for size, config in (("13B", thirteen), ("70B", SEVENTY)):
+        cells = re.search(rf"^\| {size} \| (.*) \|$", page, flags=re.MULTILINE)[1].split(" | ")
+        for acceptance, cell in zip((0.6, 0.7, 0.8), cells[2:], strict=True):
+            told = plan._speculation(need("base", config), need("arm", SEVEN), Assumed(acceptance=acceptance), 3.35e12)
+            unguided, guided, drafted, length = re.search(
+                r"GB/s: (\S+) tokens/s of base unguided, (\S+) guided, (\S+) if arm drafts (\d)", told
+            ).groups()
+            assert [f"{float(speed):.0f}" for speed in (unguided, guided)] == cells[:2]
+            assert cell == f"{float(drafted):.0f} (γ {length})"
