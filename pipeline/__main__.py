@@ -23,13 +23,14 @@ STAGES = {
     "judge": "a score for every row, and win rates against the control: results/judge/",
     "pareto": "the front, its figures, and the report: results/pareto/, results/report/",
     "weak_to_strong": "the ARMs on a ladder of bases: results/<weak_to_strong.name>/",
-    "comparison": "every method at every point of the sweep: results/comparison/",
+    "comparison": "every method at every point of the sweep: results/<comparison.name>/",
 }
 # Of each tool: the module whose main(arguments) it is, imported when it is called, and what it does.
 TOOLS = {
     "sweep": ("pipeline.stages.sweep", "compose conf/, or run a configuration or many (Hydra)"),
     "plan": ("pipeline.stages.plan", "memory, time and judge calls of a run, before anything is loaded"),
     "trace": ("pipeline.generation.explain", "the token rewards of a response, in the terminal"),
+    "choose": ("pipeline.stages.choose", "the weights for an outcome, chosen on validation prompts"),
     "dial": ("pipeline.stages.dial", "a dial from two sentences: sample, train an ARM, keep it"),
     "playground": ("pipeline.report.playground", "a local page: a slider for each objective, base and guided text"),
     "serve": ("pipeline.decoding.vllm.serve", "guided decoding behind vLLM's OpenAI-compatible server"),

@@ -25,8 +25,8 @@ from pipeline.config.values import Column
 
 # What DVC reads of params.yaml by itself: it fails where a key is missing, though a default stands in `params`.
 READ_BY_DVC = (
-    "arm.base", "arm.tuning", "comparison.bases", "data.download", "data.path", "data.prompts", "data.sampler",
-    "decoding.device", "decoding.engine", "decoding.temperature",
+    "arm.base", "arm.tuning", "comparison.bases", "comparison.name", "data.download", "data.path", "data.prompts",
+    "data.sampler", "decoding.device", "decoding.engine", "decoding.temperature",
     "judge.confidence", "judge.resamples", "objectives.*.beta", "objectives.*.pretrained", "sweep.control",
     "tune.bases", "tune.rivals", "weak_to_strong.name", "weak_to_strong.weak",
 )  # fmt: skip
@@ -38,7 +38,7 @@ COLUMNS = (
 _SECRET = re.compile(r"://[^/\s?#]*@|://\S*[?&][\w.-]*(key|token|secret|signature|sig|password)=", re.IGNORECASE)
 _STAGES = (
     "bench", "comparison", "download", "explain", "fetch", "generate", "judge", "pareto", "prepare", "report", "train",
-    "tune",
+    "tune", "weak_to_strong",
 )  # fmt: skip
 
 
@@ -183,8 +183,10 @@ def _check(params: Params, origin: str) -> None:
     for name in objectives.keys() & set(COLUMNS):
         raise UserError(f"{origin}: an objective cannot be called {name}, as a column of the tables is: rename it.")
     _check_labels(objectives, origin)
-    if params.weak_to_strong.name in _STAGES:
-        raise UserError(f"{origin}: weak_to_strong.name {params.weak_to_strong.name} is a stage's folder: rename it.")
+    for section, own in (("weak_to_strong", params.weak_to_strong.name), ("comparison", params.comparison.name)):
+        other = params.comparison.name if section == "weak_to_strong" else params.weak_to_strong.name
+        if own != section and own in (*_STAGES, other):
+            raise UserError(f"{origin}: {section}.name {own} is another stage's folder: rename it.")
     if params.weak_to_strong.weak not in ((), (params.arm.base,)):
         raise UserError(f"{origin}: weak_to_strong.weak must be the ARM's model: set it to [{params.arm.base}].")
     if isinstance(params.judge, LocalJudge) and params.judge.model not in params.fetch:

@@ -89,6 +89,7 @@ Method = Annotated[GenArm | Policies | BestOf | Candidates | Segments | Promptin
 class Comparison(Strict):
     """GenARM beside other methods, at the weights of the sweep."""
 
+    name: Name = "comparison"  # of the folder below results/ that it goes to
     bases: tuple[str, ...] = ()  # the one that is steered, `base`; empty: no such comparison
     prompts: Count | None = None  # only the first so many of those that prepare wrote; a method may have fewer still
     against: str = ""  # the method that the others' differences are from

@@ -27,6 +27,27 @@ def mean_inner_product(weights_NM: np.ndarray, scores_NM: np.ndarray) -> float:
     return float((shares_NM * scores_NM).sum(axis=1).mean())
 
 
+def knee(scores_NM: np.ndarray) -> int | None:
+    """The point that bulges most: where giving up more of one objective begins to bring little of another.
+
+    Of the points that no other beats, the one farthest out from the hyperplane through the best of each objective, all
+    scores scaled to those points' range (Das 1999, "On characterizing the knee of the Pareto curve"). None where no
+    point lies outside of it, or there is nothing to give up.
+    """
+    kept = np.flatnonzero(non_dominated(scores_NM) & ~np.isnan(scores_NM).any(axis=1))
+    if not len(kept):
+        return None
+    low_M, high_M = scores_NM[kept].min(0), scores_NM[kept].max(0)
+    if scores_NM.shape[1] < 2 or not (high_M > low_M).all():
+        return None
+    scaled_NM = (scores_NM[kept] - low_M) / (high_M - low_M)
+    # Scaled so that the best of each is at 1; where the others are 0 there, the hyperplane is Σ = 1.
+    corners_MM = scaled_NM[scaled_NM.argmax(0)]
+    normal_M, *_ = np.linalg.lstsq(corners_MM, np.ones(len(corners_MM)), rcond=None)
+    out_N = scaled_NM @ normal_M - 1
+    return int(kept[out_N.argmax()]) if out_N.max() > 1e-9 else None
+
+
 def rank_correlation(weights_N: np.ndarray, scores_N: np.ndarray) -> float | None:
     """Spearman's ρ between an objective's weight and its score; None where either never changes."""
     if len(set(weights_N)) < 2 or len(set(scores_N)) < 2:
@@ -123,5 +144,6 @@ def front_metrics(objectives: Mapping[str, Objective], front: pd.DataFrame) -> d
         "reference": dict(zip(objectives, reference, strict=True)),
         "mip": mip,
         "n_front": int(front.on_front.sum()),
+        "knee": None if (place := knee(front[scores].to_numpy())) is None else front.point.iloc[place],
         "spearman": spearman,
     }

@@ -35,18 +35,26 @@ class Drawing:
     name: str
     figure: Figure
     description: str
-    _marks: dict[str, list[str]] = field(default_factory=dict)
+    _marks: dict[str, list[dict[str, str]]] = field(default_factory=dict)
 
     def panels(self, count: int, sharey: bool = False) -> Sequence[Axes]:
         """That many axes beside each other."""
         made: Sequence[Axes] = self.figure.subplots(1, count, squeeze=False, sharey=sharey)[0]
         return made
 
-    def add_tooltips(self, drawn: ErrorbarContainer, labels: Sequence[str]) -> None:
-        """Say of each point of a series, in their order, what it is."""
+    def add_tooltips(self, drawn: ErrorbarContainer, labels: Sequence[str], points: Sequence[str] = ()) -> None:
+        """Say of each point of a series, in their order, what it is.
+
+        Args:
+            drawn: the series.
+            labels: words for each.
+            points: their names, where a page shows more of a point that is chosen.
+        """
         gid = f"mark-{len(self._marks)}"
         drawn.lines[0].set_gid(gid)
-        self._marks[gid] = list(labels)
+        self._marks[gid] = [{"role": "img", "aria-label": label} for label in labels]
+        for attributes, point in zip(self._marks[gid], points, strict=bool(points)):
+            attributes |= {"role": "button", "data-point": point}
 
     def save(self, path: Path) -> None:
         """Write a PNG under its name only when it is complete; no date or version inside: equal figures are equal."""
@@ -68,8 +76,9 @@ class Drawing:
             )  # fmt: skip
         root = ElementTree.fromstring(written.getvalue())
         for group in root.iter(f"{{{_SVG}}}g"):
-            for use, label in zip(group.iter(f"{{{_SVG}}}use"), self._marks.get(group.get("id", ""), []), strict=False):
-                use.attrib |= {"class": "mark", "role": "img", "aria-label": label, "tabindex": "-1"}
+            marks = self._marks.get(group.get("id", ""), [])
+            for use, attributes in zip(group.iter(f"{{{_SVG}}}use"), marks, strict=False):
+                use.attrib |= {"class": "mark", "tabindex": "-1", **attributes}
         root.attrib = {key: value for key, value in root.attrib.items() if key not in ("width", "height")}
         widest = round(6.6 * self.figure.get_figwidth())
         root.attrib |= {"role": "group", "aria-label": self.description, "style": f"max-width: {widest}rem"}

@@ -19,6 +19,7 @@ _COLOURS = (
     "#9a7b4f", "#5b6ee1", "#22c55e", "#f59e0b",
 )  # fmt: skip
 _MARKERS = "oDvPsX*hd^<>p8"
+_SMALLEST, _LARGEST = 2.0, 7.5  # sizes of a point of which nothing is readable, and of one of which all is
 _WINDOW = 5  # training steps averaged in a curve
 _LADDER = {
     "control": ("s", CONTROL, "control"), "sharpened": ("s", "#e0a070", "sharpened"),
@@ -35,11 +36,12 @@ def interval(line: Mapping[str, Any], objective: str, kind: str = "score") -> st
 
 
 def tooltip(name: str, line: Mapping[str, Any], objectives: Sequence[str], kind: str = "score") -> str:
-    """What a point says when it is asked: its name, weights, scores and distance, a line each."""
+    """What a point says when it is asked: its name, weights, scores, distance and readable share, a line each."""
     weights = ", ".join(f"{line[f'alpha_{objective}']:g}" for objective in objectives)
     scores = [interval(line, objective, kind) for objective in objectives]
     distance = [f"KL {line['kl']:.1f} nats"] if pd.notna(line["kl"]) else []
-    return "\n".join([name, f"α = ({weights})", *scores, *distance])
+    legible = [f"{line['readable']:.2f} readable"] if pd.notna(line.get("readable")) else []
+    return "\n".join([name, f"α = ({weights})", *scores, *distance, *legible])
 
 
 def _errors(table: pd.DataFrame, objective: str, kind: str = "score") -> list[pd.Series]:
@@ -47,8 +49,11 @@ def _errors(table: pd.DataFrame, objective: str, kind: str = "score") -> list[pd
     return [value - table[f"ci_low_{objective}"], table[f"ci_high_{objective}"] - value]
 
 
-def front(table: pd.DataFrame, objectives: Sequence[str], control: str) -> Drawing:
-    """Every pair of objectives as one panel: points with error bars, the guided sweep joined, controls apart."""
+def front(table: pd.DataFrame, objectives: Sequence[str], control: str, knee: str | None = None) -> Drawing:
+    """Every pair of objectives as one panel: points with error bars, the guided sweep joined, controls apart.
+
+    A point is as large as the share of its responses that one can read; the knee has a ring.
+    """
     pairs = list(combinations(objectives, 2)) or [(objectives[0], "kl")]
     drawn = drawing.new(
         "front", 6.4 * len(pairs), 4.8,
@@ -70,17 +75,23 @@ def front(table: pd.DataFrame, objectives: Sequence[str], control: str) -> Drawi
             unguided = line["method"] == "base"
             colour = CONTROL if unguided else GUIDED
             shown = axes.errorbar(
-                one[columns[0]], one[columns[1]], **bars, fmt="s" if unguided else "o", color=colour, ms=7, capsize=3,
-                lw=1, mfc=colour if line["on_front"] else "white",
+                one[columns[0]], one[columns[1]], **bars, fmt="s" if unguided else "o", color=colour,
+                ms=_SMALLEST + (_LARGEST - _SMALLEST) * line["readable"], capsize=3, lw=1,
+                mfc=colour if line["on_front"] else "white",
             )  # fmt: skip
-            drawn.add_tooltips(shown, [tooltip(line["point"], line, objectives)])
+            drawn.add_tooltips(shown, [tooltip(line["point"], line, objectives)], [line["point"]])
+            if line["point"] == knee:
+                axes.plot(
+                    one[columns[0]], one[columns[1]], "o", ms=2 * _LARGEST, mfc="none", mec=colour, lw=1, zorder=1
+                )
             axes.annotate(
                 _label(line, objectives), (line[columns[0]], line[columns[1]]), xytext=(7, -13 if place % 2 else 7),
                 textcoords="offset points", fontsize=8, color=INK,
             )  # fmt: skip
         label_axes(axes, x, y if y in objectives else KL_LABEL)
     panels[0].set_title(
-        f"{table.base[0]}: circles are weight vectors, squares the base ({control} = control);\nfilled: on the front",
+        f"{table.base[0]}: circles are weight vectors, squares the base ({control} = control);\n"
+        f"filled: on the front; size: share of readable responses{'; ring: the knee' if knee else ''}",
         fontsize=9, loc="left", color=INK,
     )  # fmt: skip
     return drawn

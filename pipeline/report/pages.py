@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, select_autoescape
 
+from pipeline.config.points import point_laws
 from pipeline.config.schema import Params
 from pipeline.data.files import Row, replacing
 from pipeline.decoding.token_colours import STRONGEST
@@ -38,7 +39,8 @@ def report(
     control = dict.fromkeys(front.point, params.sweep.control)
     of_point = scored.groupby("point").n_tokens.sum()
     values = {
-        "front": front.to_dict("records"), "wins": {(row["point"], row["objective"]): row for row in wins}, **cards,
+        "front": front.to_dict("records"), "chooser": point_chooser(params, front),
+         "wins": {(row["point"], row["objective"]): row for row in wins}, **cards,
         "samples": samples(scored, list(front.point), control, objectives, params.seed),
         "rest": "../judge/scores.jsonl", "tokens": token_rewards(tokens), "strongest": STRONGEST,
         "prompts": scored.prompt.nunique(), "generated": of_point.to_dict(),
@@ -98,6 +100,34 @@ def comparison(
         "rest": "rows.jsonl",
     }  # fmt: skip
     _write("comparison.html.j2", params, values, drawings, path)
+
+
+def point_chooser(params: Params, front: pd.DataFrame) -> Row:
+    """What the page says of a point that is chosen.
+
+    Returns:
+        `objectives`, `base`, `max_new_tokens`, and `points`: of each its weights as objectives and as the law has them,
+        its temperature, scores with intervals, KL and readable share.
+    """
+    laws = point_laws(params, params.base)
+    points = []
+    for line in front.to_dict("records"):
+        law = laws[line["point"]]
+        scores = [
+            [_number(line[f"{column}_{name}"], 3) for column in ("score", "ci_low", "ci_high")]
+            for name in params.objectives
+        ]
+        points.append(
+            {
+                "name": line["point"], "method": law.method, "alphas": dict(law.alphas), "weights": dict(law.weights),
+                "temperature": law.temperature, "scores": scores, "kl": _number(line["kl"], 1),
+                "readable": _number(line["readable"], 2),
+            }
+        )  # fmt: skip
+    return {
+        "objectives": list(params.objectives), "base": params.base, "max_new_tokens": params.decoding.max_new_tokens,
+        "points": points,
+    }  # fmt: skip
 
 
 def samples(

@@ -1,4 +1,4 @@
-"""comparison: every method at every point of the sweep: tables, figures and page, results/comparison/.
+"""comparison: every method at every point of the sweep: tables, figures and page, results/<comparison.name>/.
 
 python -m pipeline comparison
 """
@@ -15,7 +15,7 @@ from pipeline.report import figures, markdown, pages, terminal
 
 def run(params: Params, workspace: Workspace) -> None:
     """Ask every method of `params.comparison`, and compare."""
-    out = workspace.results / "comparison"
+    out = workspace.results / params.comparison.name
     prompts = [row["prompt"] for _, row in read_jsonl(workspace.results / "prepare" / "prompts.jsonl")]
     judge = open_comparing_judge(params, workspace)
     prompts = prompts_with_room(params, workspace, [params.base], prompts[: params.comparison.prompts])

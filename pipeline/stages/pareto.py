@@ -46,7 +46,7 @@ def run(params: Params, workspace: Workspace, trained: Path | None = None) -> No
     write_json(out / "metrics.json", metrics)
     markdown.front_page(front, objectives, metrics, out / "README.md")
     drawings = [
-        figures.front(front, objectives, params.sweep.control),
+        figures.front(front, objectives, params.sweep.control, metrics["knee"]),
         figures.reward_kl(front, objectives),
         figures.curves(tables["curves.csv"]),
     ]

@@ -241,10 +241,14 @@ def test_a_label_column_belongs_to_one_objective_and_is_no_other_column(compose_
         compose_params(f"objectives.positivity.label={label}")
 
 
-@pytest.mark.parametrize("name", ["judge", "..", "a/b"])
-def test_a_ladder_cannot_write_into_another_stage_s_folder(compose_params, name):
-    with pytest.raises(UserError, match=r"weak_to_strong\.name"):
-        compose_params(f"weak_to_strong.name={name}")
+@pytest.mark.parametrize("name", ["judge", "..", "a/b", "weak_to_strong", "comparison"])
+@pytest.mark.parametrize("section", ["weak_to_strong", "comparison"])
+def test_no_table_is_written_into_another_stage_s_folder(compose_params, section, name):
+    if name == section:
+        compose_params(f"{section}.name={name}")
+        return
+    with pytest.raises(UserError, match=rf"{section}\.name"):
+        compose_params(f"{section}.name={name}")
 
 
 def test_no_objective_is_called_like_a_column_that_its_score_would_overwrite(compose_params):
@@ -479,6 +483,7 @@ def test_dvc_names_the_folders_of_the_workspace():
     assert {path.rpartition("/")[0] for path in outs_of("weak_to_strong")} == {
         str(space.results / "${weak_to_strong.name}")
     }
+    assert {path.rpartition("/")[0] for path in outs_of("comparison")} == {str(space.results / "${comparison.name}")}
     assert outs_of("generate") == [str(space.results / "generate" / "rows.jsonl")]
     assert outs_of("judge") == [str(space.results / "judge")]
     assert {path.rpartition("/")[0] for path in outs_of("pareto")} == {

@@ -1,9 +1,11 @@
 import json
 import re
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 
+from pipeline.config.schema import Point, Sweep
 from pipeline.decoding.token_colours import STRONGEST, coloured, on_white, tint
 from pipeline.report import figures, pages, terminal
 from tests.browser import opened
@@ -94,11 +96,20 @@ def page(smoke_params, front, scored, tmp_path):
             for step in (0, 1, 2)
         ]
     )
-    drawings = [figures.front(front, names, "sharpened"), figures.reward_kl(front, names), figures.curves(curves)]
+    drawings = [
+        figures.front(front, names, "sharpened", "mixed"),
+        figures.reward_kl(front, names),
+        figures.curves(curves),
+    ]
     tokens = [trace(prompt, point) for prompt in ("Question 0?", "Question 1?") for point in POINTS]
     path = tmp_path / "index.html"
     cards, tables = {"metrics": metrics, "data": data}, {"front": front, "wins": wins}
-    pages.report(smoke_params, tables, cards, scored, tokens, drawings, path)
+    points = {
+        point: Point(dict(zip(names, alphas, strict=True)), sharpen=float(point == "sharpened"))
+        for point, alphas in POINTS.items()
+    }
+    params = replace(smoke_params, sweep=Sweep("sharpened", points))
+    pages.report(params, tables, cards, scored, tokens, drawings, path)
     return path
 
 
@@ -118,6 +129,54 @@ def test_every_point_of_a_figure_says_what_it_is(front):
     assert "positivity 0.60 [0.50, 0.70]" in labels[3]
     assert "#1f2a37" not in svg and "currentColor" in svg
     assert len(set(re.findall(r'id="([^"]*)"', svg))) == len(re.findall(r'id="([^"]*)"', svg))
+
+
+def test_a_chosen_point_says_its_weights_and_how_to_ask_for_it(page):
+    with opened(page.as_uri()) as browser:
+        mark, place = browser.locator('.mark[data-point="ends"]'), browser.locator("#point-place")
+        mark.click()
+        assert mark.get_attribute("aria-pressed") == "true"
+        assert "α: positivity 1" in place.inner_text() and "positivity 0.40 [0.30, 0.50]" in place.inner_text()
+        assert "KL 6.0 nats · readable 0.90" in place.inner_text() and "the run “ends”" in place.inner_text()
+        place.locator("summary").first.click()
+        command = place.locator("pre").first.inner_text()
+        body = json.loads(command[command.index("'{") + 1 : -1])
+        assert body["guidance"] == {"weights": {"positivity": 1}} and body["model"] == "tiny"
+        place.locator("summary").last.click()
+        compile(place.locator("pre").last.inner_text(), "copied", "exec")
+        place.get_by_text("Samples at ends").click()
+        assert browser.locator("#samples-filter [name=point] option:checked").inner_text() == "ends"
+        mark = browser.locator('.mark[data-point="mixed"]')
+        mark.focus()
+        browser.keyboard.press("Enter")
+        assert "α: positivity 0.5, conciseness 0.5" in place.inner_text()
+
+
+def test_between_two_points_weights_are_mixed_and_scores_are_called_a_guess(page):
+    with opened(page.as_uri()) as browser:
+        place, form = browser.locator("#point-place"), browser.locator("#point")
+        browser.locator('.mark[data-point="ends"]').click()
+        # Not the sharpened control: it is another temperature, which no weights reach.
+        assert form.locator("[name=other] option").all_inner_texts() == ["–", "base", "mixed"]
+        form.locator("[name=other]").select_option(label="mixed")
+        form.locator("[name=share]").fill("0.5")
+        assert "α: positivity 0.75, conciseness 0.25" in place.inner_text()
+        assert "positivity 0.50 · conciseness 0.20 · KL 7.5" in place.inner_text()
+        assert "not measured" in place.inner_text()
+        form.locator("[name=other]").select_option(label="base")
+        assert "α: positivity 0.5" in place.inner_text()
+
+
+def test_the_least_kl_that_reaches_an_outcome_is_found(page):
+    with opened(page.as_uri()) as browser:
+        outcome, place = browser.locator("#outcome"), browser.locator("#point-place")
+        outcome.locator("[name=positivity]").fill("0.3")
+        outcome.locator("button").click()
+        assert "KL 4.5 nats" in place.inner_text() and browser.locator("#outcome-found").inner_text() == ""
+        outcome.locator("[name=positivity]").fill("0.95")
+        outcome.locator("button").click()
+        assert "out of reach" in browser.locator("#outcome-found").inner_text()
+        assert "α: positivity 0.5, conciseness 0.5" in place.inner_text()
 
 
 def test_figures_are_the_same_file_when_drawn_again(front, tmp_path):

@@ -55,6 +55,120 @@ function figures() {
   document.addEventListener("scroll", hide, { passive: true });
 }
 
+/* A point of the front, or one between two: its weights, what it brings, and the commands that ask for it. */
+function points() {
+  const data = embedded("point-data"), form = document.getElementById("point");
+  const place = document.getElementById("point-place"), field = (name) => form.elements[name];
+  options(field("point"), data.points.map((point) => point.name));
+  const number = (value) => String(Number(value.toFixed(4)));
+
+  /* Points of one law differ in their weights alone, and may be mixed. */
+  const mixable = (point) => data.points.filter((each) => each !== point && each.temperature === point.temperature
+    && (each.method === point.method || each.method === "base" || point.method === "base"));
+
+  function others() {
+    const point = data.points[Number(field("point").value)], select = field("other");
+    select.replaceChildren(make("option", { value: "", textContent: "–" }),
+      ...mixable(point).map((each) => make("option", { value: data.points.indexOf(each), textContent: each.name })));
+    field("share").value = 0;
+    show();
+  }
+
+  function mixed(one, other, share) {
+    const names = [...new Set([...Object.keys(one), ...Object.keys(other)])];
+    const rest = (weights, name) => weights[name] ?? (name === "base" ? 1 : 0);
+    const pairs = names.map((name) => [name, Number(number((1 - share) * rest(one, name) + share * rest(other, name)))]);
+    return Object.fromEntries(pairs.filter(([name, weight]) => weight !== (name === "base" ? 1 : 0)));
+  }
+
+  function command(text) {
+    const copy = make("button", { type: "button", textContent: "Copy" });
+    copy.onclick = () => navigator.clipboard.writeText(text);
+    return make("div", { className: "command" }, make("pre", { textContent: text }), copy);
+  }
+
+  function show() {
+    const point = data.points[Number(field("point").value)], chosen = field("other").value;
+    const other = chosen === "" ? point : data.points[Number(chosen)];
+    field("share").disabled = chosen === "";
+    const share = chosen === "" ? 0 : Number(field("share").value), between = share > 0 && share < 1;
+    const asked = share === 1 ? other : point;
+    const weights = mixed(point.weights, other.weights, share), alphas = mixed(point.alphas, other.alphas, share);
+    const said = Object.entries(alphas).map(([name, alpha]) => name + " " + alpha).join(", ") || "none: the base alone";
+    const value = (one, two) => (one === null || two === null ? null : (1 - share) * one + share * two);
+    const facts = data.objectives.map((name, which) => {
+      const score = value(point.scores[which][0], other.scores[which][0]), [, low, high] = asked.scores[which];
+      const range = between || low === null ? "" : " [" + low.toFixed(2) + ", " + high.toFixed(2) + "]";
+      return name + " " + (score === null ? "undetermined" : score.toFixed(2)) + range;
+    });
+    const kl = value(point.kl, other.kl), readable = value(point.readable, other.readable);
+    if (kl !== null) facts.push("KL " + kl.toFixed(1) + " nats");
+    if (readable !== null) facts.push("readable " + readable.toFixed(2));
+    const body = { model: data.base, messages: [{ role: "user", content: "Describe a rainy Monday morning." }],
+      max_tokens: data.max_new_tokens, temperature: asked.temperature, guidance: { weights } };
+    const curl = "curl -s localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d '"
+      + JSON.stringify(body) + "'";
+    const python = ["from pipeline import Request, load_experiment", "", "decoder = load_experiment()",
+      "request = Request(\"Describe a rainy Monday morning.\", " + JSON.stringify(weights) + ", temperature="
+      + asked.temperature + ", max_new_tokens=" + data.max_new_tokens + ")",
+      "print(next(decoder.generate([request]))[1].text)"].join("\n");
+    const samples = make("button", { type: "button", textContent: "Samples at " + asked.name });
+    samples.onclick = () => {
+      const filter = document.getElementById("samples-filter");
+      filter.elements.point.value = data.points.indexOf(asked);
+      filter.oninput();
+      document.getElementById("samples").scrollIntoView();
+    };
+    for (const mark of document.querySelectorAll(".mark[data-point]"))
+      mark.setAttribute("aria-pressed", String([point.name, share ? other.name : ""].includes(mark.dataset.point)));
+    place.replaceChildren(
+      make("p", {}, make("strong", { textContent: "α: " + said }), make("br"), facts.join(" · ")
+        + (between ? " (on the line between the two, not measured)" : "; in W&B the run “" + asked.name + "”") + " "),
+      make("p", {}, samples),
+      make("details", {}, make("summary", { textContent: "Ask a server for it (make serve)" }), command(curl)),
+      make("details", {}, make("summary", { textContent: "Ask in Python" }), command(python)));
+  }
+
+  for (const mark of document.querySelectorAll(".mark[data-point]")) {
+    const choose = () => {
+      field("point").value = data.points.findIndex((point) => point.name === mark.dataset.point);
+      others();
+    };
+    mark.addEventListener("click", choose);
+    mark.addEventListener("keydown", (event) => {
+      if (event.key === "Enter" || event.key === " ") { event.preventDefault(); choose(); }
+    });
+  }
+  /* Of all points and mixes of two, the one of least KL that reaches what is asked; else the one that misses least. */
+  const outcome = document.getElementById("outcome");
+  outcome.onsubmit = (event) => {
+    event.preventDefault();
+    const least = data.objectives.map((name) => Number(outcome.elements[name].value || -Infinity));
+    const mix = (one, other, share) => (1 - share) * one + share * other;
+    const known = data.points.filter((point) => point.kl !== null && point.scores.every((score) => score[0] !== null));
+    const offers = known.flatMap((point) => [[point, point, 0], ...mixable(point).filter((each) => known.includes(each))
+      .flatMap((other) => [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9].map((share) => [point, other, share]))]);
+    const rated = offers.map(([point, other, share]) => ({ point, other, share, kl: mix(point.kl, other.kl, share),
+      missing: Math.max(0, ...least.map((bound, which) => bound - mix(point.scores[which][0], other.scores[which][0], share))) }));
+    rated.sort((one, two) => Math.abs(one.missing - two.missing) > 1e-9 ? one.missing - two.missing : one.kl - two.kl);
+    const best = rated[0];
+    document.getElementById("outcome-found").textContent = !best ? "no point has scores"
+      : best.missing > 1e-9 ? "out of reach; the nearest is shown" : "";
+    if (!best) return;
+    field("point").value = data.points.indexOf(best.point);
+    others();
+    if (best.share) field("other").value = data.points.indexOf(best.other);
+    field("share").value = best.share;
+    show();
+  };
+
+  form.onsubmit = (event) => event.preventDefault();
+  field("point").onchange = others;
+  field("other").onchange = field("share").oninput = show;
+  field("point").value = Math.floor(data.points.length / 2);
+  others();
+}
+
 /* Samples: a prompt, and the response at every point side by side. */
 function samples() {
   const data = embedded("samples-data"), form = document.getElementById("samples-filter");
@@ -184,5 +298,6 @@ function tokens() {
 }
 
 figures();
+if (document.getElementById("point-data")) points();
 if (document.getElementById("samples-data")) samples();
 if (document.getElementById("tokens-data")) tokens();
