@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.evaluation import text_quality as quality
 from pipeline.report import markdown
+from tests.bench import choose
 from tests.test_layers import FLOORS
 from tests.tiny import ROOT
 
@@ -81,8 +82,9 @@ def pages_written(folder):
     """What stages would write from the committed tables."""
     metrics = json.loads((ROOT / "results/pareto/metrics.json").read_text(encoding="utf-8"))
     markdown.front_page(csv("pareto/front.csv"), OBJECTIVES, metrics, folder / "pareto.md")
-    tables = {name: csv(f"comparison/{name}.csv") for name in ("table", "fronts")}
-    markdown.comparison_page(tables, OBJECTIVES, "genarm", folder / "comparison.md")
+    for name in ("comparison", "targets"):
+        tables = {each: csv(f"{name}/{each}.csv") for each in ("table", "fronts", "matched")}
+        markdown.comparison_page(tables, OBJECTIVES, "genarm", folder / f"{name}.md")
     markdown.ladder_page(csv("weak_to_strong/table.csv"), ["positivity"], "smollm2-10l", folder / "weak_to_strong.md")
     markdown.ladder_page(csv("cross_family/table.csv"), OBJECTIVES, "smollm2-135m", folder / "cross_family.md")
     return {file.stem: file.read_text(encoding="utf-8") for file in folder.iterdir()}
@@ -90,7 +92,7 @@ def pages_written(folder):
 
 def test_result_pages_are_those_that_stages_write_from_the_committed_tables(tmp_path):
     written = pages_written(tmp_path)
-    assert set(written) == {"pareto", "comparison", "weak_to_strong", "cross_family"}
+    assert set(written) == {"pareto", "comparison", "targets", "weak_to_strong", "cross_family"}
     for folder, text in written.items():
         assert TEXTS[f"results/{folder}/README.md"] == text, folder
 
@@ -268,7 +270,7 @@ def test_what_guidance_across_families_costs_is_that_of_its_bench():
 
 def test_what_is_said_of_the_comparison_is_in_its_tables():
     text, table = prose(RESULTS_PAGE, "Comparison of methods"), csv("comparison/table.csv")
-    fronts, matched = csv("comparison/fronts.csv", "method"), csv("comparison/matched.csv", "objective", "kl", "method")
+    fronts = csv("comparison/fronts.csv", "method")
     columns, points = ["hypervolume", "readable_hypervolume"], table.drop_duplicates(["method", "point"])
     ends = {point: points[points.point == point].set_index("method") for point in ("p100_c000", "p000_c100")}
     trials = csv("trials/rivals.csv").drop_duplicates("method").set_index("method").readable_hypervolume
@@ -294,17 +296,52 @@ def test_what_is_said_of_the_comparison_is_in_its_tables():
     readable = ends["p000_c100"].readable
     quoted(r"unlikely: ([\d.]+) of DPO's.*? readable, ([\d.]+) of", readable["mod"], readable["genarm"])
     quoted(r"Its readable hypervolume is ([\d.]+\d)", fronts.readable_hypervolume["log_ratio"])
-    interval = ["reward", "ci_low", "ci_high"]
-    for pattern, place in (
-        (r"positivity is (.*?) where", ("positivity", 16.0, "genarm")),
-        (r"MOD's end\) has (.*?);", ("positivity", 16.0, "mod")),
-        (r"form has (.*?) there", ("positivity", 16.0, "log_ratio")),
-        (r"other way: (.*?) at 8", ("conciseness", 8.0, "genarm")),
-        (r"and DPO (0\.\d+ \[.*?\])", ("conciseness", 8.0, "mod")),
-    ):
-        quoted(pattern, *matched.loc[place, interval])
+    strengths = table[table.method == "genarm"]
+    assert set(strengths.alpha_positivity) >= {1.0, 0.5} and not strengths.alpha_positivity.between(0.01, 0.24).any()
     assert "thirteen trials" in text and len(csv("trials/rivals.csv").dropna(subset="beta")) == 13
     assert (fronts.hypervolume[["best_of_n", "args", "transfer_q", "cards"]] < 0.1).all()
+
+
+def test_promises_are_shown_as_their_bench_writes_them():
+    table = csv("choose/table.csv")
+    assert choose.page(table, OBJECTIVES) == TEXTS["results/choose/README.md"] and len(table) >= 8
+    text, measured = prose(RESULTS_PAGE, "Weights for an outcome"), ["measured_positivity", "measured_conciseness"]
+    best, even = (table[table.target.str.startswith(each)].iloc[0] for each in ("the best worst", "positivity ≥ 0.7"))
+    alphas = ["alpha_positivity", "alpha_conciseness"]
+    found = re.search(
+        r"highest at \((.*?)\): (.*?) on test prompts, where even weights of \((.*?)\) give (.*?)\.$", text
+    )
+    assert quotes(" ".join(found.groups()), *best[alphas], *best[measured], *even[alphas], *even[measured])
+    assert TEXTS["results/choose/README.md"].count("10 of 10") == 3 and "10 of 10 targets" in text
+
+
+def test_what_is_said_of_rewards_at_equal_kl_is_in_their_table():
+    text, places = prose(RESULTS_PAGE, "Reward at equal KL"), ("objective", "kl", "method")
+    matched, dropped = csv("targets/matched.csv", *places), csv("targets/dropped.csv", *places)
+    interval = ["reward", "ci_low", "ci_high"]
+
+    def quoted(pattern, *values):
+        found = re.search(pattern, text)
+        assert quotes(" ".join(found.groups()), *values), (found[0], values)
+
+    for pattern, place in (
+        (r"log-ratio form has (.*?) at 8 nats, the", ("positivity", 8.0, "log_ratio")),
+        (r"8 nats, the plain form (.*?\]), DPO", ("positivity", 8.0, "genarm")),
+        (r"\], DPO (0\.80 \[.*?\]);", ("positivity", 8.0, "mod")),
+        (r"on conciseness the plain form (.*?\]), DPO", ("conciseness", 8.0, "genarm")),
+        (r"\], DPO (0\.47 \[.*?\])\.", ("conciseness", 8.0, "mod")),
+    ):
+        quoted(pattern, *matched.loc[place, interval])
+    legible = [matched.readable["conciseness", 8.0, name] for name in ("genarm", "log_ratio", "mod")]
+    quoted(r"conciseness (0\.96) of the plain.*? readable, (\S+) of the log-ratio form's, (\S+\d) of DPO's", *legible)
+    shown = matched[matched.index.get_level_values("kl").isin((4.0, 8.0, 16.0))]
+    assert not (shown.p_holm < 0.05).any() and not (dropped.difference > 0).any()
+    lower = -dropped.difference
+    quoted(r"at 8 nats positivity is (0\.79) as well", dropped.reward["positivity", 8.0, "budgeted"])
+    places = ("positivity", 4.0), ("conciseness", 8.0)
+    lower_budgeted = [lower[(*place, "budgeted")] for place in places]
+    quoted(r"at 4 nats (\S+) lower, and conciseness at 8 nats is (\S+) lower: tokens", *lower_budgeted)
+    quoted(r"more than 10 nats, and at 8 nats positivity is (\S+) lower", lower["positivity", 8.0, "plausible"])
 
 
 VLLM = {

@@ -34,9 +34,10 @@ def knee(scores_NM: np.ndarray) -> int | None:
     scores scaled to those points' range (Das 1999, "On characterizing the knee of the Pareto curve"). None where no
     point lies outside of it, or there is nothing to give up.
     """
-    kept = np.flatnonzero(non_dominated(scores_NM) & ~np.isnan(scores_NM).any(axis=1))
-    if not len(kept):
+    known = np.flatnonzero(~np.isnan(scores_NM).any(axis=1))
+    if not len(known):
         return None
+    kept = known[non_dominated(scores_NM[known])]
     low_M, high_M = scores_NM[kept].min(0), scores_NM[kept].max(0)
     if scores_NM.shape[1] < 2 or not (high_M > low_M).all():
         return None

@@ -27,7 +27,7 @@ from pipeline.evaluation.statistics import (
     resampled_rewards,
     reward_at,
 )
-from pipeline.evaluation.text_quality import quality_columns, readable_scores
+from pipeline.evaluation.text_quality import quality_columns, readable, readable_scores
 
 _FRONT = ("hypervolume", "readable_hypervolume", "delta_hv", "delta_ci_low", "delta_ci_high", "p_holm", "mip")
 _MATCHED = ("reward", "ci_low", "ci_high", "difference", "difference_ci_low", "difference_ci_high", "p_holm")
@@ -162,10 +162,11 @@ class Standings:
         """matched.csv: reward at equal KL to the base, for each objective and method, with the difference to `against`.
 
         A method's curve goes from the base through its points that weigh the objective alone, at all strengths, and is
-        interpolated linearly. Methods whose KL is unknown have none. Intervals are each difference's own; `p_holm` is
-        corrected for the number of differences at that KL on that objective.
+        interpolated linearly, and so is the share of its responses that one can read, `readable`. Methods whose KL is
+        unknown have none. Intervals are each difference's own; `p_holm` is corrected for the number of differences at
+        that KL on that objective.
         """
-        table = pd.DataFrame(self._matched(), columns=["objective", "kl", "method", *_MATCHED])
+        table = pd.DataFrame(self._matched(), columns=["objective", "kl", "method", *_MATCHED, "readable"])
         families = table.astype({"p_holm": float}).groupby(["objective", "kl"]).p_holm
         table["p_holm"] = families.transform(lambda family: holm(family.to_numpy()))
         return table.round(4)
@@ -177,18 +178,25 @@ class Standings:
                 lines = [*self._curve_lines(method, name), *self._curve_lines(against, name)]
                 prompts = self._judged_prompts(method, lines)
                 own, other = (self._curve(one, name, prompts) for one in (method, against))
+                legible_K = self._readable_at(self._curve_lines(method, name))
                 for place, kl in enumerate(KLS):
                     if own is None or np.isnan(own[0][place]):
                         continue
                     low, high = interval(own[1][:, place], confidence)
                     line: Row = {"objective": name, "kl": kl, "method": method, "reward": own[0][place]}
-                    line |= {"ci_low": low, "ci_high": high}
+                    line |= {"ci_low": low, "ci_high": high, "readable": legible_K[place]}
                     if other is not None and method != against and not np.isnan(other[0][place]):
                         differences_R = own[1][:, place] - other[1][:, place]
                         low, high = interval(differences_R, confidence)
                         line |= {"difference": own[0][place] - other[0][place], "p_holm": p_value(differences_R)}
                         line |= {"difference_ci_low": low, "difference_ci_high": high}
                     yield line
+
+    def _readable_at(self, lines: Sequence[str]) -> np.ndarray:
+        """The readable share of a curve's responses at `KLS`: share_K."""
+        parts = [self.rows[self.rows.line == line] for line in lines]
+        kl_N = np.array([part.kl.mean() for part in parts])
+        return reward_at(kl_N, np.array([readable(part).mean() for part in parts]), KLS)
 
     def _curve_lines(self, method: str, objective: str) -> list[str]:
         """The base, and the lines of a method that weigh one objective alone."""

@@ -9,6 +9,7 @@ import pandas as pd
 
 from pipeline.data.files import Row, replacing
 
+_MATCHED_KL = (4.0, 8.0, 16.0)  # nats per response, of the columns of a page
 _NONE = "–"
 # What the texts are, beside what they score: heading, column of the tables, digits.
 _QUALITY = (
@@ -83,7 +84,7 @@ def comparison_page(tables: Mapping[str, pd.DataFrame], objectives: Sequence[str
     """The page of results/comparison/.
 
     Args:
-        tables: `table` and `fronts`, as in the files of those names.
+        tables: `table`, `fronts` and `matched`, as in the files of those names.
         objectives: their names.
         against: the method that the others' differences are from.
         path: of the page.
@@ -105,9 +106,36 @@ def comparison_page(tables: Mapping[str, pd.DataFrame], objectives: Sequence[str
             "most even mix, of which the forwards are too. KL is to the base, in nats per response."
         ),
         "",
+        "## Reward at equal KL",
+        "",
         "![Reward of each objective against KL to the base](reward_kl.png)",
+        "",
+        *_matched_table(tables["matched"], objectives),
+        "",
+        *_paragraph(
+            "Along each method's points that weigh one objective alone, from the base on, interpolated; – beyond its "
+            "last point. Intervals are 95 % bootstraps over prompts, in which the KL is drawn anew too; differences "
+            f"from `{against}`, with p corrected for their number, are in [matched.csv](matched.csv)."
+        ),
     ]
     _write(lines, path)
+
+
+def _matched_table(matched: pd.DataFrame, objectives: Sequence[str]) -> list[str]:
+    cells = {(line["objective"], line["kl"], line["method"]): line for line in matched.to_dict("records")}
+    columns = [(name, kl) for name in objectives for kl in _MATCHED_KL]
+    legible = "readable" in matched
+    rows = [
+        [f"`{method}`", *(_matched_cell(cells.get((*column, method)), legible) for column in columns)]
+        for method in matched.method.drop_duplicates()
+    ]
+    return _table(["method", *(f"{name} at {kl:g} nats" for name, kl in columns)], rows)
+
+
+def _matched_cell(line: Row | None, legible: bool) -> str:
+    if line is None:
+        return _NONE
+    return _interval(line, "reward", "ci_low", "ci_high") + (f"; {line['readable']:.2f} readable" if legible else "")
 
 
 def _methods_table(table: pd.DataFrame, fronts: pd.DataFrame, objectives: Sequence[str]) -> list[str]:

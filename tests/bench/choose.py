@@ -62,9 +62,9 @@ def promised(choice: Choice) -> dict[str, float]:
     return line
 
 
-def page(table: pd.DataFrame, objectives: list[str], dtype: str, prompts: tuple[int, int]) -> str:
+def page(table: pd.DataFrame, objectives: list[str]) -> str:
     """README.md: every target, what was chosen, promised and measured."""
-    names = [*objectives, "kl"]
+    names, run = [*objectives, "kl"], table.iloc[0]
     inside = [
         int(((table[f"measured_{name}"] - table[f"promised_{name}"]).abs() <= _margin(table, name)).sum())
         for name in names
@@ -73,11 +73,11 @@ def page(table: pd.DataFrame, objectives: list[str], dtype: str, prompts: tuple[
         "# Promised and measured",
         "",
         "Written by `python -m tests.bench.choose` from [table.csv](table.csv): weights chosen by "
-        f"`python -m pipeline choose` on {prompts[0]} validation prompts, and what {prompts[1]} test prompts then gave "
-        f"at them. Models in {dtype}; another dtype samples and trains other models, so these are not the figures of "
-        "[pareto](../pareto/README.md).",
+        f"`python -m pipeline choose` on {run.validation_prompts} validation prompts, and what "
+        f"{run.test_prompts} test prompts then gave at them. Models in {run['dtype']}; another dtype samples and "
+        "trains other models, so these are not the figures of [pareto](../pareto/README.md).",
         "",
-        "| target | weights | " + " | ".join(f"{name}, promised | measured" for name in names) + " |",
+        "| target | weights | " + " | ".join(f"{title}, promised | measured" for title in (*objectives, "KL")) + " |",
         "|---" * (2 + 2 * len(names)) + "|",
     ]
     for line in table.to_dict("records"):
@@ -90,7 +90,9 @@ def page(table: pd.DataFrame, objectives: list[str], dtype: str, prompts: tuple[
         ]
         reach = " (out of reach: the nearest)" if line["shortfall"] > 0 else ""
         lines.append(f"| {line['target']}{reach} | {weights} | " + " | ".join(cells) + " |")
-    said = ", ".join(f"{count} of {len(table)} on {name}" for name, count in zip(names, inside, strict=True))
+    said = ", ".join(
+        f"{count} of {len(table)} on {name}" for name, count in zip((*objectives, "KL"), inside, strict=True)
+    )
     lines += [
         "",
         "Intervals are 95 % bootstraps over the prompts of each side. Both agree within the interval "
@@ -122,13 +124,14 @@ def main() -> None:
         line |= {"shortfall": choice.shortfall, "points": choice.measured, **promised(choice)}
         lines.append(line | measured(params, workspace, judge, choice))
         print(lines[-1])
-    table = pd.DataFrame(lines).round(4)
+    dtype = str(resolve_dtype(params.models[params.base].dtype, resolve_device(params.decoding.device)))
+    tested = sum(1 for _ in read_jsonl(workspace.results / "prepare" / "prompts.jsonl"))
+    counts = {"validation_prompts": len(search.prompts), "test_prompts": tested, "samples": options.samples}
+    table = pd.DataFrame(lines).round(4).assign(dtype=dtype.removeprefix("torch."), **counts)
     with replacing(OUT / "table.csv") as stream:
         table.to_csv(stream, index=False)
-    tested = sum(1 for _ in read_jsonl(workspace.results / "prepare" / "prompts.jsonl"))
-    dtype = str(resolve_dtype(params.models[params.base].dtype, resolve_device(params.decoding.device)))
     with replacing(OUT / "README.md") as stream:
-        stream.write(page(table, list(params.objectives), dtype.removeprefix("torch."), (len(search.prompts), tested)))
+        stream.write(page(table, list(params.objectives)))
 
 
 if __name__ == "__main__":

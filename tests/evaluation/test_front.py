@@ -15,6 +15,7 @@ from pipeline.config.schema import Objective
 from pipeline.evaluation.front import (
     front_metrics,
     front_table,
+    knee,
     long_scores,
     mean_inner_product,
     non_dominated,
@@ -175,6 +176,25 @@ def test_a_strictly_better_point_always_wins_and_its_mirror_image_always_loses(v
     assert found["better", "warm"].win_rate == 1.0
     assert found["better", "short"].win_rate == 0.0
     assert found["better", "warm"].ties == 0
+
+
+@pytest.mark.parametrize(
+    ("scores", "place"),
+    [
+        ([[0.0, 1.0], [0.8, 0.9], [1.0, 0.0]], 1),  # much of one for little of the other
+        ([[0.0, 1.0], [0.4, 0.7], [0.7, 0.6], [1.0, 0.0]], 2),
+        ([[0.0, 10.0], [0.4, 7.0], [0.7, 6.0], [1.0, 0.0]], 2),  # whatever the units
+        ([[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]], None),  # a line has none
+        ([[0.0, 1.0], [0.2, 0.2], [1.0, 0.0]], None),  # nor has one that bends inwards
+        ([[0.0, 1.0], [0.8, 0.9], [0.79, 0.89], [1.0, 0.0]], 1),  # a point that another beats is none
+        ([[1.0, 1.0], [0.2, 0.3]], None),  # nothing is given up
+        ([[np.nan, 1.0], [0.0, 1.0], [0.8, 0.9], [1.0, 0.0]], 2),
+        ([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.5, 0.6, 0.5]], 3),
+        ([[0.3], [0.7]], None),
+    ],
+)
+def test_the_knee_is_the_point_that_bulges_most(scores, place):
+    assert knee(np.array(scores)) == place
 
 
 @QUICK

@@ -85,6 +85,14 @@ def test_rewards_are_compared_at_equal_kl(params, rows):
     assert "cards" not in matched.index.get_level_values("method"), "its KL is unknown"
 
 
+def test_readable_shares_stand_beside_rewards_at_equal_kl(params, rows):
+    halved = rows.line.str.startswith("genarm/") & rows.line.str.endswith(" x0.5")
+    rows = rows.assign(response=rows.response.where(~halved, "no"), logp_base=-1.0)
+    matched = standings_of(params, rows).matched().set_index(["objective", "kl", "method"]).readable
+    found = [matched.loc["positivity", kl, "genarm"] for kl in (2.0, 4.0, 8.0, 16.0)]
+    assert found == pytest.approx([0.75, 0.5, 0.0, 1.0]) and matched.loc["positivity", 8.0, "mod"] == 1.0
+
+
 def test_what_has_no_verdict_is_left_out_and_counted(params, rows):
     """A pairwise judge may say nothing of a response: its prompt is then compared nowhere."""
     known, unknown = rows.copy(), rows.prompt.unique()[:2]

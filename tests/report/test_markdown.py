@@ -48,9 +48,21 @@ def test_methods_are_listed_best_first_with_corrected_p_values(tmp_path):
             "prompts": [16, 100],
         }
     )  # fmt: skip
-    tables = {"table": table, "fronts": fronts}
+    bounds = {"ci_low": 0.1, "ci_high": 0.3, "readable": 0.98}
+    matched = pd.DataFrame(
+        [
+            {"objective": "kind", "kl": kl, "method": method, "reward": kl / 20, **bounds}
+            for method, kls in (("better", (4.0, 8.0, 32.0)), ("worse", (4.0,)))
+            for kl in kls
+        ]
+    )
+    tables = {"table": table, "fronts": fronts, "matched": matched}
     markdown.comparison_page(tables, ["kind", "short"], "better", tmp_path / "README.md")
-    better, worse = rows(tmp_path / "README.md")
+    better, worse, *at_equal_kl = rows(tmp_path / "README.md")
+    assert at_equal_kl == [
+        ["| `better`", "0.20 [0.10, 0.30]; 0.98 readable", "0.40 [0.10, 0.30]; 0.98 readable", *["–"] * 3, "– |"],
+        ["| `worse`", "0.20 [0.10, 0.30]; 0.98 readable", *["–"] * 4, "– |"],
+    ]
     ends = ["0.90", "0.40", "2.0", "10.0", "0.50", "2.0", "1.50"]
     assert better == ["| `better`", "0.500", "–", "–", *ends, "100 |"]
     assert worse == ["| `worse`", "0.100", "-0.400 [-0.500, -0.300]", "0.020", *ends, "16 |"]
