@@ -11,9 +11,9 @@ OUT = Path("results/report")
 
 
 def main() -> None:
-    """Photograph the front, the token view, the sample browser and the playground, each as a small PNG."""
+    """Photograph the front and its panel, the token view, the sample browser and the playground, each as a PNG."""
     report = (OUT / "index.html").absolute().as_uri()
-    with opened(report, width=1000, height=860) as browser:
+    with opened(report, width=1000, height=1180) as browser:
         browser.screenshot(path=OUT / "report.png")
         browser.locator("#tokens-point").select_option(label="p050_c050")
         browser.locator("#tokens-lines .token").nth(3).focus()
