@@ -69,7 +69,7 @@ def dial_params(params: Params, name: str, wanted: str, unwanted: str) -> Params
         "trainer": asdict(params.trainer) | {"lr": _LR},
         "sweep": {"control": "base", "points": {"base": {}}},
         "tune": {"bases": [], "rivals": {}},
-        "comparison": {"bases": [], "methods": {}},
+        "comparison": {"name": "comparison", "bases": [], "methods": {}},
         "weak_to_strong": {"name": "weak_to_strong", "weak": [], "bases": []},
         "judge": {"kind": "oracle"} | {key: getattr(params.judge, key) for key in ("confidence", "resamples")},
         "tracking": {"mode": "disabled"},

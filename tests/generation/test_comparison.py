@@ -53,7 +53,7 @@ def human(smoke_params, workspace, tiny, arms):
         arm=dataclasses.replace(smoke_params.arm, base="tiny"),
         sweep=Sweep(control="base", points=POINTS),
         tune=Tune(("tiny",), {"human_preference": Rival({"human_preference": 1.0})}),
-        comparison=Comparison(("tiny",), None, "genarm", methods),
+        comparison=Comparison("comparison", ("tiny",), None, "genarm", methods),
         weak_to_strong=dataclasses.replace(smoke_params.weak_to_strong, weak=("tiny",), bases=("tiny",), best_of=2),
         decoding=dataclasses.replace(smoke_params.decoding, max_new_tokens=6, samples_per_prompt=2),
     )
