@@ -53,24 +53,31 @@ class TargetSearch:
         judge: of the experiment.
         samples: responses to each prompt.
         form: of guidance, `plain` or `log_ratio`.
+
+    Raises:
+        UserError: fewer than one sample, no validation prompt, or none that leaves room for a response.
     """
 
     def __init__(
         self, params: Params, workspace: Workspace, judge: JudgeSession, samples: int = 2, form: str = "plain"
     ) -> None:
+        if samples < 1:
+            raise UserError(f"{samples} responses to a prompt measure nothing: ask for 1 or more.")
         self._params = replace(params, decoding=replace(params.decoding, samples_per_prompt=samples))
         self._workspace, self._judge, self._form = workspace, judge, form
         self.objectives = list(params.objectives)
         prompts = validation_prompts(workspace, self.objectives)
         self.prompts = prompts_with_room(params, workspace, [params.base], prompts)
         guided = [point for point in params.sweep.points.values() if point.guided and point.form in ("plain", form)]
-        sums = [sum(map(abs, point.weights.values())) for point in guided]
-        self.most = _BEYOND * max(sums, default=1.0)
-        self._weights: list[tuple[float, ...]] = []
-        self._measures: dict[tuple[float, ...], dict[str, np.ndarray]] = {}  # by prompt, those with all verdicts
+        largest = max((sum(map(abs, point.weights.values())) for point in guided), default=1.0)
+        self.most = _BEYOND * largest
+        # By weights, and then by prompt those with all verdicts.
+        self._measures: dict[tuple[float, ...], dict[str, np.ndarray]] = {}
+        # Each objective alone as well: points of a sweep may lie on one line, through which there are many surfaces.
+        begin = [*(point.weights for point in guided), *({name: largest} for name in self.objectives)]
         self._begin = [
-            tuple(scale * point.weights.get(name, 0.0) for name in self.objectives)
-            for point in guided
+            tuple(scale * weights.get(name, 0.0) for name in self.objectives)
+            for weights in begin
             for scale in (1.0, 0.5)
         ]  # fmt: skip
 
@@ -92,7 +99,6 @@ class TargetSearch:
         for place, vector in enumerate(new):
             of_point = frame[frame.point == f"at {place}"].groupby("prompt")[[*self.objectives, "kl"]].mean().dropna()
             self._measures[vector] = {prompt: of_point.loc[prompt].to_numpy() for prompt in of_point.index}
-            self._weights.append(vector)
 
     def surface(self) -> Surface:
         """What has been measured, on the prompts that have a verdict everywhere.
@@ -104,9 +110,9 @@ class TargetSearch:
         prompts = [prompt for prompt in self.prompts if prompt in everywhere]
         if not prompts:
             raise UserError("the judge left something undetermined on every prompt: no weights can be chosen by it.")
-        measures_PNK = np.array([[self._measures[vector][prompt] for vector in self._weights] for prompt in prompts])
+        measures_PNK = np.array([[by_prompt[prompt] for by_prompt in self._measures.values()] for prompt in prompts])
         bootstrap = Bootstrap.of(self._params.judge, self._params.seed)
-        return Surface(np.array(self._weights), measures_PNK, bootstrap)
+        return Surface(np.array(list(self._measures)), measures_PNK, bootstrap)
 
     def choose(self, target: Target, points: int = 6) -> Choice:
         """The weights for a target.
@@ -115,7 +121,7 @@ class TargetSearch:
 
         Args:
             target: what is asked for.
-            points: weight vectors to measure at most, beside those of the sweep and their halves.
+            points: weight vectors to measure at most, beside those that a search begins with.
 
         Raises:
             UserError: the target names something that there is not; the judge stopped.
@@ -124,21 +130,22 @@ class TargetSearch:
         self.measure([(0.0,) * len(self.objectives), *self._begin])
         offered_CM = candidates(self.most, len(self.objectives)).round(3)
         for _ in range(points):
-            best_M = offered_CM[target.best(self.surface().predicted(offered_CM), self.objectives)]
-            if np.linalg.norm(np.array(self._weights) - best_M, axis=1).min() < _NEAR * self.most:
+            surface = self.surface()
+            best_M = offered_CM[target.best(surface.predicted(offered_CM), self.objectives)]
+            if np.linalg.norm(surface.weights_NM - best_M, axis=1).min() < _NEAR * self.most:
                 break
             self.measure([tuple(map(float, best_M))])
         surface = self.surface()
         predicted_CK = surface.predicted(offered_CM)
         place = target.best(predicted_CK, self.objectives)
         bounds_2K = surface.interval(offered_CM[place])
-        said = [
+        promises = [
             (float(mean), *map(float, bounds)) for mean, bounds in zip(predicted_CK[place], bounds_2K.T, strict=True)
         ]
         return Choice(
             {name: float(weight) for name, weight in zip(self.objectives, offered_CM[place], strict=True)},
-            dict(zip(self.objectives, said[:-1], strict=True)),  # type: ignore[arg-type]
-            said[-1],  # type: ignore[arg-type]
+            dict(zip(self.objectives, promises[:-1], strict=True)),  # type: ignore[arg-type]
+            promises[-1],  # type: ignore[arg-type]
             float(target.shortfall(predicted_CK[[place]], self.objectives)[0]),
-            len(self._weights),
+            len(self._measures),
         )  # fmt: skip

@@ -52,7 +52,7 @@ def described(choice: Choice, form: str, params: Params) -> str:
     }  # fmt: skip
     lines = [] if choice.shortfall == 0 else ["choose: not attainable by weights like these; the nearest is"]
     lines += [f"choose: weights {json.dumps(weights)}, by {choice.measured} measured weight vectors"]
-    lines += [f"choose: {name} {_interval(said)}" for name, said in choice.rewards.items()]
+    lines += [f"choose: {name} {_interval(promise)}" for name, promise in choice.rewards.items()]
     lines += [
         f"choose: KL to the base {_interval(choice.kl, 1)} nats per response", "",
         "curl -s localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d '" + json.dumps(body) + "'",
@@ -62,8 +62,8 @@ def described(choice: Choice, form: str, params: Params) -> str:
     return "\n".join(lines)
 
 
-def _interval(said: tuple[float, float, float], digits: int = 2) -> str:
-    mean, low, high = said
+def _interval(promise: tuple[float, float, float], digits: int = 2) -> str:
+    mean, low, high = promise
     return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 

@@ -73,6 +73,18 @@ def test_weights_are_chosen_that_reach_the_outcome_at_little_kl(project, workspa
     assert judge.prepared == asked and again.measured == choice.measured
 
 
+def test_a_sweep_along_one_line_is_enough_to_begin_with(project, workspace):
+    points = {"base": Point(), "even": Point({"one": 0.5, "two": 0.5})}
+    search = TargetSearch(dataclasses.replace(project, sweep=Sweep("base", points)), workspace, Judge(), samples=1)
+    choice = search.choose(Target({"one": 0.5}), points=0)
+    assert choice.measured == 1 + 2 + 4 and choice.shortfall == 0
+
+
+def test_no_samples_measure_nothing(project, workspace):
+    with pytest.raises(UserError, match="0 responses to a prompt measure nothing"):
+        TargetSearch(project, workspace, Judge(), samples=0)
+
+
 def test_what_cannot_be_reached_is_said_with_the_nearest(project, workspace):
     search = TargetSearch(project, workspace, Judge(), samples=1)
     choice = search.choose(Target({"one": 0.9, "two": 0.9}), points=1)

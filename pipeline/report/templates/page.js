@@ -94,7 +94,7 @@ function points() {
     const share = chosen === "" ? 0 : Number(field("share").value), between = share > 0 && share < 1;
     const asked = share === 1 ? other : point;
     const weights = mixed(point.weights, other.weights, share), alphas = mixed(point.alphas, other.alphas, share);
-    const said = Object.entries(alphas).map(([name, alpha]) => name + " " + alpha).join(", ") || "none: the base alone";
+    const listed = Object.entries(alphas).map(([name, alpha]) => name + " " + alpha).join(", ") || "none: the base alone";
     const value = (one, two) => (one === null || two === null ? null : (1 - share) * one + share * two);
     const facts = data.objectives.map((name, which) => {
       const score = value(point.scores[which][0], other.scores[which][0]), [, low, high] = asked.scores[which];
@@ -122,7 +122,7 @@ function points() {
     for (const mark of document.querySelectorAll(".mark[data-point]"))
       mark.setAttribute("aria-pressed", String([point.name, share ? other.name : ""].includes(mark.dataset.point)));
     place.replaceChildren(
-      make("p", {}, make("strong", { textContent: "α: " + said }), make("br"), facts.join(" · ")
+      make("p", {}, make("strong", { textContent: "α: " + listed }), make("br"), facts.join(" · ")
         + (between ? " (on the line between the two, not measured)" : "; in W&B the run “" + asked.name + "”") + " "),
       make("p", {}, samples),
       make("details", {}, make("summary", { textContent: "Ask a server for it (make serve)" }), command(curl)),
