@@ -86,7 +86,8 @@ def panel(maker: DialMaker, arms: Sequence[str], controls: Sequence[Any]) -> Non
         arms: the ARMs that have sliders before those of the dials.
         controls: what a new dial changes: the check boxes, the tint, the sliders.
     """
-    with gr.Accordion("Make a dial from two sentences", open=False, elem_id="make-a-dial"):
+    # Open: the fields of a closed one are mounted when it opens, and what is typed before they have settled is lost.
+    with gr.Accordion("Make a dial from two sentences", open=True, elem_id="make-a-dial"):
         gr.Markdown(
             "Responses to a few dozen prompts are sampled under either sentence, and an ARM learns to tell them apart: "
             "minutes on two cores. The estimate of what is left stands beside the progress. A sentence tells the model "

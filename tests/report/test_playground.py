@@ -124,7 +124,6 @@ def test_a_person_writes_two_sentences_and_gets_a_slider(project, monkeypatch):
     blocks = served.serve(playground, port=None, wait=False)
     try:
         with opened(blocks.local_url) as browser:
-            browser.locator("#make-a-dial button").first.click()
             browser.locator("#dial-name textarea, #dial-name input").fill("warmth")
             browser.locator("#dial-wanted textarea, #dial-wanted input").fill("Answer warmly.")
             browser.locator("#dial-unwanted textarea, #dial-unwanted input").fill("answer  WARMLY.")
