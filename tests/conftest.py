@@ -6,12 +6,14 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARA
 os.environ["OMP_NUM_THREADS"] = "1"  # threads only wait for each other on models this small; tests run side by side
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model
 
 from pipeline.config.load import to_params
@@ -114,3 +116,16 @@ def smoke_params(compose_params: Composer, tiny: Path) -> Params:
     params = compose_params("experiment=smoke", f"data.path={ROOT / 'pipeline/data/prompts/everyday.jsonl'}")
     spec = dataclasses.replace(params.models["tiny"], location=str(tiny))
     return dataclasses.replace(params, models={**params.models, "tiny": spec})
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny: Path, arms: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project's folder with a base, two ARMs and params.yaml, which is the current one."""
+    for name, arm in (("positivity", "one"), ("conciseness", "two")):
+        shutil.copytree(arms[arm], tmp_path / "models/arms" / name)
+    shutil.copytree(tiny, tmp_path / "models/tiny")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("config", overrides=["experiment=smoke", "decoding.device=cpu", "+models.tiny.dtype=float32"])
+    OmegaConf.save(config, tmp_path / "params.yaml", resolve=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

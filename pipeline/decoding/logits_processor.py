@@ -17,7 +17,7 @@ from pipeline.decoding.backbone import Backbone, plan_backbones
 from pipeline.decoding.cross_tokenizer.bridge import TokenizerBridge, common_vocabulary
 from pipeline.decoding.cross_tokenizer.session import CrossTokenizerSession
 from pipeline.decoding.guidance import cut, guided_logps
-from pipeline.decoding.kv_cache import BackboneSession
+from pipeline.decoding.kv_cache import BackboneSession, blocks_of
 from pipeline.decoding.static_cache import StaticSession, lanes_of
 from pipeline.models.loading import Source
 from pipeline.models.prompting import Prompter, ends_of
@@ -39,7 +39,7 @@ class GuidanceLogitsProcessor(LogitsProcessor):
 
     Args:
         prompter: the base's.
-        weights: α of each ARM.
+        weights: α of each ARM; `base` is the exponent of the base itself, 1 unless named.
         backbones: what the ARMs run on; the base itself with `name=None` for adapters of the base.
         attention_mask: the prompts' [B, T]. Left out, the tokenizer's pad token marks padding.
         prompts: their texts, for ARMs of another tokenizer, which have their own template.
@@ -59,9 +59,10 @@ class GuidanceLogitsProcessor(LogitsProcessor):
     ) -> None:
         lanes = [lane for backbone in backbones for lane in backbone.lanes]
         for name in weights:
-            if name not in lanes or name == BASE:
+            if name not in (*lanes, BASE):
                 raise UserError(f"weights name {name}, but the ARMs are {', '.join(lanes) or 'none'}.")
-        self._weights = {name: alpha for name, alpha in weights.items() if alpha != 0.0}
+        self._base_weight = weights.get(BASE, 1.0)
+        self._weights = {name: alpha for name, alpha in weights.items() if alpha != 0.0 and name != BASE}
         self._vocab_size = common_vocabulary(prompter, backbones)
         home = [backbone for backbone in backbones if same_vocabulary(prompter.tokenizer, backbone.prompter.tokenizer)]
         self._backbones = [backbone for backbone in home if self._weights.keys() & set(backbone.lanes)]
@@ -98,7 +99,7 @@ class GuidanceLogitsProcessor(LogitsProcessor):
             model: the base, whose `generate` the processor goes into; adapters share its weights.
             folder: where the base came from, for its tokenizer.
             arms: the folder of each ARM.
-            weights: α of each ARM.
+            weights: as for the processor itself.
             template: text with {prompt}, as the ARMs were trained on; None: the tokenizer's chat template.
             attention_mask: as for the processor itself.
 
@@ -130,10 +131,38 @@ class GuidanceLogitsProcessor(LogitsProcessor):
             base_BV = cut(scores, self._vocab_size)
             for lane, (rows_b, values_bV) in self._across.translated(base_BV, self._weights).items():
                 arms.append((rows_b, torch.full((len(rows_b),), self._weights[lane], device=scores.device), values_bV))
-        logps = guided_logps(cut(scores, self._vocab_size), arms, torch.ones(len(scores), device=scores.device))
+        ones_B = torch.ones(len(scores), device=scores.device)
+        logps = guided_logps(cut(scores, self._vocab_size), arms, ones_B, ones_B * self._base_weight)
         if self._across is not None:
             logps = torch.log_softmax(logps.masked_fill_(~self._across.candidate_mask_BV, -torch.inf), dim=-1)
         return F.pad(logps, (0, scores.shape[-1] - self._vocab_size), value=-torch.inf)
+
+    @torch.inference_mode()
+    def sequence_logits(self, ids_BT: Tensor, logits_BTV: Tensor) -> Tensor:
+        """The guided law behind every token of whole sequences, each ARM read in one forward: logits_BTV, in float32.
+
+        They are not normalised: a softmax over V makes the law of them.
+
+        Args:
+            ids_BT: the sequences, padded on the right with anything.
+            logits_BTV: what the base says of them.
+
+        Raises:
+            UserError: an ARM has another tokenizer, or a sequence a token that an ARM does not know.
+        """
+        if self._bridge is not None:
+            raise UserError("ARMs of another tokenizer guide token by token only: generate, or use GuidedDecoder.")
+        if int(ids_BT.max()) >= self._vocab_size:
+            raise UserError("a text holds a special token that not all models know: leave it out.")
+        total_BTV = logits_BTV.float() * self._base_weight
+        for backbone in self._backbones:
+            for lane in set(backbone.lanes) & self._weights.keys():
+                backbone.adapted.serve(blocks_of([lane] * len(ids_BT)), step=False)
+                lane_BTV = backbone.adapted.model(ids_BT.to(backbone.device), use_cache=False).logits
+                kept_BTV = cut(total_BTV, self._vocab_size)
+                kept_BTV.add_(cut(lane_BTV, self._vocab_size).to(total_BTV.device), alpha=self._weights[lane])
+        total_BTV[..., self._vocab_size :] = -torch.inf
+        return total_BTV
 
     def _continues(self, ids_BT: Tensor) -> bool:
         """Whether these rows are those of the last call, one token longer."""

@@ -8,6 +8,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
@@ -18,7 +19,7 @@ from pipeline.config.schema import Model
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import Row
 from pipeline.models.fetch import fetch
-from pipeline.models.loading import load_model, resolve_device, resolve_dtype
+from pipeline.models.loading import Source, load_model, resolve_device, resolve_dtype
 from pipeline.models.prompting import Prompter
 from pipeline.models.vocabulary import check_vocabulary
 from pipeline.training.arm import ResponseModel
@@ -39,24 +40,41 @@ def adopt(job: Job, spec: Model, rows: Sequence[Row], folder: Path) -> HeldOut:
     device = resolve_device(job.trainer.accelerator)
     dtype = resolve_dtype(spec.dtype, device)
     prompter = job.source.prompter()
-    model: PeftModel | PreTrainedModel
-    if (folder / "adapter_config.json").is_file():
-        try:
-            model = PeftModel.from_pretrained(job.source.load(device), str(folder))
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{spec.location} is no adapter of {job.start} ({reason}): set arm.base to its base."
-            ) from error
-    else:
-        model = load_model(folder, dtype, device, spec.quantisation, spec.device_map)
-        check_vocabulary(prompter.tokenizer, Prompter.load(folder, "{prompt}").tokenizer, spec.location)
+    model = load_arm(folder, job.source, job.start, device, spec)
     arm = ResponseModel(model.requires_grad_(False).eval(), dtype)
     pairs = [row for row in rows if row["split"] == "test"]
     groups = tokenise(pairs, prompter, longest(arm.causal.config, job.trainer), f"{job.name}, test").groups
     size = job.trainer.micro_batch_size or job.trainer.batch_size
     loader = eval_loader(groups, size, prompter.eos)
     return evaluate(arm, job.loss, loader, device, job.bootstrap)
+
+
+def load_arm(
+    folder: Path, start: Source, name: str, device: torch.device, spec: Model | None = None
+) -> PeftModel | PreTrainedModel:
+    """An ARM of a folder: an adapter on the model it was made from, or a model of its own.
+
+    Args:
+        folder: the ARM's.
+        start: what it was made from.
+        name: of that.
+        device: where it goes.
+        spec: where the ARM came from, how it is loaded if it is a whole model; None: as `start`.
+
+    Raises:
+        UserError: it cannot be loaded, or reads other tokens than `start`.
+    """
+    where = str(folder) if spec is None else spec.location
+    if (folder / "adapter_config.json").is_file():
+        try:
+            return PeftModel.from_pretrained(start.load(device), str(folder))
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{where} is no adapter of {name} ({reason}): set arm.base to its base.") from error
+    how: Model | Source = spec or start
+    model = load_model(folder, resolve_dtype(how.dtype, device), device, how.quantisation, how.device_map)
+    check_vocabulary(start.prompter().tokenizer, Prompter.load(folder, "{prompt}").tokenizer, where)
+    return model
 
 
 def push(folder: Path, repository: str, private: bool) -> str:

@@ -155,3 +155,17 @@ def test_beams_are_refused(base, prompter, guidance):
 def test_unknown_arm_is_refused(guidance):
     with pytest.raises(UserError, match="weights name four, but the ARMs are one, two, three"):
         guidance({"four": 1.0})
+
+
+@pytest.mark.parametrize("base_weight", [1.0, 0.1])
+def test_whole_sequences_have_the_law_of_every_step(base, prompter, guidance, base_weight):
+    weights = {**WEIGHTS, "base": base_weight}
+    rows = [prompter.prompt_ids(prompt) for prompt in PROMPTS[:2]]
+    size = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (size - len(row)) for row in rows])
+    logits = base(ids).logits
+    found = guidance(weights).sequence_logits(ids, logits).log_softmax(-1)
+    for row, tokens in enumerate(rows):
+        for step in (0, len(tokens) - 1):
+            alone = guidance(weights)(torch.tensor([tokens[: step + 1]]), logits[row : row + 1, step])
+            torch.testing.assert_close(found[row, step], alone[0], atol=1e-4, rtol=0)

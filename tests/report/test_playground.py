@@ -18,22 +18,6 @@ HOW = {"temperature": 1.0, "max_new_tokens": 12, "seed": 3}
 
 
 @pytest.fixture
-def project(tmp_path, tiny, arms, monkeypatch):
-    """A project's folder with a base, two ARMs and params.yaml, which is the current one."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    for name, arm in (("positivity", "one"), ("conciseness", "two")):
-        shutil.copytree(arms[arm], tmp_path / "models/arms" / name)
-    shutil.copytree(tiny, tmp_path / "models/tiny")
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("config", overrides=["experiment=smoke", "decoding.device=cpu", "+models.tiny.dtype=float32"])
-    OmegaConf.save(config, tmp_path / "params.yaml", resolve=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def playground(project):
     from pipeline.config.load import load_params
 
