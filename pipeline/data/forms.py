@@ -4,7 +4,9 @@ A row says by its fields which form is its own:
 
 * `response_0`, `response_1` and a label column for each objective (PKU-SafeRLHF);
 * `prompt`, `chosen`, `rejected` (TRL's explicit prompt, HH-RLHF by Dahoas), perhaps with the `objective`;
-* `chosen` and `rejected` that begin with the same prompt (TRL's implicit prompt, Anthropic's HH-RLHF).
+* `chosen` and `rejected` that begin with the same prompt (TRL's implicit prompt, Anthropic's HH-RLHF);
+* `instruction`, `output_1`, `output_2` and `preference` (the `annotations.json` of alpaca_eval), perhaps with the
+  `objective`.
 
 Each of the texts may be a list of messages instead (UltraFeedback, TRL's conversational formats), and a `system` text
 may stand before the prompt. Numbers may be the texts that CSV has of them.
@@ -32,6 +34,8 @@ def texts_of(raw: Row, objectives: Mapping[str, Objective], where: str) -> Row:
         UnfitError: why the row cannot be used.
         UserError: it is malformed; `where` names file and line.
     """
+    if "preference" in raw and "output_1" in raw:
+        raw = _annotated(raw, objectives, where)
     # A table has every column in every row, so the other form's may be there and null.
     compared = "chosen" in raw and (raw["chosen"] is not None or "response_0" not in raw)
     sides = ("chosen", "rejected") if compared else RESPONSES
@@ -106,11 +110,31 @@ def whole(text: str, name: str) -> str:
     return text
 
 
-def _preferred(raw: Row, objectives: Mapping[str, Objective], where: str) -> Row:
-    """The labels of a row that says which response is chosen: of one objective."""
+def _annotated(raw: Row, objectives: Mapping[str, Objective], where: str) -> Row:
+    """An annotation of alpaca_eval as a row with labels: `preference` is 1 for the first output, 2 for the second.
+
+    What lies between them is a weighted vote, 1.5 a draw; 0 and null are a draw and an annotator without a verdict.
+    """
+    name, value = _objective_of(raw, objectives, where), _number(raw["preference"], "preference", where)
+    if value is not None and value != 0 and not 1 <= value <= 2:
+        raise UserError(f"{where}: preference is {value:g}: alpaca_eval has 1 to 2, or 0 or null for a draw.")
+    label = None if value in (None, 0, 1.5) else int(value > 1.5)
+    texts = {"prompt": "instruction", "response_0": "output_1", "response_1": "output_2"}
+    row = {ours: raw[theirs] for ours, theirs in texts.items() if theirs in raw}
+    return raw | row | {one.label: label if other == name else None for other, one in objectives.items()}
+
+
+def _objective_of(raw: Row, objectives: Mapping[str, Objective], where: str) -> str:
+    """What the preference of a row is about; it need not say so where there is one objective."""
     name = raw.get("objective", next(iter(objectives)) if len(objectives) == 1 else None)
     if not isinstance(name, str) or name not in objectives:
         raise UserError(f"{where}: objective is {name!r}: use one of {', '.join(objectives)}.")
+    return name
+
+
+def _preferred(raw: Row, objectives: Mapping[str, Objective], where: str) -> Row:
+    """The labels of a row that says which response is chosen: of one objective."""
+    name = _objective_of(raw, objectives, where)
     better, worse = (_number(raw.get(f"score_{side}"), f"score_{side}", where) for side in ("chosen", "rejected"))
     if better is not None and worse is not None and better < worse:
         raise UnfitError("a rejected response with the higher score")

@@ -1,23 +1,30 @@
 """ARMs to and from the Hugging Face Hub: one that is there already instead of training, one of ours for others.
 
-python -m pipeline push positivity your-name/arm-positivity      # push; HF_TOKEN says who you are
+python -m pipeline push positivity your-name/arm-positivity --base HuggingFaceTB/SmolLM2-135M-Instruct
+python -m pipeline push positivity your-name/arm-positivity --base … --dry-run release/   # look at it, upload nothing
 make params ARGS="'objectives.positivity.pretrained={source: hub, location: your-name/arm-positivity}'"
 """
 
+import json
+import re
+import shutil
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from pipeline.config.errors import UserError
+from pipeline.config.load import load_params
 from pipeline.config.schema import Model
 from pipeline.config.workspace import Workspace
-from pipeline.data.files import Row
+from pipeline.data.files import Row, replacing_folder
 from pipeline.models.fetch import fetch
 from pipeline.models.loading import Source, load_model, resolve_device, resolve_dtype
 from pipeline.models.prompting import Prompter
@@ -27,6 +34,28 @@ from pipeline.training.batches import tokenise
 from pipeline.training.fit import Job, eval_loader, longest
 from pipeline.training.held_out import HeldOut, evaluate
 
+_USE = """
+## Use it
+
+Token rewards for any base with this tokenizer, by [GenARM](https://arxiv.org/abs/2410.08193)'s decoding rule:
+
+```python
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline import GuidanceLogitsProcessor
+
+base, arm = Path(snapshot_download("{base}")), Path(snapshot_download("{repository}"))
+model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+guidance = GuidanceLogitsProcessor.load(model, base, {{"{name}": arm}}, {{"{name}": 1.0}})
+chat = [{{"role": "user", "content": "Describe a rainy Monday morning."}}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+tokens = model.generate(**inputs, do_sample=True, max_new_tokens=48, logits_processor=[guidance])
+print(tokenizer.decode(tokens[0], skip_special_tokens=True))
+```
+"""
 _FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
 
 
@@ -77,8 +106,49 @@ def load_arm(
     return model
 
 
+def release(folder: Path, repository: str, base: str, out: Path) -> list[Path]:
+    """Write an ARM as others fetch it: its files, the base by its name on the Hub, a card with code that runs.
+
+    Args:
+        folder: the ARM's, as training wrote it.
+        repository: owner/name that it will have.
+        base: owner/name of the model it was made from.
+        out: the folder that is written, whole or not at all.
+
+    Returns:
+        The files in it.
+
+    Raises:
+        UserError: there is no such ARM, or a name is not one of the Hub.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} holds no ARM: train it with `dvc repro train`.")
+    for name in (repository, base):
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise UserError(f"{name} is not a name on the Hub: write owner/name.") from error
+        if "/" not in name:
+            raise UserError(f"{name} is not a name on the Hub: write owner/name.")
+    with replacing_folder(out) as unfinished:
+        for file in filter_repo_objects(sorted(folder.iterdir()), allow_patterns=_FILES, key=lambda file: file.name):
+            shutil.copyfile(file, unfinished / file.name)
+        for name, key in (("adapter_config.json", "base_model_name_or_path"), ("config.json", "_name_or_path")):
+            if (unfinished / name).is_file():
+                config = json.loads((unfinished / name).read_text(encoding="utf-8"))
+                (unfinished / name).write_text(json.dumps(config | {key: base}, indent=2) + "\n", encoding="utf-8")
+        card = unfinished / "README.md"
+        text = (
+            card.read_text(encoding="utf-8") if card.is_file() else f"---\nbase_model: {base}\n---\n# {folder.name}\n"
+        )
+        text = re.sub(r"^base_model: .*$", f"base_model: {base}", text, count=1, flags=re.MULTILINE)
+        use = _USE.format(base=base, repository=repository, name=folder.name)
+        card.write_text(text.rstrip() + "\n" + use, encoding="utf-8")
+    return sorted(out.iterdir())
+
+
 def push(folder: Path, repository: str, private: bool) -> str:
-    """Upload an ARM's folder, its card included, in one commit; the address of the commit is returned.
+    """Upload a released ARM's folder in one commit; the address of the commit is returned.
 
     Raises:
         UserError: there is no such folder, or the Hub refuses.
@@ -97,10 +167,26 @@ def push(folder: Path, repository: str, private: bool) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Push the ARM of an objective."""
+    """Release the ARM of an objective, and push it."""
     parser = ArgumentParser("python -m pipeline push", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("objective", help="whose ARM is pushed: models/arms/<objective>")
     parser.add_argument("repository", help="owner/name")
+    parser.add_argument("--base", help="owner/name of what the ARM was made from; left out where it came from the Hub")
     parser.add_argument("--private", action="store_true", help="where the repository does not exist yet")
+    parser.add_argument("--dry-run", type=Path, metavar="FOLDER", help="write what would be uploaded there, and stop")
     options = parser.parse_args(arguments)
-    print(f"hub: {push(Workspace().arm(options.objective), options.repository, options.private)}")
+    base = options.base
+    if base is None:
+        params = load_params()
+        spec = params.models[params.arm.base]
+        if spec.source != "hub":
+            raise UserError(
+                f"{params.arm.base} did not come from the Hub: say what it is called there, --base owner/name."
+            )
+        base = spec.location
+    with TemporaryDirectory() as scratch:
+        out = options.dry_run or Path(scratch) / options.objective
+        for file in release(Workspace().arm(options.objective), options.repository, base, out):
+            print(f"{file.stat().st_size:12,d}  {file.name}")
+        if options.dry_run is None:
+            print(f"hub: {push(out, options.repository, options.private)}")

@@ -85,6 +85,27 @@ def test_chosen_and_rejected_become_labels_of_their_objective_only(read):
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs_of(rows, "short", SHORT, 0.0, 0)] == [("yes", "no")]
 
 
+@pytest.mark.parametrize(
+    ("preference", "label"), [(1, 0), (2, 1), (1.2, 0), (1.9, 1), (1.5, None), (0, None), (None, None), ("2.0", 1)]
+)
+def test_annotations_of_alpaca_eval_are_labels(read, preference, label):
+    annotation = {
+        "instruction": "Why?", "output_1": "yes", "output_2": "no", "generator_1": "a", "generator_2": "b",
+        "annotator": "gpt", "preference": preference,
+    }  # fmt: skip
+    [row] = read(annotation, objectives={"warm": WARM})
+    texts = {"prompt": "Why?", "response_0": "yes", "response_1": "no"}
+    assert texts.items() <= row.items() and row["warmer"] == label
+    [row] = read({**annotation, "objective": "short"})
+    assert row["shorter"] == label and row["warmer"] is None
+
+
+def test_an_annotation_beyond_its_scale_is_refused_with_its_line(read):
+    annotation = {"instruction": "Why?", "output_1": "yes", "output_2": "no", "preference": 3, "objective": "warm"}
+    with pytest.raises(UserError, match=r"rows.jsonl, line 1: preference is 3: alpaca_eval has 1 to 2"):
+        read(annotation)
+
+
 def test_a_single_objective_need_not_be_named(read):
     row = {key: value for key, value in chosen().items() if key != "objective"}
     assert read(row, objectives={"warm": WARM})[0]["warmer"] == 0

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,7 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from pipeline.config.errors import UserError
-from pipeline.models.loading import model_digest
+from pipeline.decoding.decoder import GuidedDecoder, Request
+from pipeline.models.loading import Source, model_digest
 from pipeline.training import hub
 from tests.tiny import ROOT
 
@@ -142,3 +144,37 @@ def test_a_hub_that_refuses_and_an_arm_that_is_not_there_are_one_sentence(server
     assert "UserError: me/arm could not be written (" in refused.stderr and "HF_TOKEN may write" in refused.stderr
     with pytest.raises(UserError, match="holds no ARM: train it with"):
         hub.push(tmp_path, "me/arm", False)
+
+
+def test_the_card_of_a_release_has_code_that_runs(tiny, arms, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "models/arms/positivity"
+    shutil.copytree(arms["one"], folder)
+    (folder / "README.md").write_text("---\nbase_model: tiny\nlicense: mit\n---\n# An ARM\n")
+    (folder / "notes.pt").write_bytes(b"not for the Hub")
+    monkeypatch.chdir(tmp_path)
+    hub.main(["positivity", "me/arm", "--base", "owner/tiny", "--dry-run", "out"])
+    out = tmp_path / "out"
+    assert "adapter_model.safetensors" in capsys.readouterr().out and not (out / "notes.pt").exists()
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "owner/tiny"
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nbase_model: owner/tiny\nlicense: mit\n---\n")
+    assert (folder / "README.md").read_text().startswith("---\nbase_model: tiny\n"), "the ARM itself stays as it was"
+    monkeypatch.setattr("huggingface_hub.snapshot_download", {"owner/tiny": str(tiny), "me/arm": str(out)}.__getitem__)
+    [code] = re.findall(r"```python\n(.+?)```", card, flags=re.DOTALL)
+    exec(code.replace("do_sample=True", "do_sample=False").replace("max_new_tokens=48", "max_new_tokens=12"), {})
+    decoder = GuidedDecoder.load(Source(tiny, dtype="float32"), {"positivity": out}, device="cpu")
+    request = Request("Describe a rainy Monday morning.", {"positivity": 1.0}, temperature=0.0, max_new_tokens=12)
+    [(_, row)] = decoder.generate([request])
+    assert row.text.strip() and row.text.strip() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("repository", "base"), [("arm", "owner/tiny"), ("me/arm", "tiny"), ("me/a r", "owner/tiny")])
+def test_a_name_that_the_hub_has_not_is_refused_and_nothing_is_written(arms, tmp_path, repository, base):
+    with pytest.raises(UserError, match="is not a name on the Hub: write owner/name"):
+        hub.release(arms["one"], repository, base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_from_a_wheel_needs_its_name_on_the_hub(project):
+    with pytest.raises(UserError, match="tiny did not come from the Hub: say what it is called there, --base"):
+        hub.main(["positivity", "me/arm", "--dry-run", "out"])
