@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from openai import AsyncOpenAI, BadRequestError, OpenAI
 from vllm.exceptions import VLLMValidationError
 
 from pipeline.config.errors import UserError
+from pipeline.data.files import replacing_folder
 from pipeline.decoding.backbone import SideBackbone
 from pipeline.decoding.decoder import GuidedDecoder
 from pipeline.decoding.request import Request, until_stop
@@ -668,6 +670,49 @@ def counters(server):
     text = urllib.request.urlopen(server.removesuffix("/v1") + "/metrics").read().decode()
     lines = [line.rsplit(" ", 1) for line in text.split("\n") if line.startswith("genarm:")]
     return {name: float(value) for name, value in lines}
+
+
+def reloaded(process, log):
+    """What the server says of a SIGHUP."""
+    before = len(log.read_text())
+    process.send_signal(signal.SIGHUP)
+    for _ in range(240):
+        said = log.read_text()[before:]
+        if "reload: ARMs are up to date." in said:
+            return said
+        time.sleep(0.25)
+    raise AssertionError(log.read_text()[-3000:])
+
+
+def test_an_arm_trained_again_is_taken_over(started, client, source, adapters, expected):  # noqa: F811
+    _, process, log = started
+    arm = log.parent / "models/arms/positivity"
+    other = GuidedDecoder.load(Source(source.folder, dtype="float32"), {"positivity": adapters["two"]}, device="cpu")
+    [(_, new)] = other.generate([Request(TEXT, POINTS[1], temperature=0.0, max_new_tokens=60)])
+    asked = {
+        "model": "tiny", "messages": [{"role": "user", "content": TEXT}], "max_tokens": 60, "temperature": 0,
+        "extra_body": guidance(POINTS[1]),
+    }  # fmt: skip
+
+    def answer():
+        return client.chat.completions.create(**asked).choices[0].message.content.strip()
+
+    assert "is now" not in reloaded(process, log) and answer() == expected[1].text != new.text
+    stream = client.chat.completions.create(**asked, stream=True)
+    pieces = [next(stream).choices[0].delta.content or ""]
+    with replacing_folder(arm) as unfinished:
+        shutil.copytree(adapters["two"], unfinished, dirs_exist_ok=True)
+    process.send_signal(signal.SIGHUP)
+    pieces += [chunk.choices[0].delta.content or "" for chunk in stream]
+    assert "".join(pieces).strip() == expected[1].text
+    reloaded(process, log)  # one reload waits for the other
+    assert "the ARM positivity is now that of positivity-" in log.read_text() and answer() == new.text
+    weights = arm / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert "the ARM positivity stays as it was: " in reloaded(process, log) and answer() == new.text
+    with replacing_folder(arm) as unfinished:
+        shutil.copytree(adapters["one"], unfinished, dirs_exist_ok=True)
+    assert "is now that of positivity-" in reloaded(process, log) and answer() == expected[1].text
 
 
 def test_a_short_soak_loses_nothing(started):

@@ -89,7 +89,7 @@ class Models:
     """
 
     def __init__(self, described: Mapping[str, Any], config: Any) -> None:
-        self.base, self.groups, self.adapters = described["base"], described["groups"], described["adapters"]
+        self.base, self.groups, self.adapters = described["base"], described["groups"], list(described["adapters"])
         folder = Path(described["folder"])
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         beside = [from_json(side) for side in described["guides"]]

@@ -73,8 +73,18 @@ class Responder:
     def __init__(
         self, engine: Any, adapters: Mapping[str, LoRARequest], tokenizer: PreTrainedTokenizerBase, groups: int
     ) -> None:
-        self._engine, self._adapters, self._tokenizer = engine, adapters, tokenizer
-        self._room = asyncio.Semaphore(groups)
+        self._engine, self._adapters, self._tokenizer = engine, dict(adapters), tokenizer
+        self._groups, self._room = groups, asyncio.Semaphore(groups)
+
+    async def exchange(self, name: str, adapter: LoRARequest) -> None:
+        """Guide by another adapter of that name, once responses under way have ended; new ones wait for that."""
+        async with contextlib.AsyncExitStack() as everyone:
+            for _ in range(self._groups):
+                await everyone.enter_async_context(self._room)
+            # The former one first, so that there is a slot; where loading fails, vLLM fetches it again when asked.
+            await self._engine.remove_lora(self._adapters[name].lora_int_id)
+            await self._engine.add_lora(adapter)
+            self._adapters[name] = adapter
 
     async def write(self, job: Job) -> AsyncGenerator[Delta]:
         """Yield a response as it grows; it is begun again behind its last good token where a lane was lost.

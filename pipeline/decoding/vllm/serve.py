@@ -6,7 +6,7 @@
       "guidance": {"weights": {"positivity": 1.0}}}'
 
 The server is vLLM's with our processor, our scheduler and our routes, which turn a request with `guidance` into its
-lanes; a request without it goes on to vLLM's own.
+lanes; a request without it goes on to vLLM's own. `kill -HUP <process>` takes over ARMs that were trained again.
 """
 
 import json
@@ -20,25 +20,22 @@ from typing import Any
 
 from pipeline.config.load import load_params
 from pipeline.config.workspace import Workspace
-from pipeline.decoding.backbone import SideBackbone, plan_backbones
+from pipeline.decoding.backbone import plan_backbones
 from pipeline.decoding.vllm import guides
-from pipeline.decoding.vllm.settings import ENVIRONMENT, ROOM, SERVE, ends_and_marks, settings
+from pipeline.decoding.vllm.settings import ENVIRONMENT, ROOM, SERVE, ends_and_marks, settings, version_of
 from pipeline.models.loading import Source
 from pipeline.models.prompting import Prompter
 
 _PLUGINS = ("genarm_cpu", "genarm_server")  # entry points of ours in pyproject.toml
 
 
-def command(
-    name: str, base: Source, adapters: Mapping[str, Path], beside: Sequence[SideBackbone], groups: int, port: int
-) -> list[str]:  # fmt: skip
-    """What starts vLLM's server."""
-    arguments = {"served_model_name": name, "host": "127.0.0.1", "port": port}
-    arguments |= settings(base, adapters, beside, groups)
+def command(name: str, base: Source, adapters: Mapping[str, Path], engine: Mapping[str, Any], port: int) -> list[str]:
+    """What starts vLLM's server: `engine` are its settings, `adapters` folders that nobody writes to any more."""
+    arguments = {"served_model_name": name, "host": "127.0.0.1", "port": port, **engine}
     # Its other compilers take what this one does not know, and for some of that all memory there is.
     arguments["structured_outputs_config"] = {"backend": "xgrammar"}
     if adapters:
-        arguments["lora_modules"] = [f"{arm}={folder.absolute()}" for arm, folder in adapters.items()]
+        arguments["lora_modules"] = [f"{arm}={folder}" for arm, folder in adapters.items()]
     if base.template is not None:
         arguments["chat_template"] = _chat_template(base.prompter())
     flags = [flag for name, value in arguments.items() for flag in _flag(name, value)]
@@ -80,14 +77,19 @@ def main(arguments: Sequence[str]) -> None:
     arms = {name: workspace.arm(name) for name in params.objectives}
     adapters, beside = plan_backbones(source, arms, weak, {}, reference=weak is not None)
     ends, marks = ends_and_marks(source)
+    engine = settings(source, adapters, beside, options.groups)
+    versions = workspace.scratch.absolute() / "serve"
     models = {
-        "base": params.base, "folder": str(source.folder), "groups": options.groups, "adapters": list(adapters),
+        "base": params.base, "folder": str(source.folder), "groups": options.groups,
         "guides": guides.to_json(beside), "ends": ends, "marks": marks, "template": source.template,
+        "adapters": {name: str(folder.absolute()) for name, folder in adapters.items()}, "versions": str(versions),
+        "rank": engine.get("max_lora_rank", 0),
     }  # fmt: skip
     plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
     os.environ |= {SERVE: json.dumps(models), **ENVIRONMENT, "VLLM_PLUGINS": ",".join([*plugins, *_PLUGINS])}
     os.environ.setdefault(*ROOM)
     if allocator := find_library("tcmalloc_minimal"):  # as vLLM advises on CPUs: glibc's keeps what others give back
         os.environ.setdefault("LD_PRELOAD", allocator)
-    started = command(params.base, source, adapters, beside, options.groups, options.port)
+    adapters = {name: version_of(name, folder, versions) for name, folder in adapters.items()}
+    started = command(params.base, source, adapters, engine, options.port)
     os.execvp(started[0], [*started, *options.more])

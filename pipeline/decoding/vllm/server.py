@@ -10,6 +10,7 @@ from argparse import Namespace
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
@@ -25,9 +26,11 @@ from pipeline.config.errors import UserError
 from pipeline.decoding.vllm import answers
 from pipeline.decoding.vllm.compilation import FormatError, GrammarCompiler
 from pipeline.decoding.vllm.grammar import token_info
+from pipeline.decoding.vllm.reload import Reload
 from pipeline.decoding.vllm.requests import GuidedChat, GuidedCompletion, Models, read_format, read_jobs
 from pipeline.decoding.vllm.response import Responder
 from pipeline.decoding.vllm.settings import SERVE
+from pipeline.models.loading import Source
 
 _LARGEST_BODY = 8 * 2**20  # bytes
 _LARGEST_INTEGER = 2**31 - 1  # vLLM keeps such numbers in tensors of 32 bits, and does not look before
@@ -56,7 +59,8 @@ class GuidedRoutes:
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Load tokenizers and templates."""
-        models = Models(json.loads(os.environ[SERVE]), engine_client.model_config)
+        described = json.loads(os.environ[SERVE])
+        models = Models(described, engine_client.model_config)
         adapters = {
             name: adapter
             for name, adapter in state.openai_serving_models.lora_requests.items()
@@ -65,6 +69,13 @@ class GuidedRoutes:
         state.guided_models = models
         state.guided_grammars = GrammarCompiler(partial(token_info, engine_client.vllm_config))
         state.guided_responder = Responder(engine_client, adapters, models.tokenizer, models.groups)
+        if adapters:
+            folders = {name: Path(folder) for name, folder in described["adapters"].items()}
+            base = Source(Path(described["folder"]), described["template"])
+            Reload(
+                state.guided_responder, state.openai_serving_models, folders, Path(described["versions"]), base,
+                described["rank"],
+            ).on_hangup()  # fmt: skip
         _note_death(engine_client)
 
 

@@ -1,6 +1,7 @@
 """How vLLM has to be started for lanes: the same for the decoder and for the server."""
 
 import json
+import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import distributions
@@ -11,9 +12,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from pipeline.config.errors import UserError
+from pipeline.data.files import replacing_folder
 from pipeline.decoding.backbone import SideBackbone
 from pipeline.decoding.fused_lora import read_adapter
 from pipeline.decoding.vllm.guides import to_json
+from pipeline.models.identity import folder_identity
 from pipeline.models.loading import Source
 from pipeline.models.prompting import Prompter, ends_of
 from pipeline.models.vocabulary import check_adapter_tokenizer, check_vocabulary
@@ -59,9 +62,9 @@ def settings(base: Source, adapters: Mapping[str, Path], beside: Sequence[SideBa
     if base.quantisation == "nf4":
         arguments["quantization"] = "bitsandbytes"
     if adapters:
-        _check_adapters(prompter, base, adapters)
+        check_adapters(prompter, base, adapters)
         # One slot more than adapters: on CPUs rows without an adapter read the last slot, which has to be empty.
-        rank = max(_rank(name, folder) for name, folder in adapters.items())
+        rank = max(rank_of(name, folder) for name, folder in adapters.items())
         arguments |= {"enable_lora": True, "max_loras": len(adapters) + 1, "max_lora_rank": rank}
     return arguments
 
@@ -88,8 +91,12 @@ def ends_and_marks(base: Source) -> tuple[list[int], list[int]]:
     return sorted(ends), [token for token in range(prompter.vocab_size) if token not in ends][-_MARKS:]
 
 
-def _check_adapters(prompter: Prompter, base: Source, adapters: Mapping[str, Path]) -> None:
-    """Refuse what `GuidedDecoder` refuses: vLLM would load some of it, and apply something else."""
+def check_adapters(prompter: Prompter, base: Source, adapters: Mapping[str, Path]) -> None:
+    """Refuse what `GuidedDecoder` refuses: vLLM would load some of it, and apply something else.
+
+    Raises:
+        UserError: an adapter is missing, damaged, not made for the base, or has another tokenizer.
+    """
     with torch.device("meta"):  # its layers' names and shapes, and no weights
         model = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False),
@@ -100,9 +107,30 @@ def _check_adapters(prompter: Prompter, base: Source, adapters: Mapping[str, Pat
         check_adapter_tokenizer(prompter, folder, name)
 
 
-def _rank(name: str, folder: Path) -> int:
+def rank_of(name: str, folder: Path) -> int:
     """The least of vLLM's ranks that has room for an adapter."""
     rank = int(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"])
     if rank > _RANKS[-1]:
         raise UserError(f"{name} in {folder} has rank {rank}, and vLLM takes {_RANKS[-1]} at most: lower arm.lora.r.")
     return next(size for size in _RANKS if size >= rank)
+
+
+def version_of(name: str, folder: Path, versions: Path) -> Path:
+    """The copy of an ARM's folder as it is now; it is made unless it is there.
+
+    Args:
+        name: of the ARM.
+        folder: the ARM's, where training writes.
+        versions: where copies are.
+
+    Raises:
+        UserError: training wrote to it meanwhile.
+    """
+    identity = folder_identity(folder)
+    copy = versions.absolute() / f"{name}-{identity}"
+    if not copy.is_dir():
+        with replacing_folder(copy) as unfinished:
+            shutil.copytree(folder, unfinished, dirs_exist_ok=True)
+            if folder_identity(unfinished) != identity:
+                raise UserError(f"{folder} was written to while it was read: try again once training has ended.")
+    return copy
