@@ -17,8 +17,14 @@ from pipeline.evaluation.text_quality import quality_columns
 
 
 def non_dominated(scores_NM: np.ndarray) -> np.ndarray:
-    """Which points no other point beats (as good everywhere, better somewhere): mask_N."""
-    return np.asarray(moocore.is_nondominated(scores_NM, maximise=True, keep_weakly=True), dtype=bool)
+    """Which points no other point beats (as good everywhere, better somewhere): mask_N.
+
+    A point without one of the scores is not among them, and beats none.
+    """
+    kept_N = ~np.isnan(scores_NM).any(axis=1)
+    if kept_N.any():
+        kept_N[kept_N] = moocore.is_nondominated(scores_NM[kept_N], maximise=True, keep_weakly=True)
+    return kept_N
 
 
 def mean_inner_product(weights_NM: np.ndarray, scores_NM: np.ndarray) -> float:
@@ -34,12 +40,11 @@ def knee(scores_NM: np.ndarray) -> int | None:
     scores scaled to those points' range (Das 1999, "On characterizing the knee of the Pareto curve"). None where no
     point lies outside of it, or there is nothing to give up.
     """
-    known = np.flatnonzero(~np.isnan(scores_NM).any(axis=1))
-    if not len(known):
+    kept = np.flatnonzero(non_dominated(scores_NM))
+    if scores_NM.shape[1] < 2 or not len(kept):
         return None
-    kept = known[non_dominated(scores_NM[known])]
     low_M, high_M = scores_NM[kept].min(0), scores_NM[kept].max(0)
-    if scores_NM.shape[1] < 2 or not (high_M > low_M).all():
+    if not (high_M > low_M).all():
         return None
     scaled_NM = (scores_NM[kept] - low_M) / (high_M - low_M)
     # Scaled so that the best of each is at 1; where the others are 0 there, the hyperplane is Σ = 1.

@@ -60,6 +60,13 @@ def test_equal_points_share_the_front():
     ]
 
 
+def test_a_point_without_a_score_neither_beats_nor_stands():
+    scores = np.array([[np.nan, 9.0], [1.0, 1.0], [0.5, 1.0], [9.0, np.nan]])
+    assert non_dominated(scores).tolist() == [False, True, False, False]
+    assert non_dominated(scores[:1]).tolist() == [False]
+
+
+
 @QUICK
 @given(scores=PLANE, reference=st.tuples(GRID, GRID))
 def test_hypervolume_is_the_swept_area_in_the_plane(scores, reference):
