@@ -66,7 +66,6 @@ def test_a_point_without_a_score_neither_beats_nor_stands():
     assert non_dominated(scores[:1]).tolist() == [False]
 
 
-
 @QUICK
 @given(scores=PLANE, reference=st.tuples(GRID, GRID))
 def test_hypervolume_is_the_swept_area_in_the_plane(scores, reference):

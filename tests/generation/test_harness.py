@@ -1,13 +1,17 @@
 """The guided law on the harness's tasks, against the law written out with PEFT's own forward."""
 
+import io
 import json
+import tarfile
 
 import numpy as np
+import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
 from pipeline.config.errors import UserError
 from pipeline.decoding.decoder import GuidedDecoder, Request
+from pipeline.evaluation.statistics import Bootstrap
 from pipeline.models.prompting import Prompter
 from tests.reference import Reference
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -16,6 +20,7 @@ pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'ge
 from lm_eval.api.instance import Instance
 
 from pipeline.generation import harness
+from tests.bench import alignment_tax
 
 WEIGHTS = {"positivity": 0.7, "conciseness": -0.4}
 LAWS = {"plain": WEIGHTS, "log_ratio": {**WEIGHTS, "base": 0.7}}  # the ARMs are of the base: 1 − Σα
@@ -138,3 +143,46 @@ def test_an_arm_of_another_tokenizer_is_refused(project):
     OmegaConf.save(config, "params.yaml")
     with pytest.raises(UserError, match="base=other: the ARMs have the tokenizer of tiny"):
         harness.GuidedLM(base="other", **WEIGHTS)
+
+
+def test_tasks_of_big_bench_are_asked_as_it_asks_them(project, monkeypatch):
+    def example(text, **scores):
+        return {"input": text, "target_scores": scores}
+
+    files = {
+        "phrase_relatedness": {"examples": [example("tea", good=0, great=1), example("Monday", sad=1, happy=0)]},
+        "entailed_polarity": {
+            "examples": [example("Why?", yes=0.0, no=1.0)], "append_choices_to_input": False,
+            "example_input_prefix": "\n", "example_output_prefix": "\nA:",
+        },
+    }  # fmt: skip
+    with tarfile.open(project / "bigbench.tar.gz", "w:gz") as archive:
+        for name, content in files.items():
+            data = json.dumps(content).encode()
+            member = tarfile.TarInfo(f"bigbench-1.0.0/bigbench/benchmark_tasks/{name}/task.json")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    monkeypatch.setattr(alignment_tax, "TASKS", {name: [name] for name in files})
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(project / "cache"))
+    alignment_tax.write_tasks(project / "bigbench.tar.gz", project / "tasks", items=100)
+    first, last = (
+        json.loads((project / f"tasks/{name}.jsonl").read_text().splitlines()[0])
+        for name in ("phrase_relatedness", "entailed_polarity")
+    )
+    assert first == {"question": "Q: tea\n  choice: good\n  choice: great\nA:", "choices": ["good", "great"], "gold": 1}
+    assert last == {"question": "Why?\nA:", "choices": ["yes", "no"], "gold": 1}
+    points = [{}, {"positivity": 2.0}]
+    frames = [alignment_tax.scored(point, project / "tasks") for point in points]
+    bootstrap = Bootstrap(seed=0)
+    lines = [
+        line
+        for point, at in zip(points, frames, strict=True)
+        for line in alignment_tax.lines_of(point, at, frames[0], bootstrap)
+    ]
+    assert [(line["task"], line["form"], line["questions"], line["chance"]) for line in lines] == [
+        ("phrase_relatedness", "base", 2, 0.5), ("entailed_polarity", "base", 1, 0.5),
+        ("phrase_relatedness", "plain", 2, 0.5), ("entailed_polarity", "plain", 1, 0.5),
+    ]  # fmt: skip
+    assert all(line["acc_change"] == 0.0 for line in lines[:2])
+    text = alignment_tax.page(pd.DataFrame(lines).assign(base="tiny"))
+    assert "| phrase_relatedness (2, 0.50) |" in text and "| base | 2, 0 |" in text
