@@ -25,7 +25,9 @@ from pipeline.config.workspace import Workspace
 from pipeline.decoding.decoder import GuidedDecoder, PartialGeneration, Request
 from pipeline.decoding.token_colours import coloured
 from pipeline.generation.model_set import ModelSet
-from pipeline.report.dial_maker import MOST_DIALS, DialMaker, panel, slider_of
+from pipeline.report import dial_maker, target_panel
+from pipeline.report.dial_maker import MOST_DIALS, DialMaker, slider_of
+from pipeline.report.target_panel import TargetChooser
 
 LONGEST_PROMPT, MOST_TOKENS, QUEUE = 4000, 512, 8
 _CODE = """from pathlib import PosixPath
@@ -69,6 +71,7 @@ class Playground:
             if any((workspace.arm(name) / file).is_file() for file in ("adapter_config.json", "config.json"))
         ]
         self.maker = DialMaker(params, workspace)
+        self.chooser = TargetChooser(params, workspace, lambda: self._loaded.cache_clear())
         if not self.bases or not (self.arms or self.maker.dials):
             raise UserError(f"there is no base or no ARM below {workspace.models} yet: run `make repro` first.")
         self._loaded = lru_cache(maxsize=1)(self._load)  # one base at a time; weights are no part of it
@@ -191,7 +194,9 @@ def page(playground: Playground) -> gr.Blocks:
             ],
             used, sliders,
         )  # fmt: skip
-        panel(playground.maker, arms, [used, tint, *sliders])
+        if set(arms) == set(playground.params.objectives):
+            target_panel.panel(playground.chooser, arms, sliders[: len(arms)])
+        dial_maker.panel(playground.maker, arms, [used, tint, *sliders])
         copied.click(None, code, js="(text) => { navigator.clipboard.writeText(text); }")
     return blocks
 

@@ -1,5 +1,6 @@
 import contextlib
 import io
+import json
 import shutil
 
 import pytest
@@ -132,9 +133,39 @@ def test_a_person_writes_two_sentences_and_gets_a_slider(project, monkeypatch):
         blocks.close()
 
 
-def test_a_dial_guides_only_the_base_that_it_was_made_of(playground, project, arms):
-    import json
+def test_a_person_asks_for_an_outcome_and_the_sliders_follow(project):
+    from pipeline.config.load import load_params
 
+    pairs = project / "results/prepare/pairs"
+    pairs.mkdir(parents=True)
+    for name in ("positivity", "conciseness"):
+        rows = [{"prompt": prompt, "split": "validation"} for prompt in ("Why?", "Tips?", "Describe a rainy Monday.")]
+        (pairs / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    playground = served.Playground(load_params(), Workspace())
+    blocks = served.serve(playground, port=None, wait=False)
+    try:
+        with opened(blocks.local_url) as browser:
+            browser.locator("#choose").click()
+            browser.get_by_text("as little KL as possible is the base itself").first.wait_for(timeout=20_000)
+            browser.locator("#least-conciseness textarea, #least-conciseness input").fill("much")
+            browser.locator("#choose").click()
+            browser.get_by_text("much is not a number").first.wait_for(timeout=20_000)
+            browser.locator("#least-conciseness textarea, #least-conciseness input").fill("0.3")
+            browser.locator("#most-kl textarea, #most-kl input").fill("30")
+            browser.locator("#choose").click()
+            browser.locator("#promise", has_text="on validation prompts").wait_for(timeout=120_000)
+            promise = browser.locator("#promise").inner_text()
+            shown = [
+                float(browser.locator(f"#alpha-{name} input[type=number]").input_value()) for name in playground.arms
+            ]
+    finally:
+        blocks.close()
+    choice = playground.chooser.choose({"positivity": None, "conciseness": 0.3}, "least KL", 30.0)
+    assert shown == [round(choice.weights[name], 2) for name in playground.arms]
+    assert f"KL {choice.kl[0]:.1f} [" in promise and f"conciseness {choice.rewards['conciseness'][0]:.2f} [" in promise
+
+
+def test_a_dial_guides_only_the_base_that_it_was_made_of(playground, project, arms):
     folder = project / "scratch/dials/warmth"
     shutil.copytree(arms["three"], folder / "arm")
     said = {"name": "warmth", "wanted": "a", "unwanted": "b", "base": "tiny", "verdict": "", "accuracy": 0.5}
