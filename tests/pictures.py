@@ -11,7 +11,7 @@ OUT = Path("results/report")
 
 
 def main() -> None:
-    """Photograph the front and its panel, the token view, the sample browser and the playground, each as a PNG."""
+    """Photograph the front and its panel, the token view, the sample browser and the playground at work, each as a PNG."""
     report = (OUT / "index.html").absolute().as_uri()
     with opened(report, width=1000, height=1180) as browser:
         browser.screenshot(path=OUT / "report.png")
@@ -25,7 +25,15 @@ def main() -> None:
         browser.locator("#write").click()
         for side in ("#control", "#guided"):
             browser.locator(f"{side} small", has_text="tokens").wait_for(timeout=120_000)
+        browser.locator("#least-positivity textarea, #least-positivity input").fill("0.8")
+        browser.locator("#choose").click()
+        browser.locator("#promise", has_text="on validation prompts").wait_for(timeout=900_000)
+        browser.locator("#write").click()
+        browser.locator("#guided small", has_text="tokens").wait_for(timeout=120_000)
+        browser.locator("#dial-make").click()
+        browser.locator("#dial-progress", has_text="left").wait_for(timeout=300_000)
         browser.screenshot(path=OUT / "playground.png", full_page=True)
+        browser.locator("#dial-cancel").click()
     blocks.close()
 
 
