@@ -11,7 +11,7 @@ OUT = Path("results/report")
 
 
 def main() -> None:
-    """Photograph the front and its panel, the token view, the sample browser and the playground at work, each as a PNG."""
+    """Photograph the front and its panel, the token view, the sample browser and the playground at work."""
     report = (OUT / "index.html").absolute().as_uri()
     with opened(report, width=1000, height=1180) as browser:
         browser.screenshot(path=OUT / "report.png")

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.evaluation import text_quality as quality
 from pipeline.report import markdown
-from tests.bench import choose
+from tests.bench import alignment_tax, choose
 from tests.test_layers import FLOORS
 from tests.tiny import ROOT
 
@@ -313,6 +313,32 @@ def test_promises_are_shown_as_their_bench_writes_them():
     )
     assert quotes(" ".join(found.groups()), *best[alphas], *best[measured], *even[alphas], *even[measured])
     assert TEXTS["results/choose/README.md"].count("10 of 10") == 3 and "10 of 10 targets" in text
+
+
+def test_what_is_said_of_the_alignment_tax_is_in_its_table():
+    table, text = csv("alignment_tax/table.csv"), prose(RESULTS_PAGE, "Alignment tax")
+    assert alignment_tax.page(table) == TEXTS["results/alignment_tax/README.md"]
+    at = table.set_index(["task", "form", "alpha_positivity", "alpha_conciseness"]).sort_index()
+    places = [
+        ("base", 0.0, 0.0),
+        ("plain", 1.0, 0.0),
+        ("plain", 0.0, 1.0),
+        ("plain", 0.5, 0.5),
+        ("log_ratio", 0.5, 0.5),
+    ]
+    intent, alike, polarity, social = (
+        at.loc[name].loc[places]
+        for name in ("intent_recognition", "similarities_abstraction", "entailed_polarity", "social_iqa")
+    )
+    found = re.search(r"every weight, from (\S+) to (\S+) at .*?, (\S+) at .*? and (\S+) between", text)
+    assert quotes(" ".join(found.groups()), *intent.acc_norm[:4]) and (intent.acc_norm_change_high[1:] < 0).all()
+    found = re.search(r"in common falls from (\S+) to (\S+), plain guidance leaves (\S+),", text)
+    assert quotes(" ".join(found.groups()), *alike.acc_norm.iloc[[0, 4, 3]])
+    assert alike.acc_norm_change_high.iloc[4] < 0 < alike.acc_norm_change_high.iloc[3]
+    assert polarity.acc_norm.nunique() == 1 and (social.acc_norm_ci_low < social.chance).all()
+    others = table[~table.task.isin(["intent_recognition", "similarities_abstraction"])]
+    assert ((others.acc_norm_change_low <= 0) & (others.acc_norm_change_high >= 0)).all()
+    assert "all 221 pairs" in text and at.loc["hhh_alignment"].questions.eq(221).all() and len(table) == 30
 
 
 def test_what_is_said_of_rewards_at_equal_kl_is_in_their_table():

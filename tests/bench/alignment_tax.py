@@ -121,11 +121,11 @@ def page(table: pd.DataFrame) -> str:
         "# Alignment tax",
         "",
         "Written by `python -m tests.bench.alignment_tax` from [table.csv](table.csv): tasks of BIG-bench, scored by "
-        " lm-evaluation-harness under the guided law, questions in the chat template, no examples. "
+        "lm-evaluation-harness under the guided law, questions in the chat template, no examples. "
         f"Base {run['base']}, the ARMs of `make repro`, α for positivity and conciseness. Accuracy is the harness's "
         "`acc_norm` (log-likelihood per byte of an answer), with `acc` (its sum) in the table file; in brackets the "
-        "95 % interval of the paired change against the base, by bootstrap over questions. ▼ and ▲ mark intervals that "
-        "leave out 0.",
+        "95 % interval of the paired change against the base, by bootstrap over distinct questions. ▼ and ▲ mark "
+        "intervals that leave out 0.",
         "",
     ]
     points = table.drop_duplicates(["form", "alpha_positivity", "alpha_conciseness"])
