@@ -35,7 +35,7 @@ TOOLS = {
     "playground": ("pipeline.report.playground", "a local page: a slider for each objective, base and guided text"),
     "serve": ("pipeline.decoding.vllm.serve", "guided decoding behind vLLM's OpenAI-compatible server"),
     "lm_eval": ("pipeline.generation.harness", "the guided law on the tasks of lm-evaluation-harness"),
-    "rewardbench": ("pipeline.training.rewardbench", "an ARM's accuracy as a reward model, on RewardBench's columns"),
+    "rewardbench": ("pipeline.stages.rewardbench", "an ARM's accuracy as a reward model, on RewardBench's columns"),
     "report": ("pipeline.report.overview", "where the results are; the report in W&B"),
     "push": ("pipeline.training.hub", "upload an ARM to the Hugging Face Hub"),
     "gc": ("pipeline.data.stale_rows", "remove stored rows that no recent run used"),

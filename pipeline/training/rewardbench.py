@@ -1,17 +1,6 @@
-"""Accuracy of an ARM as a reward model, on pairs in the columns of RewardBench (arXiv 2403.13787).
+"""Accuracy of an ARM as a reward model, on pairs in the columns of RewardBench (arXiv 2403.13787)."""
 
-    python -m pipeline rewardbench reward-bench.parquet --objective helpfulness --out results/rewardbench.csv
-
-The file (JSON Lines, JSON, Parquet or CSV) has the columns `prompt`, `chosen`, `rejected` and perhaps `subset`. A pair
-is right where the chosen response has the higher reward, by three rewards of the same ARM: `sum`, log π_r(y|x), which
-is GenARM's; `mean`, the same per token; `ratio`, log π_r(y|x) − log π_start(y|x), DPO's implicit reward with the model
-that the ARM was made from as the reference. Beside the accuracy stand what always taking the longer response scores,
-and the accuracy on pairs of like length.
-"""
-
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,16 +8,12 @@ from typing import Any
 import pandas as pd
 import torch
 from peft import PeftModel
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.config.errors import UserError
-from pipeline.config.load import load_params
-from pipeline.config.schema import Params
-from pipeline.config.workspace import Workspace
-from pipeline.data.files import Row, replacing
+from pipeline.config.schema import Model, Trainer
+from pipeline.data.files import Row
 from pipeline.data.sources import read
 from pipeline.evaluation.statistics import Bootstrap
 from pipeline.models.loading import Source, resolve_device, resolve_dtype
@@ -60,24 +45,31 @@ def read_pairs(path: Path) -> tuple[list[Row], list[str]]:
 
 
 @torch.inference_mode()
-def accuracies(params: Params, workspace: Workspace, objective: str, path: Path) -> dict[tuple[str, str], HeldOut]:
-    """For each subset, and `all`, what the ARM of an objective makes of its pairs, by each of `REWARDS`.
+def accuracies(
+    path: Path, folder: Path, start: Source, name: str, trainer: Trainer, bootstrap: Bootstrap, spec: Model | None
+) -> dict[tuple[str, str], HeldOut]:
+    """For each subset, and `all`, what an ARM makes of its pairs, by each of `REWARDS`.
+
+    Args:
+        path: the file of pairs.
+        folder: the ARM's.
+        start: what it was made from.
+        name: of that.
+        trainer: says the device, how long a pair may be, and how many prompts are read at once.
+        bootstrap: of the intervals.
+        spec: where the ARM came from, if it was not trained here.
 
     Raises:
-        UserError: there is no such objective, its ARM is not there, or the file is not one of pairs.
+        UserError: the ARM is not there or not of `start`, or the file is not one of pairs.
     """
-    if objective not in params.objectives:
-        raise UserError(f"--objective {objective}: params.yaml has the objectives {', '.join(params.objectives)}.")
     rows, subsets = read_pairs(path)
-    device = resolve_device(params.trainer.accelerator)
-    source = Source.of(params.models, workspace, params.arm.base)
-    spec = params.objectives[objective].pretrained
-    arm = load_arm(workspace.arm(objective), source, params.arm.base, device, spec)
-    dtype = resolve_dtype(source.dtype, device)
-    start = None if isinstance(arm, PeftModel) else ResponseModel(source.load(device), dtype).eval()
-    model, prompter = ResponseModel(arm.requires_grad_(False).eval(), dtype).eval(), source.prompter()
-    tokenised = tokenise(rows, prompter, longest(model.causal.config, params.trainer), str(path))
-    size = params.trainer.micro_batch_size or params.trainer.batch_size
+    device = resolve_device(trainer.accelerator)
+    dtype = resolve_dtype(start.dtype, device)
+    arm = load_arm(folder, start, name, device, spec)
+    before = None if isinstance(arm, PeftModel) else ResponseModel(start.load(device), dtype).eval()
+    model, prompter = ResponseModel(arm.requires_grad_(False).eval(), dtype).eval(), start.prompter()
+    tokenised = tokenise(rows, prompter, longest(model.causal.config, trainer), str(path))
+    size = trainer.micro_batch_size or trainer.batch_size
     rewards: dict[str, list[float]] = defaultdict(list)
     lengths: list[int] = []
     pairs: list[tuple[int, int]] = []
@@ -85,7 +77,7 @@ def accuracies(params: Params, workspace: Workspace, objective: str, path: Path)
     prompts: list[int] = []
     for batch in tqdm(eval_loader(tokenised.groups, size, prompter.eos), desc="rewardbench", unit="batch"):
         first, moved = len(lengths), {name: value.to(device) for name, value in batch.items()}
-        logps_S, started_S = model(moved).cpu(), _start_logps(model, start, moved).cpu()
+        logps_S, started_S = model(moved).cpu(), _start_logps(model, before, moved).cpu()
         rewards["sum"] += logps_S.tolist()
         rewards["mean"] += length_normalised(logps_S, batch["response"]).tolist()
         rewards["ratio"] += (logps_S - started_S).tolist()
@@ -93,7 +85,7 @@ def accuracies(params: Params, workspace: Workspace, objective: str, path: Path)
         pairs += zip((batch["chosen"] + first).tolist(), (batch["rejected"] + first).tolist(), strict=True)
         places += batch["objective"].tolist()
         prompts += batch["prompt"].tolist()
-    bootstrap, table = Bootstrap.of(params.judge, params.seed), {}
+    table = {}
     for place, subset in enumerate(subsets):
         own = [index for index, its in enumerate(places) if subset == ALL or its == place]
         for kind in REWARDS if own else ():
@@ -126,22 +118,3 @@ def frame_of(table: dict[tuple[str, str], HeldOut]) -> pd.DataFrame:
             line |= {f"{name}_pairs": values["pairs"]}
         lines.append(line)
     return pd.DataFrame(lines).round(4)
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Score a file by the ARM of an objective."""
-    parser = ArgumentParser(
-        "python -m pipeline rewardbench", description=__doc__, formatter_class=RawDescriptionHelpFormatter
-    )
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--objective", required=True, help="whose ARM: models/arms/<objective>")
-    parser.add_argument("--out", type=Path, help="a CSV file for the table")
-    options = parser.parse_args(arguments)
-    found = accuracies(load_params(), Workspace(), options.objective, options.file)
-    shown = Table("subset", "reward", "right", "right at like length", "the longer one is right")
-    for (subset, kind), line in found.items():
-        shown.add_row(subset, kind, str(line.accuracy), str(line.length_matched), str(line.chosen_longer))
-    Console().print(shown)
-    if options.out:
-        with replacing(options.out) as stream:
-            frame_of(found).to_csv(stream, index=False)

@@ -11,7 +11,8 @@ from pipeline.config.errors import UserError
 from pipeline.config.load import load_params
 from pipeline.config.workspace import Workspace
 from pipeline.models.loading import load_model
-from pipeline.training import rewardbench
+from pipeline.stages import rewardbench
+from pipeline.training.rewardbench import REWARDS
 from tests.reference import CPU
 
 PAIRS = [
@@ -37,10 +38,10 @@ def written(folder, rows):
 
 
 def test_each_reward_orders_the_pairs_as_peft_s_own_forward_does(project, tiny, arms, prompter):
-    found = rewardbench.accuracies(load_params(), Workspace(), "positivity", written(project, PAIRS))
+    found = rewardbench.scored(load_params(), Workspace(), "positivity", written(project, PAIRS))
     start = load_model(tiny, torch.float32, CPU)
     arm = PeftModel.from_pretrained(load_model(tiny, torch.float32, CPU), str(arms["one"])).eval()
-    right = {kind: {} for kind in rewardbench.REWARDS}
+    right = {kind: {} for kind in REWARDS}
     for row in PAIRS:
         rewards = {}
         for side in ("chosen", "rejected"):
@@ -74,11 +75,11 @@ def test_the_command_prints_and_writes_the_table(project, capsys):
 )
 def test_what_is_no_pair_is_named_with_its_line(project, rows, message):
     with pytest.raises(UserError, match=message):
-        rewardbench.accuracies(load_params(), Workspace(), "positivity", written(project, rows))
+        rewardbench.scored(load_params(), Workspace(), "positivity", written(project, rows))
 
 
 def test_an_unknown_objective_is_refused(project):
     with pytest.raises(
         UserError, match=r"--objective kindness: params\.yaml has the objectives positivity, conciseness"
     ):
-        rewardbench.accuracies(load_params(), Workspace(), "kindness", written(project, PAIRS))
+        rewardbench.scored(load_params(), Workspace(), "kindness", written(project, PAIRS))
