@@ -1,5 +1,6 @@
 """Pictures of the report and the playground for the README, from the results that are there: `make pictures`."""
 
+import re
 from pathlib import Path
 
 from pipeline.config.load import load_params
@@ -31,7 +32,7 @@ def main() -> None:
         browser.locator("#write").click()
         browser.locator("#guided small", has_text="tokens").wait_for(timeout=120_000)
         browser.locator("#dial-make").click()
-        browser.locator("#dial-progress", has_text="left").wait_for(timeout=300_000)
+        browser.locator("#dial-progress", has_text=re.compile(r" \d\d\d of .* left")).wait_for(timeout=300_000)
         browser.screenshot(path=OUT / "playground.png", full_page=True)
         browser.locator("#dial-cancel").click()
     blocks.close()

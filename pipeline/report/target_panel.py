@@ -73,7 +73,7 @@ def panel(chooser: TargetChooser, arms: Sequence[str], sliders: Sequence[Any]) -
                 gr.Textbox("", label=f"{name}, at least", max_length=20, elem_id=f"least-{name}") for name in arms
             ]
             kl = gr.Textbox("", label="KL, at most (nats)", max_length=20, elem_id="most-kl")
-            choices: list[Any] = [("as little KL as possible", LEAST_KL), *arms, ("the lowest of all", WORST)]
+            choices: list[Any] = [LEAST_KL, *arms, ("lowest reward", WORST)]
             maximise = gr.Dropdown(choices, value=LEAST_KL, label="The best", elem_id="maximise")
         choose = gr.Button("Choose the weights", variant="primary", elem_id="choose")
         promise = gr.Markdown("", elem_id="promise")
