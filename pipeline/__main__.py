@@ -33,11 +33,11 @@ TOOLS = {
     "choose": ("pipeline.stages.choose", "the weights for an outcome, chosen on validation prompts"),
     "dial": ("pipeline.stages.dial", "a dial from two sentences: sample, train an ARM, keep it"),
     "playground": ("pipeline.report.playground", "a local page: a slider for each objective, base and guided text"),
-    "serve": ("pipeline.decoding.vllm.serve", "guided decoding behind vLLM's OpenAI-compatible server"),
+    "serve": ("pipeline.stages.serve", "guided decoding behind vLLM's OpenAI-compatible server"),
     "lm_eval": ("pipeline.generation.harness", "the guided law on the tasks of lm-evaluation-harness"),
     "rewardbench": ("pipeline.stages.rewardbench", "an ARM's accuracy as a reward model, on RewardBench's columns"),
     "report": ("pipeline.report.overview", "where the results are; the report in W&B"),
-    "push": ("pipeline.training.hub", "upload an ARM to the Hugging Face Hub"),
+    "push": ("pipeline.stages.push", "upload an ARM to the Hugging Face Hub"),
     "gc": ("pipeline.data.stale_rows", "remove stored rows that no recent run used"),
 }
 

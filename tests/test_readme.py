@@ -350,23 +350,53 @@ def test_what_is_said_of_rewards_at_equal_kl_is_in_their_table():
         found = re.search(pattern, text)
         assert quotes(" ".join(found.groups()), *values), (found[0], values)
 
+    def rewards(objective, method, *kls):
+        return [matched.reward[objective, kl, method] for kl in kls]
+
     for pattern, place in (
-        (r"log-ratio form has (.*?) at 8 nats, the", ("positivity", 8.0, "log_ratio")),
-        (r"8 nats, the plain form (.*?\]), DPO", ("positivity", 8.0, "genarm")),
-        (r"\], DPO (0\.80 \[.*?\]);", ("positivity", 8.0, "mod")),
-        (r"on conciseness the plain form (.*?\]), DPO", ("conciseness", 8.0, "genarm")),
-        (r"\], DPO (0\.47 \[.*?\])\.", ("conciseness", 8.0, "mod")),
+        (r"at 4 nats the log-ratio form has (.*?\]) and DPO", ("conciseness", 4.0, "log_ratio")),
+        (r"at 4 nats the log-ratio form has .*? and DPO (.*?\]);", ("conciseness", 4.0, "mod")),
+        (r"at 8 nats the log-ratio form (.*?\]), the plain", ("conciseness", 8.0, "log_ratio")),
+        (r"\], the plain form (.*?\]), DPO", ("conciseness", 8.0, "genarm")),
+        (r"\], DPO (0\.42 \[.*?\])\.", ("conciseness", 8.0, "mod")),
     ):
         quoted(pattern, *matched.loc[place, interval])
+    for kl, better in ((4.0, "log_ratio"), (8.0, "log_ratio"), (8.0, "genarm")):
+        assert matched.ci_low["conciseness", kl, better] > matched.ci_high["conciseness", kl, "mod"], "intervals apart"
     legible = [matched.readable["conciseness", 8.0, name] for name in ("genarm", "log_ratio", "mod")]
-    quoted(r"conciseness (0\.96) of the plain.*? readable, (\S+) of the log-ratio form's, (\S+\d) of DPO's", *legible)
-    shown = matched[matched.index.get_level_values("kl").isin((4.0, 8.0, 16.0))]
-    assert not (shown.p_holm < 0.05).any() and not (dropped.difference > 0).any()
+    quoted(
+        r"At 8 nats (\S+) of the plain form's responses are readable, (\S+) of the log-ratio form's, (\S+) of", *legible
+    )
+    quoted(r"DPO has (\S+), (\S+) and (\S+) at 4, 8 and 16 nats, the", *rewards("positivity", "mod", 4.0, 8.0, 16.0))
+    quoted(
+        r"16 nats, the log-ratio form (\S+), (\S+) and (\S+), with", *rewards("positivity", "log_ratio", 4.0, 8.0, 16.0)
+    )
+    quoted(r"overlap; the plain form (\S+), (\S+) and (\S+), which", *rewards("positivity", "genarm", 4.0, 8.0, 16.0))
+    for kl in (4.0, 8.0, 16.0):
+        assert matched.ci_low["positivity", kl, "mod"] < matched.ci_high["positivity", kl, "log_ratio"], "they overlap"
+    lower = [matched.p_holm["positivity", kl, name] for kl in (4.0, 16.0) for name in ("log_ratio", "mod")]
+    assert max(lower) < 0.05 < min(matched.p_holm["positivity", 8.0, name] for name in ("log_ratio", "mod"))
+    near = matched.xs("log_ratio", level="method").query("kl <= 8")
+    assert (near.difference > 0).all() and near[near.p_holm >= 0.05].index.to_list() == [("positivity", 8.0)]
+    quoted(r"conciseness: (\S+) at 16 nats, where the plain form has (\S+),",
+           *(matched.reward["conciseness", 16.0, name] for name in ("log_ratio", "genarm")))  # fmt: skip
+    hypervolumes = csv("targets/fronts.csv", "method").hypervolume
+    quoted(r"hypervolume is (\S+) against (\S+)\. \*", *hypervolumes[["log_ratio", "genarm"]])
+    table = csv("targets/table.csv", "method", "point", "alpha_positivity", "alpha_conciseness")
+    best = table.loc["best_of_n"]
+    quoted(r"at the (\S+) nats that are its bound, has a positivity of (\S+), more .*? and a conciseness of (0\.14);",
+           best.kl.iloc[0], best.reward_positivity.max(), best.reward_conciseness.max())  # fmt: skip
+    assert best.reward_positivity.max() > matched.reward.loc["positivity", 1.0].max()
+    assert (abs(best.forwards_per_token - 8) < 1).all()
+    assert (table.forwards_per_token[["genarm", "log_ratio", "mod"]] == 2).all()
+    assert not (dropped.difference > 0).any()
     lower = -dropped.difference
-    quoted(r"at 8 nats positivity is (0\.79) as well", dropped.reward["positivity", 8.0, "budgeted"])
-    places = ("positivity", 4.0), ("conciseness", 8.0)
-    lower_budgeted = [lower[(*place, "budgeted")] for place in places]
-    quoted(r"at 4 nats (\S+) lower, and conciseness at 8 nats is (\S+) lower: tokens", *lower_budgeted)
+    quoted(r"at 4 nats positivity is (\S+) lower and conciseness (\S+), at 8",
+           lower["positivity", 4.0, "gated"], lower["conciseness", 4.0, "gated"])  # fmt: skip
+    assert all(dropped.difference_ci_high[name, 8.0, "gated"] > 0 for name in OBJECTIVES), "the same within intervals"
+    quoted(r"plain form's, at 4 nats (\S+) lower, and conciseness at 8 nats is (\S+) lower: tokens",
+           lower["positivity", 4.0, "budgeted"], lower["conciseness", 8.0, "budgeted"])  # fmt: skip
+    assert dropped.p_holm["positivity", 8.0, "budgeted"] == 1
     quoted(r"more than 10 nats, and at 8 nats positivity is (\S+) lower", lower["positivity", 8.0, "plausible"])
 
 

@@ -24,7 +24,6 @@ class GenArm(_Method):
     kind: Literal["genarm"]
     form: Literal["plain", "log_ratio"] = "plain"
     arms: Literal["arms", "policies"] = "arms"  # policies: what DPO trained of the base takes the place of the ARMs
-    gate: NotNegative = 0.0  # nats: where the base's next token has less entropy, it goes on alone
 
 
 @dataclass(frozen=True, kw_only=True)

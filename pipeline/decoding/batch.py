@@ -19,7 +19,6 @@ from pipeline.decoding.cuda_graphs import Arriving
 from pipeline.decoding.guidance import (
     cut,
     draw,
-    entropy,
     guided_logps,
     kl_divergence,
     normalised,
@@ -120,8 +119,6 @@ class Batch:
         self._alpha = {arm: self._tensor([request.arms.get(arm, 0.0) for request in requests]) for arm in self._arms}
         weights = [request.base_weight for request in requests]
         self._base_weight_B = None if all(weight == 1.0 for weight in weights) else self._tensor(weights)
-        gates = [request.gate for request in requests]
-        self._gate_B = self._tensor(gates) if any(gates) else None
         # A greedy row takes the likeliest token of the law at temperature 1, which is the likeliest at any.
         self._temperature_B = self._tensor([request.temperature or 1.0 for request in requests])
         self._top_k_B = torch.tensor(
@@ -180,13 +177,8 @@ class Batch:
         return arms
 
     def _law(self, base_BV: Tensor, arms: Arms) -> Tensor:
-        """The law that tokens are drawn from, gate and truncation included: logps_BV."""
-        weight_B = self._base_weight_B
-        if self._gate_B is not None:
-            alone_B = entropy(base_BV) < self._gate_B
-            arms = {arm: (at, alpha.masked_fill(alone_B[at], 0.0), values) for arm, (at, alpha, values) in arms.items()}
-            weight_B = None if weight_B is None else weight_B.masked_fill(alone_B, 1.0)
-        logps_BV = guided_logps(base_BV, arms.values(), self._temperature_B, weight_B)
+        """The law that tokens are drawn from, truncation included: logps_BV."""
+        logps_BV = guided_logps(base_BV, arms.values(), self._temperature_B, self._base_weight_B)
         if self._across is not None:
             logps_BV = torch.log_softmax(logps_BV.masked_fill_(~self._across.candidate_mask_BV, -torch.inf), dim=-1)
         if self._cutting is not None:

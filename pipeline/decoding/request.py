@@ -22,7 +22,6 @@ class Request:
     stop: tuple[str, ...] = ()  # texts that end a response; they and what follows are left out of it
     seed: int = 0
     sample: int = 0  # which of the prompt's responses at this point
-    gate: float = 0.0  # nats: where the base's next token has less entropy than that, the base goes on alone
 
     def __post_init__(self) -> None:
         """Refuse what would generate nonsense.
@@ -33,7 +32,6 @@ class Request:
         for name, right in (
             ("temperature", self.temperature >= 0), ("top_k", self.top_k >= 0), ("top_p", 0 < self.top_p <= 1),
             ("min_p", 0 <= self.min_p < 1), ("max_new_tokens", self.max_new_tokens >= 1), ("stop", all(self.stop)),
-            ("gate", self.gate >= 0),
         ):  # fmt: skip
             if not right:
                 raise UserError(f"a request's {name} is {getattr(self, name)!r}, which is out of its range.")

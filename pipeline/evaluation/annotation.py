@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pipeline.config.judges import RewardJudge
 from pipeline.config.schema import Objective
 from pipeline.data.files import Row
+from pipeline.data.responses import Response
 from pipeline.data.splits import RESPONSES
 from pipeline.evaluation.judges.resources import Resources
 from pipeline.evaluation.judges.reward_model import RewardModels
@@ -46,7 +47,7 @@ def annotate(rows: Sequence[Row], name: str, objective: Objective, resources: Re
     """
     if isinstance(objective.annotator, RewardJudge):
         responses = [
-            {"prompt": row["prompt"], "response": row[key], "finish": "eos" if row[f"ended_{place}"] else "length"}
+            Response(prompt=row["prompt"], response=row[key], finish="eos" if row[f"ended_{place}"] else "length")
             for row in rows
             for place, key in enumerate(RESPONSES)
         ]

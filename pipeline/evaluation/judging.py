@@ -1,27 +1,28 @@
 """What a judge says of responses: scores of rows, the judge's own card, and win rates."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pandas as pd
 
 from pipeline.config.errors import UserError
 from pipeline.data.files import Row, digest
+from pipeline.data.responses import GeneratedRow
 from pipeline.evaluation.judges.session import HINT, Control, JudgeSession, Labelled
 from pipeline.evaluation.judges.verdicts import mean_score, reasons_text, undetermined
 from pipeline.evaluation.statistics import Bootstrap, bootstrap_mean, share
 
 
-def responses_of(rows: Sequence[Row], point: str) -> dict[tuple[str, int], str]:
+def responses_of(rows: Sequence[GeneratedRow], point: str) -> dict[tuple[str, int], str]:
     """The responses at a point by prompt and sample, for `judge_rows` to compare others with."""
-    return {(row["prompt"], row["sample"]): row["response"] for row in rows if row["point"] == point}
+    return {(row.prompt, row.sample): row.response for row in rows if row.point == point}
 
 
-def judge_rows(rows: Sequence[Row], judge: JudgeSession, control: Control) -> list[Row]:
-    """The rows with the judge's score per objective; None where a verdict is undetermined.
+def judge_rows(rows: Sequence[GeneratedRow], judge: JudgeSession, control: Control) -> list[GeneratedRow]:
+    """The rows with the judge's score per objective, and without their tokens, which no evaluation needs.
 
     Args:
-        rows: each with `prompt`, `response`, and for a pairwise judge `sample`.
+        rows: what is judged.
         judge: of the run.
         control: what a pairwise judge compares a response with, by prompt and sample; where the texts are equal it is
             not asked, and the score is 1/2.
@@ -31,24 +32,22 @@ def judge_rows(rows: Sequence[Row], judge: JudgeSession, control: Control) -> li
     """
     scores = judge.scores(rows, control)
     return [
-        without_tokens(row) | {name: of_objective[place] for name, of_objective in scores.items()}
+        replace(row, tokens=(), scores={name: of_objective[place] for name, of_objective in scores.items()})
         for place, row in enumerate(rows)
     ]
 
 
-def scored_frame(rows: Iterable[Row], objectives: Iterable[str], columns: Sequence[str] | None = None) -> pd.DataFrame:
+def scored_frame(
+    rows: Iterable[GeneratedRow], objectives: Iterable[str], columns: Sequence[str] | None = None
+) -> pd.DataFrame:
     """Judged rows, of their columns all or these and the scores, which are numbers, NaN where there is none."""
+    values = (row.to_json() for row in rows)
     if columns is None:
-        frame = pd.DataFrame(list(rows))
+        frame = pd.DataFrame(list(values))
     else:
         names = [*columns, *objectives]
-        frame = pd.DataFrame(([row[name] for name in names] for row in rows), columns=names)
+        frame = pd.DataFrame(([row[name] for name in names] for row in values), columns=names)
     return frame.astype(dict.fromkeys(objectives, float))
-
-
-def without_tokens(row: Row) -> Row:
-    """The row without its token ids, which are most of it and of no use to an evaluation."""
-    return {name: value for name, value in row.items() if name != "tokens"}
 
 
 def card_pairs(pairs: Labelled, count: int, seed: int) -> dict[str, list[Row]]:

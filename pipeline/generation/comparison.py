@@ -10,7 +10,7 @@ from pipeline.config.errors import UserError
 from pipeline.config.judges import LlmJudge, LocalJudge
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
-from pipeline.data.files import Row
+from pipeline.data.responses import GeneratedRow
 from pipeline.evaluation.judges.resources import Resources
 from pipeline.evaluation.judges.session import JudgeSession, open_judge
 from pipeline.evaluation.judging import judge_rows, responses_of
@@ -58,13 +58,13 @@ def open_comparing_judge(params: Params, workspace: Workspace) -> JudgeSession:
     return open_judge(params.judge, params.objectives, Resources(params.models, workspace, params.decoding.device))
 
 
-def generate(params: Params, workspace: Workspace, prompts: Sequence[str], judge: JudgeSession) -> list[Row]:
+def generate(params: Params, workspace: Workspace, prompts: Sequence[str], judge: JudgeSession) -> list[GeneratedRow]:
     """Rows of all lines with the judge's scores, each with `method`, `point` and the `line` it belongs to."""
     points = {name: point for name, point in params.sweep.points.items() if not point.guided}
     unguided = [*point_requests(replace(params, sweep=replace(params.sweep, points=points)), params.base, prompts)]
     plain = generate_stored([request for _, request in unguided], params, workspace, params.base, "generate")
     rows = [
-        {"method": UNGUIDED, "point": point, "line": f"{UNGUIDED}/{point}", **row, "forwards": row["n_tokens"]}
+        replace(row, method=UNGUIDED, point=point, line=f"{UNGUIDED}/{point}", forwards=row.n_tokens)
         for (point, _), row in zip(unguided, plain, strict=True)
     ]
     control = responses_of(rows, params.sweep.control)
@@ -80,7 +80,7 @@ def generate(params: Params, workspace: Workspace, prompts: Sequence[str], judge
         ]
         answered = compared.rows([(mix, request) for _, mix, request in requests])
         rows += [
-            {"method": name, "point": line.point, "line": line.name, **row}
+            replace(row, method=name, point=line.point, line=line.name)
             for (line, _, _), row in zip(requests, answered, strict=True)
         ]
     judge.prepare({}, [(rows, control)])

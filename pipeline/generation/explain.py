@@ -21,6 +21,7 @@ from pipeline.config.load import load_params
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import Row
+from pipeline.data.responses import GeneratedRow
 from pipeline.decoding.decoder import GuidedDecoder, Request, Trace
 from pipeline.decoding.token_colours import on_white
 from pipeline.decoding.trace import GUIDED
@@ -30,10 +31,8 @@ from pipeline.generation.rows import point_requests
 _POINTS = 8  # of a sweep that are explained
 
 
-def rows_explained(params: Params, workspace: Workspace, rows: Sequence[Row]) -> list[Row]:
+def rows_explained(params: Params, workspace: Workspace, rows: Sequence[GeneratedRow]) -> list[Row]:
     """Traces of some of the generated rows, as JSON values with their `point`: evenly spaced prompts, at most 8 points.
-
-    `retokenised` marks rows stored before rows kept their tokens: the text is tokenised again, perhaps into others.
 
     Args:
         params: the experiment; `params.explain` says how many prompts, tokens and alternatives.
@@ -44,32 +43,25 @@ def rows_explained(params: Params, workspace: Workspace, rows: Sequence[Row]) ->
         UserError: as `GuidedDecoder.trace`.
     """
     config, base = params.explain, params.base
-    prompts = prompts_explained(params, (row["prompt"] for row in rows))
+    prompts = prompts_explained(params, (row.prompt for row in rows))
     points = set(_spread(list(params.sweep.points), _POINTS))
     requests = {
         (point, request.prompt): request
         for point, request in point_requests(params, base, prompts)
         if point in points and request.sample == 0
     }
-    written = {(row["point"], row["prompt"]): row for row in rows if row["sample"] == 0}
+    written = {(row.point, row.prompt): row for row in rows if row.sample == 0}
     used = {*params.objectives, *(name for request in requests.values() for name in request.arms)}
     decoder: GuidedDecoder = ModelSet(params, workspace, base, used).decoder(params.decoding.device, 1)
     explained = []
     for prompt in tqdm(prompts, desc="explain", unit="prompt"):
         at = [point for point, of in requests if of == prompt]
-        texts = [written[point, prompt] for point in at]
-        drawn = [
-            row["tokens"] if "tokens" in row else decoder.response_ids(prompt, row["response"], row["finish"] == "eos")
-            for row in texts
-        ]
-        tokens = [ids[: config.tokens] for ids in drawn]
-        shown = [place for place, ids in enumerate(tokens) if ids]  # a response may be empty
-        asked_of = [requests[at[place], prompt] for place in shown]
+        tokens = [written[point, prompt].tokens[: config.tokens] for point in at]
         everyone = dict.fromkeys(params.objectives, 0.0)
-        asked_of = [replace(request, weights=everyone | dict(request.weights)) for request in asked_of]
-        for place, trace in zip(shown, decoder.traces(asked_of, [tokens[place] for place in shown]), strict=True):
-            retokenised = "tokens" not in texts[place]
-            explained.append({"point": at[place], "retokenised": retokenised, **trace.record(config.alternatives)})
+        asked = [requests[point, prompt] for point in at]
+        asked = [replace(request, weights=everyone | dict(request.weights)) for request in asked]
+        for point, trace in zip(at, decoder.traces(asked, tokens), strict=True):
+            explained.append({"point": point, **trace.record(config.alternatives)})
     return explained
 
 

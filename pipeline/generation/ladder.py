@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
-from pipeline.data.files import Row
+from pipeline.data.responses import GeneratedRow
 from pipeline.evaluation.judges.session import Control, JudgeSession
 from pipeline.evaluation.judging import judge_rows, responses_of
 from pipeline.evaluation.statistics import best_of_kl
@@ -20,12 +20,12 @@ from pipeline.generation.rows import generate_stored, generate_sweep, point_requ
 class Sampled:
     """What was generated on one base, not judged yet."""
 
-    rows: list[Row]  # every point of the sweep
-    pool: list[Row]  # samples of the control for best-of-N, `best_of` of each prompt and sample
+    rows: list[GeneratedRow]  # every point of the sweep
+    pool: list[GeneratedRow]  # samples of the control for best-of-N, `best_of` of each prompt and sample
     control: Control  # what a pairwise judge compares both with, by prompt and sample
 
     @property
-    def every(self) -> list[Row]:
+    def every(self) -> list[GeneratedRow]:
         """All rows that a judge is to score."""
         return [*self.rows, *self.pool]
 
@@ -47,20 +47,20 @@ def sample(params: Params, workspace: Workspace, base: str, prompts: Sequence[st
     return Sampled(rows, pool, compared)
 
 
-def judge_bases(params: Params, sampled: Mapping[str, Sampled], judge: JudgeSession) -> list[Row]:
+def judge_bases(params: Params, sampled: Mapping[str, Sampled], judge: JudgeSession) -> list[GeneratedRow]:
     """All rows with the judge's scores and their `base`: every point of the sweep, and the best of N samples.
 
     Each of the `samples_per_prompt` best-of-N rows has N samples of its own. Its KL is bounded as in `best_of_kl`.
     """
     judge.prepare({}, [(samples.every, samples.control) for samples in sampled.values()])
     return [
-        {"base": base, **row}
+        replace(row, base=base)
         for base, samples in sampled.items()
         for row in _with_best(params, judge_rows(samples.every, judge, samples.control), len(samples.rows))
     ]
 
 
-def _with_best(params: Params, judged: Sequence[Row], swept: int) -> list[Row]:
+def _with_best(params: Params, judged: Sequence[GeneratedRow], swept: int) -> list[GeneratedRow]:
     """The judged rows of the sweep, which are the first, and the best of those behind them."""
     scored, pool = list(judged[:swept]), judged[swept:]
     own, times = params.decoding.samples_per_prompt, params.weak_to_strong.best_of
@@ -68,7 +68,11 @@ def _with_best(params: Params, judged: Sequence[Row], swept: int) -> list[Row]:
         of_prompt = pool[start : start + own * times]
         for number in range(own):
             for name in params.objectives:
-                chosen = max(of_prompt[number::own], key=lambda row: -math.inf if row[name] is None else row[name])
-                kl = best_of_kl(times, chosen["logp"], chosen["logp_base"])
-                scored.append({**chosen, "point": f"best_of_{times}/{name}", "sample": number, "kl": kl})
+                chosen = max(of_prompt[number::own], key=lambda row: _known(row.scores[name]))
+                kl = best_of_kl(times, chosen.logp, chosen.logp_base)
+                scored.append(replace(chosen, point=f"best_of_{times}/{name}", sample=number, kl=kl))
     return scored
+
+
+def _known(score: float | None) -> float:
+    return -math.inf if score is None else score

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from pipeline.config.errors import UserError
 from pipeline.config.points import point_laws
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
-from pipeline.data.files import Row, digest
+from pipeline.data.files import digest
+from pipeline.data.responses import GeneratedRow
 from pipeline.data.row_store import RowStore
 from pipeline.data.stale_rows import note_asked
 from pipeline.decoding.decoder import Generation, Request
@@ -95,11 +96,11 @@ class Shard:
         return cls(int(match[1]), int(match[2]))
 
 
-def generate_sweep(params: Params, workspace: Workspace, base: str, prompts: Sequence[str]) -> list[Row]:
+def generate_sweep(params: Params, workspace: Workspace, base: str, prompts: Sequence[str]) -> list[GeneratedRow]:
     """Every prompt at every point of the sweep on a base, in the order of `point_requests`, each row with its point."""
     requests = list(point_requests(params, base, prompts))
     rows = generate_stored([request for _, request in requests], params, workspace, base, "generate")
-    return [{"point": point, **row} for (point, _), row in zip(requests, rows, strict=True)]
+    return [replace(row, point=point) for (point, _), row in zip(requests, rows, strict=True)]
 
 
 def generate_shard(
@@ -124,7 +125,7 @@ def generate_stored(
     title: str,
     adapters: Mapping[str, Path] | None = None,
     store: str | None = None,
-) -> list[Row]:
+) -> list[GeneratedRow]:
     """The rows of the requests, in their order; what the store lacks is generated and kept there, chunk by chunk.
 
     A row's key is a digest of all that determines it: the law's version, base, dtype, the adapters that have a say, the
@@ -162,8 +163,7 @@ def generate_stored(
 
 def request_key(request: Request) -> dict[str, Any]:
     """What a request says, as a JSON value."""
-    fields = asdict(request)
-    return fields if request.gate else {name: value for name, value in fields.items() if name != "gate"}
+    return asdict(request)
 
 
 def prompt_tokens(requests: Sequence[Request], *sources: Source) -> dict[str, list[list[int]]]:
@@ -181,7 +181,7 @@ def store_file(workspace: Workspace, name: str) -> Path:
 def stored(
     requests: Sequence[Request], keys: Sequence[str], load: Callable[[], Decoder], workspace: Workspace, title: str,
     name: str | None = None,
-) -> list[Row]:  # fmt: skip
+) -> list[GeneratedRow]:  # fmt: skip
     """The rows of the requests, from the store or from a decoder that is loaded only if the store lacks some.
 
     Args:
@@ -206,31 +206,28 @@ def stored(
         chunks, finished = decoder.plan(missing), decoder.generate(missing, progress=title)
         for chunk in chunks:
             store.add(
-                (keys[todo[place]], _row(missing[place], generation))
+                (keys[todo[place]], _row(missing[place], generation).to_json())
                 for place, generation in islice(finished, len(chunk))
             )
-    return [store[key] for key in keys]
+    return [GeneratedRow.from_json(store[key]) for key in keys]
 
 
-def _row(request: Request, generation: Generation) -> Row:
-    row = {
-        "prompt": request.prompt,
-        "response": generation.text,
-        "prompt_tokens": generation.prompt_tokens,
-        "tokens": list(generation.tokens),  # they cannot be recovered from the text
-        "n_tokens": len(generation.tokens),
-        "finish": generation.finish,
-        "logp": round(generation.logp, 4),
-        "logp_base": round(generation.logp_base, 4),
-        "kl": round(generation.kl, 4),
-        "sample": request.sample,
-        "seed": request.seed,
-        "stream": request.stream,
-    }
-    if generation.forwards is not None:
-        row["forwards"] = generation.forwards
-    if generation.drafted is not None:
-        row |= {"drafted": generation.drafted, "accepted": generation.accepted}
-    if generation.left_out is not None:
-        row["left_out"] = round(generation.left_out, 4)
-    return row
+def _row(request: Request, generation: Generation) -> GeneratedRow:
+    return GeneratedRow(
+        prompt=request.prompt,
+        response=generation.text,
+        finish=generation.finish,
+        prompt_tokens=generation.prompt_tokens,
+        tokens=generation.tokens,
+        n_tokens=len(generation.tokens),
+        logp=round(generation.logp, 4),
+        logp_base=round(generation.logp_base, 4),
+        kl=round(generation.kl, 4),
+        sample=request.sample,
+        seed=request.seed,
+        stream=request.stream,
+        forwards=generation.forwards,
+        drafted=generation.drafted,
+        accepted=generation.accepted,
+        left_out=None if generation.left_out is None else round(generation.left_out, 4),
+    )

@@ -108,5 +108,5 @@ def sample_responses(
     rows = generate_stored(list(requests.values()), params, workspace, params.data.sampler, "prepare")
     samples: Samples = {instruction: {prompt["id"]: [] for prompt in prompts} for instruction in texts}
     for (instruction, prompt_id, _), row in zip(requests, rows, strict=True):
-        samples[instruction][prompt_id].append((row["response"], row["finish"] == "eos"))
+        samples[instruction][prompt_id].append((row.response, row.ended))
     return samples

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pipeline.config.errors import UserError
 from pipeline.config.load import load_params
 from pipeline.config.workspace import Workspace
-from pipeline.data.files import read_jsonl
+from pipeline.data.responses import read_generated
 from pipeline.report import tracking
 
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
             raise UserError(f"{scored} is missing: run `make repro`, or `dvc pull`.")
         return
     params = load_params()
-    group = tracking.group_of(params, [row["response"] for _, row in read_jsonl(scored)])
+    group = tracking.group_of(params, [row.response for row in read_generated(scored)])
     print(f"group    {group}")
     if options.tracking == "online":
         print(f"online   {tracking.publish_report(params, group, options.baseline)}")

@@ -5,7 +5,8 @@ python -m pipeline comparison
 
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
-from pipeline.data.files import read_jsonl, replacing, write_json, write_jsonl
+from pipeline.data.files import read_jsonl, replacing, write_json
+from pipeline.data.responses import write_generated
 from pipeline.evaluation.judging import scored_frame
 from pipeline.evaluation.standings import alpaca_eval
 from pipeline.generation.comparison import generate, open_comparing_judge, standings_of, training_cost
@@ -29,7 +30,7 @@ def run(params: Params, workspace: Workspace) -> None:
         "matched": standings.matched(),
         "wins": standings.win_rates(),
     }
-    write_jsonl(out / "rows.jsonl", rows)
+    write_generated(out / "rows.jsonl", rows)
     for name, frame in tables.items():
         with replacing(out / f"{name}.csv") as stream:
             frame.to_csv(stream, index=False)

@@ -70,5 +70,5 @@ def sampled_text(
         for prompt in kept
         for sample in range(samples)
     ]
-    rows = generate_stored(requests, params, workspace, parent, "distil")
-    return text_groups(rows, samples, source.prompter()), left_out
+    responses = generate_stored(requests, params, workspace, parent, "distil")
+    return text_groups(responses, samples, source.prompter()), left_out

@@ -5,7 +5,8 @@ python -m pipeline explain
 
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
-from pipeline.data.files import Row, read_jsonl, write_json
+from pipeline.data.files import Row, write_json
+from pipeline.data.responses import read_generated
 from pipeline.generation import explain
 
 
@@ -14,10 +15,8 @@ def run(params: Params, workspace: Workspace) -> None:
     explained: list[Row] = []
     if params.explain.prompts:
         file = workspace.results / "generate" / "rows.jsonl"
-        prompts = set(explain.prompts_explained(params, (row["prompt"] for _, row in read_jsonl(file))))
-        rows = [row for _, row in read_jsonl(file) if row["prompt"] in prompts]  # few of perhaps very many
+        prompts = set(explain.prompts_explained(params, (row.prompt for row in read_generated(file))))
+        rows = [row for row in read_generated(file) if row.prompt in prompts]  # few of perhaps very many
         explained = explain.rows_explained(params, workspace, rows)
     write_json(workspace.results / "explain" / "tokens.json", explained)
     print(f"explain: token rewards of {len(explained)} responses")
-    if again := sum(trace["retokenised"] for trace in explained):
-        print(f"explain: {again} of them were stored without their tokens, so that their texts are tokenised again")

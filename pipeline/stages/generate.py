@@ -7,7 +7,8 @@ from pathlib import Path
 
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
-from pipeline.data.files import read_jsonl, write_jsonl
+from pipeline.data.files import read_jsonl
+from pipeline.data.responses import write_generated
 from pipeline.generation.rows import Shard, generate_shard, generate_sweep, prompts_with_room
 
 
@@ -18,7 +19,7 @@ def run(params: Params, workspace: Workspace, shard: str | None = None, *, promp
     test_prompts = prompts_with_room(params, workspace, [params.base], test_prompts)
     if shard is None:
         rows = generate_sweep(params, workspace, params.base, test_prompts)
-        write_jsonl(workspace.results / "generate" / "rows.jsonl", rows)
+        write_generated(workspace.results / "generate" / "rows.jsonl", rows)
     else:
         count, store = generate_shard(params, workspace, params.base, test_prompts, Shard.parse(shard))
         print(f"generate: the {count} rows of {shard} are in {store}; when all shards are there, run `dvc repro`")

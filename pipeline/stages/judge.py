@@ -3,11 +3,13 @@
 python -m pipeline judge
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
-from pipeline.data.files import Row, read_jsonl, replacing, write_json, write_jsonl
+from pipeline.data.files import Row, read_jsonl, replacing, write_json
+from pipeline.data.responses import read_generated, write_generated
 from pipeline.evaluation import judging
 from pipeline.evaluation.judges.resources import Resources
 from pipeline.evaluation.judges.session import open_judge
@@ -20,7 +22,7 @@ def run(params: Params, workspace: Workspace, prepared: Path | None = None) -> N
     bootstrap = Bootstrap.of(params.judge, params.seed)
     held_out = (prepared or workspace.results) / "prepare" / "pairs"
     out = workspace.results / "judge"
-    rows = [judging.without_tokens(row) for _, row in read_jsonl(workspace.results / "generate" / "rows.jsonl")]
+    rows = [replace(row, tokens=()) for row in read_generated(workspace.results / "generate" / "rows.jsonl")]
     labelled = {name: _test_pairs(held_out / f"{name}.jsonl") for name in params.objectives}
     pairs = judging.card_pairs(labelled, params.judge.card_pairs, params.seed)
     control, objectives = params.sweep.control, list(params.objectives)
@@ -32,7 +34,7 @@ def run(params: Params, workspace: Workspace, prepared: Path | None = None) -> N
         print(f"judge: {line}")
     judging.check_card(card)
     scored = judging.judge_rows(rows, judge, compared)
-    write_jsonl(out / "scores.jsonl", scored)
+    write_generated(out / "scores.jsonl", scored)
     frame = judging.scored_frame(scored, objectives, ["point", "prompt", "sample"])
     wins = judging.win_rates(frame, control, objectives, bootstrap)
     with replacing(out / "wins.csv") as stream:

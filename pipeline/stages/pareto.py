@@ -11,7 +11,8 @@ import pandas as pd
 from pipeline.config.points import point_laws
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
-from pipeline.data.files import read_jsonl, replacing, write_json
+from pipeline.data.files import replacing, write_json
+from pipeline.data.responses import read_generated
 from pipeline.evaluation.front import front_metrics, front_table, long_scores
 from pipeline.evaluation.judging import scored_frame
 from pipeline.evaluation.statistics import Bootstrap
@@ -26,8 +27,7 @@ def run(params: Params, workspace: Workspace, trained: Path | None = None) -> No
     data = json.loads((shared / "prepare" / "data_card.json").read_text())
     objectives = list(params.objectives)
     columns = ["point", "prompt", "sample", "response", "finish", "n_tokens", "logp_base", "kl"]
-    judged = (row for _, row in read_jsonl(results / "judge" / "scores.jsonl"))
-    scored = scored_frame(judged, objectives, columns)
+    scored = scored_frame(read_generated(results / "judge" / "scores.jsonl", objectives), objectives, columns)
     wins = pd.read_csv(results / "judge" / "wins.csv")
     bootstrap = Bootstrap.of(params.judge, params.seed)
     front = front_table(params.base, point_laws(params, params.base), params.objectives, scored, wins, bootstrap)

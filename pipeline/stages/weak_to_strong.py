@@ -7,7 +7,8 @@ import json
 
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
-from pipeline.data.files import read_jsonl, replacing, write_jsonl
+from pipeline.data.files import read_jsonl, replacing
+from pipeline.data.responses import write_generated
 from pipeline.evaluation.judges.resources import Resources
 from pipeline.evaluation.judges.session import open_judge
 from pipeline.evaluation.judging import scored_frame
@@ -33,7 +34,7 @@ def run(params: Params, workspace: Workspace) -> None:
     scored = scored_frame(rows, params.objectives)
     named = lines_of(params.sweep, list(params.objectives), params.arm.base, params.weak_to_strong.best_of)
     lines = table(scored, named, params.objectives, Bootstrap.of(params.judge, params.seed))
-    write_jsonl(out / "rows.jsonl", rows)
+    write_generated(out / "rows.jsonl", rows)
     with replacing(out / "table.csv") as stream:
         lines.to_csv(stream, index=False)
     drawn = figures.ladder(lines, list(params.objectives))

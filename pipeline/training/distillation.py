@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
 from pipeline.config.errors import UserError
 from pipeline.config.schema import Distillation, Model
 from pipeline.config.workspace import Workspace
-from pipeline.data.files import Row, digest, replacing_folder
+from pipeline.data.files import digest, replacing_folder
+from pipeline.data.responses import Response
 from pipeline.models.fetch import write_origin
 from pipeline.models.loading import Source, load_model, model_digest, resolve_dtype
 from pipeline.models.prompting import Prompter
@@ -138,16 +139,16 @@ class Distiller(L.LightningModule):
         self.history = list(checkpoint["history"])
 
 
-def text_groups(rows: Sequence[Row], samples: int, prompter: Prompter) -> list[PromptGroup]:
-    """Generated rows as groups of at most `_GROUP` responses to a prompt; `samples` rows in turn are of one prompt."""
+def text_groups(responses: Sequence[Response], samples: int, prompter: Prompter) -> list[PromptGroup]:
+    """Responses as groups of at most `_GROUP` responses to a prompt; `samples` in turn are of one prompt."""
     groups = []
-    for start in range(0, len(rows), samples):
+    for start in range(0, len(responses), samples):
         texts = [
-            prompter.response_ids(row["prompt"], row["response"], row["finish"] == "eos")
-            for row in rows[start : start + samples]
-            if row["response"]
+            prompter.response_ids(one.prompt, one.response, one.ended)
+            for one in responses[start : start + samples]
+            if one.response
         ]
-        prompt = prompter.prompt_ids(rows[start]["prompt"])
+        prompt = prompter.prompt_ids(responses[start].prompt)
         groups += [PromptGroup(prompt, texts[at : at + _GROUP], []) for at in range(0, len(texts), _GROUP)]
     return groups
 

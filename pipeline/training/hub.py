@@ -1,29 +1,20 @@
-"""ARMs to and from the Hugging Face Hub: one that is there already instead of training, one of ours for others.
-
-python -m pipeline push positivity your-name/arm-positivity --base HuggingFaceTB/SmolLM2-135M-Instruct
-python -m pipeline push positivity your-name/arm-positivity --base … --dry-run release/   # look at it, upload nothing
-make params ARGS="'objectives.positivity.pretrained={source: hub, location: your-name/arm-positivity}'"
-"""
+"""ARMs to and from the Hugging Face Hub: one that is there already instead of training, one of ours for others."""
 
 import json
 import re
 import shutil
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from pipeline.config.errors import UserError
-from pipeline.config.load import load_params
 from pipeline.config.schema import Model
-from pipeline.config.workspace import Workspace
 from pipeline.data.files import Row, replacing_folder
 from pipeline.models.fetch import fetch
 from pipeline.models.loading import Source, load_model, resolve_device, resolve_dtype
@@ -126,10 +117,9 @@ def release(folder: Path, repository: str, base: str, out: Path) -> list[Path]:
     for name in (repository, base):
         try:
             validate_repo_id(name)
-        except HFValidationError as error:
+            _owner, _name = name.split("/")  # the Hub also has models without an owner
+        except ValueError as error:
             raise UserError(f"{name} is not a name on the Hub: write owner/name.") from error
-        if "/" not in name:
-            raise UserError(f"{name} is not a name on the Hub: write owner/name.")
     with replacing_folder(out) as unfinished:
         for file in filter_repo_objects(sorted(folder.iterdir()), allow_patterns=_FILES, key=lambda file: file.name):
             shutil.copyfile(file, unfinished / file.name)
@@ -148,13 +138,11 @@ def release(folder: Path, repository: str, base: str, out: Path) -> list[Path]:
 
 
 def push(folder: Path, repository: str, private: bool) -> str:
-    """Upload a released ARM's folder in one commit; the address of the commit is returned.
+    """Upload the folder of a released ARM in one commit; the address of the commit is returned.
 
     Raises:
-        UserError: there is no such folder, or the Hub refuses.
+        UserError: the Hub refuses.
     """
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} holds no ARM: train it with `dvc repro train`.")
     hub = HfApi()
     try:
         hub.create_repo(repository, private=private, exist_ok=True)
@@ -164,29 +152,3 @@ def push(folder: Path, repository: str, private: bool) -> str:
         raise UserError(
             f"{repository} could not be written ({reason}): check the name, the network, and that HF_TOKEN may write."
         ) from error
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Release the ARM of an objective, and push it."""
-    parser = ArgumentParser("python -m pipeline push", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("objective", help="whose ARM is pushed: models/arms/<objective>")
-    parser.add_argument("repository", help="owner/name")
-    parser.add_argument("--base", help="owner/name of what the ARM was made from; left out where it came from the Hub")
-    parser.add_argument("--private", action="store_true", help="where the repository does not exist yet")
-    parser.add_argument("--dry-run", type=Path, metavar="FOLDER", help="write what would be uploaded there, and stop")
-    options = parser.parse_args(arguments)
-    base = options.base
-    if base is None:
-        params = load_params()
-        spec = params.models[params.arm.base]
-        if spec.source != "hub":
-            raise UserError(
-                f"{params.arm.base} did not come from the Hub: say what it is called there, --base owner/name."
-            )
-        base = spec.location
-    with TemporaryDirectory() as scratch:
-        out = options.dry_run or Path(scratch) / options.objective
-        for file in release(Workspace().arm(options.objective), options.repository, base, out):
-            print(f"{file.stat().st_size:12,d}  {file.name}")
-        if options.dry_run is None:
-            print(f"hub: {push(out, options.repository, options.private)}")

@@ -21,6 +21,7 @@ import pandas as pd
 from pipeline.config.load import load_params
 from pipeline.config.schema import Params
 from pipeline.data.files import replacing, write_json, write_jsonl
+from pipeline.data.responses import GeneratedRow, write_generated
 from tests.tiny import ROOT
 
 SCRATCH = Path("scratch/bench_growth")
@@ -53,17 +54,16 @@ def responses(count: int) -> Iterator[str]:
         yield " ".join(dice.choices(words, k=dice.randint(20, 200)))
 
 
-def rows(params: Params, count: int) -> Iterator[dict]:
+def rows(params: Params, count: int) -> Iterator[GeneratedRow]:
     """What generate writes, point by point at as many prompts as make so many rows."""
     points = list(params.sweep.points)
     for number, text in enumerate(responses(count)):
         size = len(text.split())
-        yield {
-            "point": points[number % len(points)], "prompt": f"Question {number // len(points)}?", "response": text,
-            "prompt_tokens": 40, "tokens": list(range(1000, 1000 + size)), "n_tokens": size, "finish": "eos",
-            "logp": -1.5 * size, "logp_base": -2.0 * size, "kl": 0.1 * size, "sample": 0, "seed": 0,
-            "stream": f"{number:032x}",
-        }  # fmt: skip
+        yield GeneratedRow(
+            point=points[number % len(points)], prompt=f"Question {number // len(points)}?", response=text,
+            prompt_tokens=40, tokens=list(range(1000, 1000 + size)), n_tokens=size, finish="eos",
+            logp=-1.5 * size, logp_base=-2.0 * size, kl=0.1 * size, sample=0, seed=0, stream=f"{number:032x}",
+        )  # fmt: skip
 
 
 def furnish(folder: Path, count: int) -> None:
@@ -76,7 +76,7 @@ def furnish(folder: Path, count: int) -> None:
     )  # fmt: skip
     (folder / "params.yaml").write_text(composed.stdout, encoding="utf-8")
     params, results = load_params(folder / "params.yaml"), folder / "results"
-    write_jsonl(results / "generate" / "rows.jsonl", rows(params, count))
+    write_generated(results / "generate" / "rows.jsonl", rows(params, count))
     card = {
         "read": 1, "rows": {"train": 1}, "prompts": {"train": 1}, "characters": {}, "objectives": {}, "conflicts": {},
         "dropped": {}, "oddities": {},

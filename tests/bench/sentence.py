@@ -87,16 +87,14 @@ def rows_of(params: Params, workspace: Workspace) -> pd.DataFrame:
     # Of the file itself, which prepare has compared with the training prompts: a limit of test pairs is not one of it.
     prompts = [row["prompt"] for _, row in read_jsonl(Path(params.data.prompts))]
     prompts = prompts[: params.comparison.prompts]
-    rows = comparison.generate(params, workspace, prompts)
+    judge = comparison.open_comparing_judge(params, workspace)
+    rows = comparison.generate(params, workspace, prompts, judge)
     below = {
         name: point for name, point in params.sweep.points.items() if any(alpha < 0 for alpha in point.weights.values())
     }
     away = generate_sweep(replace(params, sweep=replace(params.sweep, points=below)), workspace, params.base, prompts)
-    extra = [
-        {"method": "log_ratio", "line": f"log_ratio/{row['point']}", **row, "forwards": 2 * row["n_tokens"]}
-        for row in away
-    ]
-    return scored_frame([*rows, *judge_rows(extra, params, workspace, {})], params.objectives)
+    extra = [replace(row, method="log_ratio", line=f"log_ratio/{row.point}", forwards=2 * row.n_tokens) for row in away]
+    return scored_frame([*rows, *judge_rows(extra, judge, {})], params.objectives)
 
 
 def strength_of(line: str, params: Params) -> tuple[str, float]:

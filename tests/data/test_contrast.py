@@ -17,13 +17,15 @@ from pipeline.data.contrast import (
     refuses,
     unusable,
 )
-from pipeline.data.files import read_jsonl, write_jsonl
+from pipeline.data.files import read_jsonl
+from pipeline.data.responses import write_generated
 from pipeline.decoding.request import Request
 from pipeline.evaluation.contrast_card import contrast_card
 from pipeline.evaluation.statistics import Bootstrap
 from pipeline.evaluation.text_classifier import TextClassifier
 from pipeline.generation.samples import sample_responses
 from pipeline.stages import judge, prepare
+from tests.judges import generated
 
 WARM, COLD = "Answer warmly and with joy.", "Answer coldly and curtly."
 SENTENCES = Objective(label="preferred_warmth", wanted=WARM, unwanted=COLD)
@@ -111,7 +113,7 @@ def test_responses_are_those_that_the_sampler_gives_under_the_sentence(dial, wor
         f"Tea? {WARM}", temperature=sampling.temperature, max_new_tokens=sampling.max_new_tokens, sample=1
     )
     [row] = generate_stored([request], dial, workspace, "tiny", "other")
-    assert found[WARM]["p"][1][0] == row["response"] != found[None]["p"][1][0]
+    assert found[WARM]["p"][1][0] == row.response != found[None]["p"][1][0]
 
 
 @pytest.mark.parametrize(
@@ -217,8 +219,7 @@ def test_a_classifier_counts_words_and_not_length():
 def test_the_classifier_is_the_oracle_where_no_scorer_is_named(dial, workspace):
     prepare.run(dial, workspace)
     fitted = TextClassifier.from_json(json.loads(workspace.classifiers.read_text())["warmth"])
-    row = {"point": "base", "prompt": "Why?", "response": "good tea", "sample": 0, "kl": 0.0}
-    write_jsonl(workspace.results / "generate/rows.jsonl", [row])
+    write_generated(workspace.results / "generate/rows.jsonl", [generated("Why?", "good tea", point="base")])
     judge.run(dial, workspace)
     [scored] = [row for _, row in read_jsonl(workspace.results / "judge/scores.jsonl")]
     assert scored["warmth"] == fitted.probability("good tea")

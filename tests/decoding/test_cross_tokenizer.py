@@ -328,6 +328,6 @@ def test_a_sweep_on_a_base_of_another_family_needs_no_more_than_its_name(smoke_p
     )  # fmt: skip
     with pytest.warns(UserWarning, match="positivity: another tokenizer than the base's"):
         rows = generate_sweep(params, workspace, "foreign", ["Tips?", "Why?"])
-    told = {row["point"]: row["left_out"] for row in rows}
+    told = {row.point: row.left_out for row in rows}
     assert told["base"] == 0.0
     assert told["plain"] > 0.0 and told["ratio"] > 0.0

@@ -68,8 +68,8 @@ MANY = [
     Request("Why?", {"one": 1.0, REFERENCE: -1.0}, max_new_tokens=30, top_k=40),
     Request("Why? " * 20, {"one": 1.0, "base": 0.0}, max_new_tokens=12, top_p=0.9),
     Request("Write a review of the corner bakery.", {"two": 2.0}, max_new_tokens=25, min_p=0.05, stop=("e", " a")),
-    Request("Describe a rainy Monday.", {"three": 0.4}, max_new_tokens=1, gate=2.0),
-    Request("Describe a rainy Monday.", {"three": 0.4}, max_new_tokens=21, gate=2.0),
+    Request("Describe a rainy Monday.", {"three": 0.4}, max_new_tokens=1),
+    Request("Describe a rainy Monday.", {"three": 0.4}, max_new_tokens=21),
 ] * 2
 
 
@@ -87,7 +87,7 @@ def same_rows(rows, plain):
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_rows_are_those_of_step_by_step_decoding(strong, weak, prompter, arms, static, batch_size):
-    """At any length; with prompts of all lengths, refills, stop texts, gates, truncation, log-ratio form, no base."""
+    """At any length; with prompts of all lengths, refills, stop texts, truncation, log-ratio form, no base."""
     wanted = numbered(MANY)
     plain = run(pair(strong, weak, prompter, arms, 0, static, batch_size), wanted)
     for length in LENGTHS:

@@ -16,7 +16,7 @@ REQUESTS = [
     Request(PROMPT, {"one": 1.0, "two": 0.5}, max_new_tokens=12),
     Request(PROMPT, {"one": 1.0, "two": 0.0}, temperature=0.7, max_new_tokens=12),
     Request(PROMPT, {"one": 2.0, "base": -1.0}, top_k=5, top_p=0.9, max_new_tokens=12),
-    Request(PROMPT, {"one": 1.0, "two": 1.0}, gate=3.0, max_new_tokens=12),
+    Request(PROMPT, {"one": 1.0, "two": 1.0}, max_new_tokens=12),
     Request(PROMPT, {"three": 0.0}, max_new_tokens=12),
 ]
 

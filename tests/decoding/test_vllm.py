@@ -277,7 +277,6 @@ def test_a_drawn_mark_is_a_token_like_any_other(served, reference):
     ("request_", "said"),
     [
         (Request("Why?", {"three": 1.0}), "weights name three, but the ARMs are one, two"),
-        (Request("Why?", {"one": 1.0}, gate=1.0), "gated guidance"),
         (Request("Why?", {"one": 1.0}, max_new_tokens=300), "exceeds the context of 256"),
     ],
 )
@@ -507,8 +506,8 @@ def test_the_generate_stage_runs_on_vllm_and_keeps_its_rows_apart(source, adapte
         shutil.copytree(adapters[name], workspace.arm(objective))
     rows = generate_sweep(params, workspace, "tiny", PROMPTS)
     assert len(rows) == len(PROMPTS) * len(params.sweep.points)
-    assert all(math.isfinite(row["kl"]) and row["kl"] > -1e-3 for row in rows)
-    assert {row["kl"] for row in rows if row["point"] == "base"} == {0.0}
+    assert all(math.isfinite(row.kl) and row.kl > -1e-3 for row in rows)
+    assert {row.kl for row in rows if row.point == "base"} == {0.0}
     slower = replace(params, decoding=replace(params.decoding, engine="transformers"))
     generate_sweep(slower, workspace, "tiny", PROMPTS)
     stored = (workspace.scratch / "store" / "generate.jsonl").read_text().splitlines()

@@ -2,9 +2,10 @@ import pytest
 
 from pipeline.config.judges import LlmJudge
 from pipeline.data.files import write_jsonl
+from pipeline.data.responses import write_generated
 from pipeline.evaluation.judges import llm
 from tests.endpoint import KEY, Server
-from tests.judges import verdicts_of
+from tests.judges import generated, verdicts_of
 
 
 @pytest.fixture
@@ -35,11 +36,11 @@ def scores_of(verdicts):
 def rows_of(workspace, points=("base", "sharpened", "p100_c000")):
     """What generate and prepare wrote: longer responses at later points, pairs whose chosen response is the longer."""
     rows = [
-        {"point": point, "prompt": prompt, "sample": 0, "response": "word " * (3 + place + 2 * number)}
+        generated(prompt, "word " * (3 + place + 2 * number), point=point)
         for number, prompt in enumerate(("Why?", "How?", "When?"))
         for place, point in enumerate(points)
     ]
-    write_jsonl(workspace.results / "generate/rows.jsonl", rows)
+    write_generated(workspace.results / "generate/rows.jsonl", rows)
     for name in ("positivity", "conciseness"):
         pairs = [
             {"prompt": f"{split} {number}?", "chosen": "good " * (3 + number), "rejected": "bad", "split": split}

@@ -23,7 +23,7 @@ from pipeline.evaluation.front import (
 )
 from pipeline.evaluation.judging import judge_rows, win_rates
 from pipeline.evaluation.statistics import Bootstrap, bootstrap_mean, gap_recovered, hypervolume
-from tests.judges import judge_of
+from tests.judges import generated, judge_of
 
 QUICK = settings(max_examples=50, deadline=None, derandomize=True)
 JUDGE = OracleJudge(kind="oracle", confidence=0.95, resamples=100)
@@ -250,8 +250,10 @@ def test_a_bootstrap_of_many_prompts_fits_into_little_memory():
 def test_rows_are_scored_under_the_names_of_their_objectives(smoke_params, workspace):
     objectives = {"brief": Objective(label="x", scorer="conciseness")}
     judge = judge_of(replace(smoke_params, objectives=objectives), workspace)
-    assert judge_rows([{"response": "Tea is on."}], judge, {}) == [{"response": "Tea is on.", "brief": 0.925}]
-    assert judge_rows([{"response": "a", "tokens": [7]}], judge, {})[0].keys() == {"response", "brief"}
+    row = generated("What is on?", "Tea is on.", tokens=[7, 8])
+    [judged] = judge_rows([row], judge, {})
+    assert judged == replace(row, tokens=(), scores={"brief": 0.925})
+    assert judged.to_json().keys() == {*row.to_json(), "brief"} - {"tokens"}
 
 
 def test_an_objective_without_a_scorer_cannot_be_judged(smoke_params, workspace):

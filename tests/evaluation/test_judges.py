@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from pipeline.config.errors import UserError
 from pipeline.config.judges import OracleJudge, RewardJudge, Scoring
+from pipeline.data.responses import Response
 from pipeline.evaluation import judging
 from pipeline.evaluation.judges import reward_model
 from pipeline.evaluation.judges.rubric import Question, read_rubric
@@ -24,7 +25,7 @@ from pipeline.training.held_out import HeldOut
 from pipeline.training.reward_model import RewardModel
 from tests.endpoint import KEY, longer, parts
 from tests.evaluation.conftest import asking, rows_of
-from tests.judges import judge_of
+from tests.judges import generated, judge_of
 from tests.tiny import tiny_tokenizer
 
 SURE = Bootstrap(0.95, 50, 0)
@@ -234,10 +235,10 @@ def test_a_reward_model_scores_every_response(smoke_params, workspace, tmp_path,
     torch.manual_seed(0)
     plain = LlamaForSequenceClassification(config).eval()
     for row in scored:
-        text = template.replace("{prompt}", row["prompt"]).replace("{response}", row["response"])
+        text = template.replace("{prompt}", row.prompt).replace("{response}", row.response)
         ids = torch.tensor([tokenizer(text).input_ids])
-        assert row["positivity"] == pytest.approx(float(plain(ids).logits), abs=1e-4)
-        assert row["conciseness"] == pytest.approx(-row["positivity"], abs=1e-5)
+        assert row.scores["positivity"] == pytest.approx(float(plain(ids).logits), abs=1e-4)
+        assert row.scores["conciseness"] == pytest.approx(-row.scores["positivity"], abs=1e-5)
 
 
 def test_a_reward_model_of_ours_judges_as_it_was_trained(smoke_params, workspace, tmp_path, tiny, prompter):
@@ -257,11 +258,8 @@ def test_a_reward_model_of_ours_judges_as_it_was_trained(smoke_params, workspace
     ]
     with torch.no_grad():
         rewards = [model(collate(tokenise([pair], prompter, 256, "x").groups, 0)).tolist() for pair in pairs]
-    rows = [
-        {"prompt": pair["prompt"], "response": pair["chosen"], "finish": ["length", "eos"][pair["chosen_ended"]]}
-        for pair in pairs
-    ]
-    judged = [row["positivity"] for row in judging.judge_rows(rows, judge_of(params, workspace), {})]
+    rows = [generated(pair["prompt"], pair["chosen"], finish=["length", "eos"][pair["chosen_ended"]]) for pair in pairs]
+    judged = [row.scores["positivity"] for row in judging.judge_rows(rows, judge_of(params, workspace), {})]
     assert judged == pytest.approx([chosen for chosen, _ in rewards], abs=1e-5)
     right = sum(chosen > rejected for chosen, rejected in rewards) / len(rewards)
     card = card_of({"positivity": pairs}, params, workspace)
@@ -288,13 +286,13 @@ def test_unknown_keys_of_a_judge_are_named(compose_params):
 def test_a_reward_model_reads_texts_as_texts(template):
     tokenizer = tiny_tokenizer()
     spec, control = Scoring("path", "x", template=template), ControlTokens.of(tokenizer, template)
-    row = {"prompt": "What is {response}? <end>", "response": "It is {prompt}. <end> See?"}
+    row = Response(prompt="What is {response}? <end>", response="It is {prompt}. <end> See?")
     ids = reward_model._ids(spec, tokenizer, control, row)
     marks = [tokenizer.convert_ids_to_tokens(token) for token in ids if token in tokenizer.all_special_ids]
     if template is None:
-        wanted = f"<user>{row['prompt']}<end><user>{row['response']}<end>"
+        wanted = f"<user>{row.prompt}<end><user>{row.response}<end>"
         assert [token for token in marks if token == "<end>"] == ["<end>"] * 2
     else:
-        wanted = f"USER: {row['prompt']} ASSISTANT:{row['response']}"
+        wanted = f"USER: {row.prompt} ASSISTANT:{row.response}"
         assert "<end>" not in marks
     assert tokenizer.decode(ids) == wanted

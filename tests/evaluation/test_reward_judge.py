@@ -9,13 +9,14 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from pipeline.config.errors import UserError
 from pipeline.config.judges import RewardJudge, Scoring
+from pipeline.data.responses import Response
 from pipeline.evaluation import judging
 from pipeline.evaluation.judges import reward_model
 from pipeline.evaluation.statistics import Bootstrap
 from pipeline.models.control_tokens import ControlTokens
 from pipeline.stages import judge as stage
 from tests.evaluation.conftest import rows_of
-from tests.judges import judge_of, rewards_of
+from tests.judges import generated, judge_of, rewards_of
 from tests.tiny import tiny_tokenizer
 
 TEMPLATE = "USER: {prompt} ASSISTANT:{response}"
@@ -60,15 +61,15 @@ def loads(monkeypatch):
 def test_a_text_beyond_the_context_loses_its_beginning_and_is_counted(classifier, smoke_params, workspace, capsys):
     model, folder = classifier
     params = judged_by(smoke_params, folder)
-    rows = [{"prompt": "Why? " * 200, "response": "good"}, {"prompt": "Why?", "response": "good"}]
+    rows = [generated("Why? " * 200, "good"), generated("Why?", "good")]
     long, _ = judging.judge_rows(rows, judge_of(params, workspace), {})
     assert "judge: positivity: 1 of 2 texts exceed the reward model's context" in capsys.readouterr().out
     tokenizer = tiny_tokenizer()
-    text = TEMPLATE.replace("{prompt}", rows[0]["prompt"]).replace("{response}", "good")
+    text = TEMPLATE.replace("{prompt}", rows[0].prompt).replace("{response}", "good")
     ids = tokenizer(text).input_ids
     assert len(ids) > 64
     with torch.no_grad():
-        assert long["positivity"] == pytest.approx(float(model(torch.tensor([ids[-64:]])).logits), abs=1e-4)
+        assert long.scores["positivity"] == pytest.approx(float(model(torch.tensor([ids[-64:]])).logits), abs=1e-4)
     long_pair = {"prompt": "Why? " * 200, "chosen": "good", "rejected": "bad"}
     labelled = {"positivity": [long_pair, {"prompt": "Why?", "chosen": "a", "rejected": "b"}]}
     card = judging.judge_card(labelled, judge_of(params, workspace), params.judge.kind, Bootstrap.of(params.judge, 0))
@@ -104,7 +105,7 @@ def test_each_model_is_loaded_once_a_run(classifier, smoke_params, workspace, lo
 def test_what_is_scored_before_a_failure_is_kept(classifier, smoke_params, workspace, monkeypatch):
     params = judged_by(smoke_params, classifier[1])
     judge = dataclasses.replace(params.judge, batch_size=2)
-    rows = [{"prompt": "Why?", "response": f"word {number}"} for number in range(10)]
+    rows = [Response(prompt="Why?", response=f"word {number}") for number in range(10)]
     seen, rewards = [], reward_model._rewards
 
     def failing(model, tokenizer, ids):
@@ -121,7 +122,7 @@ def test_what_is_scored_before_a_failure_is_kept(classifier, smoke_params, works
 
 
 def test_a_dialogue_is_given_as_turns_or_refused():
-    tokenizer, row = tiny_tokenizer(), {"prompt": DIALOGUE, "response": "Slowly."}
+    tokenizer, row = tiny_tokenizer(), Response(prompt=DIALOGUE, response="Slowly.")
     ids = reward_model._ids(Scoring("path", "x"), tokenizer, ControlTokens.of(tokenizer, None), row)
     assert tokenizer.decode(ids) == "<user>Why?<end><user>So.<end><user>How?<end><user>Slowly.<end>"
     with pytest.raises(UserError, match="has room for one turn, and a prompt is a dialogue"):
@@ -134,7 +135,7 @@ def test_a_dialogue_is_given_as_turns_or_refused():
 
 
 def test_a_text_is_begun_and_ended_once():
-    tokenizer, row = tiny_tokenizer(), {"prompt": "Why?", "response": "Slowly."}
+    tokenizer, row = tiny_tokenizer(), Response(prompt="Why?", response="Slowly.")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<user> $A <end>", special_tokens=[("<user>", 2), ("<end>", 1)]
     )

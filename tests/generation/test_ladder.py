@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pipeline.config.errors import UserError
 from pipeline.config.points import point_weights
 from pipeline.config.schema import Point
+from pipeline.evaluation.judging import scored_frame
 from pipeline.evaluation.ladder import UNDEFINED, lines_of, table
 from pipeline.evaluation.statistics import Bootstrap, gap_recovered
 from pipeline.generation.ladder import judge_bases, sample
@@ -175,7 +176,7 @@ def test_best_of_n_is_the_best_of_its_own_samples(smoke_params, tiny, workspace)
     )
     sampled = {"tiny": sample(params, workspace, "tiny", ["Why?", "Tell me about tea."])}
     rows = judge_bases(params, sampled, judge_of(params, workspace))
-    by_point = pd.DataFrame(rows).groupby("point")
+    by_point = scored_frame(rows, params.objectives).groupby("point")
     assert by_point.size().to_dict() == {"base": 4, "best_of_3/positivity": 4, "best_of_3/conciseness": 4}
     for _, row in by_point.get_group("best_of_3/positivity").iterrows():
         assert row.kl == pytest.approx(math.log(3) - 2 / 3, abs=1e-3), "its bound"

@@ -274,8 +274,8 @@ def test_the_laws_by_lane(place, workspace):
     }
     with pytest.raises(UserError, match="no dpo policy is trained for the weights of point odd"):
         morl.law("dpo", Mix("odd", {"positivity": 0.9, "conciseness": 0.1}, 1.0), place)
-    plain = genarm.law(GenArm(kind="genarm", gate=1.5), mix, place)
-    assert plain.weights == {"positivity": 0.25, "conciseness": 0.25} and plain.gate == 1.5
+    plain = genarm.law(GenArm(kind="genarm"), mix, place)
+    assert plain.weights == {"positivity": 0.25, "conciseness": 0.25}
     assert set(plain.trained) == {workspace.arm("positivity"), workspace.arm("conciseness")}
     ratio = genarm.law(GenArm(kind="genarm", form="log_ratio"), mix, place)
     assert ratio.weights == {"positivity": 0.25, "conciseness": 0.25, "base": 0.5}
@@ -283,23 +283,6 @@ def test_the_laws_by_lane(place, workspace):
     assert tuned.weights == {"policy/positivity": 0.25, "policy/conciseness": 0.25}
     ratio = genarm.law(GenArm(kind="genarm", arms="policies", form="log_ratio"), mix, place)
     assert ratio.weights == mod.law(mix, place).weights, "which is MOD"
-
-
-def test_where_the_base_is_sure_the_gate_lets_it_go_on_alone(decoder):
-    free = [Request(prompt, {"one": 1.0}, max_new_tokens=8) for prompt in PROMPTS]
-    shut = [dataclasses.replace(request, gate=100.0) for request in free]
-    ajar = [dataclasses.replace(request, gate=4.9) for request in free]
-    by_gate = {name: answers(decoder, asked) for name, asked in (("free", free), ("shut", shut), ("ajar", ajar))}
-    assert all(one.kl == pytest.approx(0, abs=1e-5) and one.logp == one.logp_base for one in by_gate["shut"])
-    kls = {name: sum(one.kl for one in found) for name, found in by_gate.items()}
-    assert 0 < kls["ajar"] < kls["free"]
-    mixed = answers(decoder, [free[0], shut[1]])
-    assert mixed[0].tokens == by_gate["free"][0].tokens and mixed[1].tokens == by_gate["shut"][1].tokens
-
-
-def test_a_gated_log_ratio_is_the_base_where_it_is_shut(decoder):
-    asked = [Request(prompt, {"one": 1.0, "base": 0.0}, max_new_tokens=6, gate=100.0) for prompt in PROMPTS]
-    assert all(one.kl == pytest.approx(0, abs=1e-5) for one in answers(decoder, asked))
 
 
 def test_a_comparison_names_its_base_and_its_measure(compose_params):

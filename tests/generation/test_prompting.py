@@ -54,8 +54,8 @@ def test_a_sentence_is_a_lane_of_the_base_with_another_prompt(params, workspace,
         tokens.append(int(np.searchsorted(np.exp(law).cumsum(), uniform, side="right")))
         if tokens[-1] == prompter.eos:
             break
-    assert row["tokens"] == tokens and row["kl"] == pytest.approx(kl, abs=1e-2)
-    assert row["prompt"] == "Describe tea." and row["forwards"] == len(exponents) * row["n_tokens"]
+    assert row.tokens == tokens and row.kl == pytest.approx(kl, abs=1e-2)
+    assert row.prompt == "Describe tea." and row.forwards == len(exponents) * row.n_tokens
 
 
 def test_another_sentence_is_another_row_and_the_same_one_is_not_generated_again(params, workspace, monkeypatch):

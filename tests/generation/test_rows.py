@@ -9,6 +9,7 @@ from pipeline.config.schema import Objective, Point, Sampling
 from pipeline.config.workspace import Workspace
 from pipeline.data.card import DataCard
 from pipeline.data.files import read_jsonl, write_jsonl
+from pipeline.data.responses import GeneratedRow
 from pipeline.decoding import decoder
 from pipeline.decoding.decoder import GuidedDecoder, Request
 from pipeline.generation import explain
@@ -79,7 +80,7 @@ def test_an_interrupted_run_goes_on_and_equals_an_uninterrupted_one(sweep, tiny,
     monkeypatch.setattr(GuidedDecoder, "generate", dying)
     with pytest.raises(KeyboardInterrupt):
         rows_of(sweep, tiny, arms, tmp_path / "store.jsonl")
-    readable = [json.loads(line)["row"] for line in store_of(tmp_path).read_text().splitlines()]
+    readable = [GeneratedRow.from_json(json.loads(line)["row"]) for line in store_of(tmp_path).read_text().splitlines()]
     assert len(readable) == 4 and all(row in whole for row in readable)
     with store_of(tmp_path).open("a") as stream:
         stream.write('{"digest": "torn')
@@ -116,7 +117,7 @@ def test_a_row_depends_on_the_adapter_that_guides_it_and_on_no_other(sweep, tiny
 
 def test_rows_carry_what_an_evaluation_needs(sweep, tiny, arms, tmp_path):
     row = rows_of(sweep, tiny, arms, tmp_path / "store.jsonl")[1]
-    assert set(row) >= {
+    assert set(row.to_json()) >= {
         "prompt",
         "response",
         "prompt_tokens",
@@ -127,20 +128,17 @@ def test_rows_carry_what_an_evaluation_needs(sweep, tiny, arms, tmp_path):
         "kl",
         "stream",
     }
-    assert json.loads(json.dumps(row)) == row
-    assert row["kl"] >= 0
+    assert GeneratedRow.from_json(json.loads(json.dumps(row.to_json()))) == row
+    assert row.kl >= 0
 
 
-def test_token_rewards_are_of_the_tokens_that_were_drawn_or_say_otherwise(sweep, tiny, arms, tmp_path):
+def test_token_rewards_are_of_the_tokens_that_were_drawn(sweep, tiny, arms, tmp_path):
     workspace = furnished(tmp_path, tiny, arms)
     rows = generate_sweep(sweep, workspace, "tiny", PROMPTS[:1])
     traces = explain.rows_explained(sweep, workspace, rows)
-    assert [len(row["tokens"]) for row in rows] == [row["n_tokens"] for row in rows]
+    assert [len(row.tokens) for row in rows] == [row.n_tokens for row in rows]
     spell = Prompter.load(tiny, None).pieces
-    assert [trace["tokens"] for trace in traces] == [spell(row["tokens"][: sweep.explain.tokens]) for row in rows]
-    assert not any(trace["retokenised"] for trace in traces)
-    old = [{name: value for name, value in row.items() if name != "tokens"} for row in rows]
-    assert all(trace["retokenised"] for trace in explain.rows_explained(sweep, workspace, old))
+    assert [trace["tokens"] for trace in traces] == [spell(row.tokens[: sweep.explain.tokens]) for row in rows]
 
 
 def test_the_stream_is_of_seed_prompt_and_point():

@@ -23,7 +23,7 @@ WAYS = [
     {}, {"weights": {"one": 1.0}}, {"weights": {"one": 0.5, "two": 0.7}}, {"weights": {"base": 0.0, "two": 1.0}},
     {"weights": {"base": -0.5, "one": 1.5}}, {"weights": {"one": -1.0}, "temperature": 0.7}, {"temperature": 0.0},
     {"weights": {"one": 1.0}, "top_k": 5}, {"weights": {"one": 1.0}, "top_p": 0.8}, {"min_p": 0.1},
-    {"weights": {"two": 1.0}, "gate": 3.0}, {"weights": {"two": 1.0}, "stop": ("e",)}, {"sample": 1, "seed": 3},
+    {"weights": {"two": 1.0}, "stop": ("e",)}, {"sample": 1, "seed": 3},
 ]  # fmt: skip
 
 

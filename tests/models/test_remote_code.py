@@ -9,6 +9,7 @@ import pytest
 from pipeline.config.errors import UserError
 from pipeline.config.judges import RewardJudge, Scoring
 from pipeline.config.schema import Model
+from pipeline.data.responses import Response
 from pipeline.models.fetch import fetch
 from tests.judges import rewards_of
 from tests.tiny import ROOT, tiny_tokenizer
@@ -62,7 +63,7 @@ def test_a_reward_model_that_is_code_is_refused(armed, smoke_params, workspace):
     judge = RewardJudge(kind="reward_model", models=dict.fromkeys(smoke_params.objectives, Scoring("path", str(armed))))
     rewards = rewards_of(judge, smoke_params, workspace)
     with pytest.raises(UserError, match=r"could not be loaded .*contains custom code.*a model without code of its own"):
-        rewards.of({"positivity": [{"prompt": "Why?", "response": "So.", "finish": "eos"}]})
+        rewards.of({"positivity": [Response(prompt="Why?", response="So.")]})
 
 
 def test_the_armed_folder_would_ask_without(armed):

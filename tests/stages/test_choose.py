@@ -29,10 +29,10 @@ class Judge:
         self.prepared += sum(len(each) for each, _ in rows)
 
     def scores(self, rows, control):
-        assert all((row["prompt"], row["sample"]) in control for row in rows)
+        assert all((row.prompt, row.sample) in control for row in rows)
         return {
-            "one": [None if row["prompt"] in self.undetermined else min(1.0, row["kl"] / 4) for row in rows],
-            "two": [1.0 - min(1.0, row["kl"] / 4) for row in rows],
+            "one": [None if row.prompt in self.undetermined else min(1.0, row.kl / 4) for row in rows],
+            "two": [1.0 - min(1.0, row.kl / 4) for row in rows],
         }
 
 

@@ -8,7 +8,7 @@ import pytest
 from tests.stages.test_dag import checked_out, compose, run
 
 METHODS = [
-    "base", "genarm", "log_ratio", "gated", "genarm_dpo", "parm", "mod", "morl", "soup", "soup_factors", "best_of_n",
+    "base", "genarm", "log_ratio", "genarm_dpo", "parm", "mod", "morl", "soup", "soup_factors", "best_of_n",
     "args", "transfer_q", "cards",
 ]  # fmt: skip
 FEWER = [f"~{section}.p{mix}" for section in ("tune.rivals", "sweep.points") for mix in ("075_c025", "025_c075")]

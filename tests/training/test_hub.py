@@ -16,6 +16,7 @@ import pytest
 from pipeline.config.errors import UserError
 from pipeline.decoding.decoder import GuidedDecoder, Request
 from pipeline.models.loading import Source, model_digest
+from pipeline.stages import push
 from pipeline.training import hub
 from tests.tiny import ROOT
 
@@ -143,7 +144,7 @@ def test_a_hub_that_refuses_and_an_arm_that_is_not_there_are_one_sentence(server
     )  # fmt: skip
     assert "UserError: me/arm could not be written (" in refused.stderr and "HF_TOKEN may write" in refused.stderr
     with pytest.raises(UserError, match="holds no ARM: train it with"):
-        hub.push(tmp_path, "me/arm", False)
+        hub.release(tmp_path, "me/arm", "owner/tiny", tmp_path / "out")
 
 
 def test_the_card_of_a_release_has_code_that_runs(tiny, arms, tmp_path, capsys, monkeypatch):
@@ -152,7 +153,7 @@ def test_the_card_of_a_release_has_code_that_runs(tiny, arms, tmp_path, capsys, 
     (folder / "README.md").write_text("---\nbase_model: tiny\nlicense: mit\n---\n# An ARM\n")
     (folder / "notes.pt").write_bytes(b"not for the Hub")
     monkeypatch.chdir(tmp_path)
-    hub.main(["positivity", "me/arm", "--base", "owner/tiny", "--dry-run", "out"])
+    push.main(["positivity", "me/arm", "--base", "owner/tiny", "--dry-run", "out"])
     out = tmp_path / "out"
     assert "adapter_model.safetensors" in capsys.readouterr().out and not (out / "notes.pt").exists()
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "owner/tiny"
@@ -168,7 +169,9 @@ def test_the_card_of_a_release_has_code_that_runs(tiny, arms, tmp_path, capsys, 
     assert row.text.strip() and row.text.strip() in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("repository", "base"), [("arm", "owner/tiny"), ("me/arm", "tiny"), ("me/a r", "owner/tiny")])
+@pytest.mark.parametrize(
+    ("repository", "base"), [("arm", "owner/tiny"), ("me/arm", "tiny"), ("me/a r", "owner/tiny"), ("me/arm", "a/b/c")]
+)
 def test_a_name_that_the_hub_has_not_is_refused_and_nothing_is_written(arms, tmp_path, repository, base):
     with pytest.raises(UserError, match="is not a name on the Hub: write owner/name"):
         hub.release(arms["one"], repository, base, tmp_path / "out")
@@ -177,4 +180,4 @@ def test_a_name_that_the_hub_has_not_is_refused_and_nothing_is_written(arms, tmp
 
 def test_a_base_from_a_wheel_needs_its_name_on_the_hub(project):
     with pytest.raises(UserError, match="tiny did not come from the Hub: say what it is called there, --base"):
-        hub.main(["positivity", "me/arm", "--dry-run", "out"])
+        push.main(["positivity", "me/arm", "--dry-run", "out"])

@@ -112,7 +112,7 @@ class VllmDecoder:
         """Yield (index into `requests`, generation) as rows finish, under a progress bar called `progress`.
 
         Raises:
-            UserError: a request names an unknown ARM, is gated, or exceeds the context (nothing is generated then); the
+            UserError: a request names an unknown ARM, or exceeds the context (nothing is generated then); the
                 KV cache does not hold one group.
         """
         read = {
@@ -134,8 +134,6 @@ class VllmDecoder:
         for name in request.arms:
             if name not in known:
                 raise UserError(f"weights name {name}, but the ARMs are {', '.join(known) or 'none'}.")
-        if request.gate:
-            raise UserError("gated guidance is not among what vLLM's lanes can do: use decoding.engine=transformers.")
         for ids, context in zip(group.prompts, self._contexts, strict=True):
             if len(ids) + request.max_new_tokens > context:
                 raise UserError(

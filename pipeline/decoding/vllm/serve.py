@@ -1,25 +1,13 @@
-"""Guided decoding behind vLLM's own OpenAI-compatible server.
-
-    python -m pipeline serve --port 8000     # `make serve`; flags after -- go to vLLM's server
-    curl -s localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": "smollm2-135m",
-      "messages": [{"role": "user", "content": "Describe a rainy Monday."}], "max_tokens": 48, "seed": 1,
-      "guidance": {"weights": {"positivity": 1.0}}}'
-
-The server is vLLM's with our processor, our scheduler and our routes, which turn a request with `guidance` into its
-lanes; a request without it goes on to vLLM's own. `kill -HUP <process>` takes over ARMs that were trained again.
-"""
+"""The process of vLLM's own OpenAI-compatible server, with our processor, scheduler and routes in it."""
 
 import json
 import os
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from ctypes.util import find_library
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from pipeline.config.load import load_params
-from pipeline.config.workspace import Workspace
 from pipeline.decoding.backbone import plan_backbones
 from pipeline.decoding.vllm import guides
 from pipeline.decoding.vllm.settings import ENVIRONMENT, ROOM, SERVE, ends_and_marks, settings, version_of
@@ -62,34 +50,39 @@ def _flag(name: str, value: Any) -> list[str]:
     return [f"--{spelled}", *map(str, value if isinstance(value, list) else [value])]
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Become vLLM's server for the base and the ARMs of params.yaml."""
-    parser = ArgumentParser(
-        "python -m pipeline serve", description=__doc__, formatter_class=RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--groups", type=int, default=32, help="guided requests at once")
-    parser.add_argument("more", nargs="*", help="after --: further flags of vLLM's server")
-    options = parser.parse_args(arguments)
-    params, workspace = load_params(), Workspace()
-    source = Source.of(params.models, workspace, params.base)
-    weak = Source.of(params.models, workspace, params.arm.base) if params.arm.base != params.base else None
-    arms = {name: workspace.arm(name) for name in params.objectives}
-    adapters, beside = plan_backbones(source, arms, weak, {}, reference=weak is not None)
-    ends, marks = ends_and_marks(source)
-    engine = settings(source, adapters, beside, options.groups)
-    versions = workspace.scratch.absolute() / "serve"
+def become_server(
+    name: str, base: Source, arms: Mapping[str, Path], arm_base: Source | None, versions: Path, groups: int, port: int,
+    more: Sequence[str],
+) -> NoReturn:  # fmt: skip
+    """Replace this process by vLLM's server.
+
+    Args:
+        name: of the base, as requests name it.
+        base: the model that is steered.
+        arms: folders of the ARMs, by objective.
+        arm_base: what the ARMs were made from, where that is another model.
+        versions: where copies of adapters are kept, which the engine reads.
+        groups: guided requests at once.
+        port: where it listens, on loopback.
+        more: further flags of vLLM's server.
+
+    Raises:
+        UserError: an adapter is not one that vLLM can serve.
+    """
+    adapters, beside = plan_backbones(base, arms, arm_base, {}, reference=arm_base is not None)
+    ends, marks = ends_and_marks(base)
+    engine = settings(base, adapters, beside, groups)
     models = {
-        "base": params.base, "folder": str(source.folder), "groups": options.groups,
-        "guides": guides.to_json(beside), "ends": ends, "marks": marks, "template": source.template,
-        "adapters": {name: str(folder.absolute()) for name, folder in adapters.items()}, "versions": str(versions),
+        "base": name, "folder": str(base.folder), "groups": groups,
+        "guides": guides.to_json(beside), "ends": ends, "marks": marks, "template": base.template,
+        "adapters": {arm: str(folder.absolute()) for arm, folder in adapters.items()}, "versions": str(versions),
         "rank": engine.get("max_lora_rank", 0),
     }  # fmt: skip
-    plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
+    plugins = [plugin for plugin in os.environ.get("VLLM_PLUGINS", "").split(",") if plugin]
     os.environ |= {SERVE: json.dumps(models), **ENVIRONMENT, "VLLM_PLUGINS": ",".join([*plugins, *_PLUGINS])}
     os.environ.setdefault(*ROOM)
     if allocator := find_library("tcmalloc_minimal"):  # as vLLM advises on CPUs: glibc's keeps what others give back
         os.environ.setdefault("LD_PRELOAD", allocator)
-    adapters = {name: version_of(name, folder, versions) for name, folder in adapters.items()}
-    started = command(params.base, source, adapters, engine, options.port)
-    os.execvp(started[0], [*started, *options.more])
+    adapters = {arm: version_of(arm, folder, versions) for arm, folder in adapters.items()}
+    started = command(name, base, adapters, engine, port)
+    os.execvp(started[0], [*started, *more])

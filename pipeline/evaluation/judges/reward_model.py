@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from pipeline.config.errors import UserError
 from pipeline.config.judges import RewardJudge, Scoring
 from pipeline.data.chat import is_dialogue, turns_of
-from pipeline.data.files import Row, digest
+from pipeline.data.files import digest
+from pipeline.data.responses import Response
 from pipeline.data.row_store import RowStore
 from pipeline.evaluation.judges.resources import Resources
 from pipeline.models.architecture import text_config
@@ -60,7 +61,7 @@ class RewardModels:
             if judge.models[name].source == "path":
                 _check_folder(name, Path(judge.models[name].location), resources)
 
-    def of(self, rows: Mapping[str, Sequence[Row]]) -> dict[str, list[Reward]]:
+    def of(self, rows: Mapping[str, Sequence[Response]]) -> dict[str, list[Reward]]:
         """The rewards of the rows of every objective; one model is in memory at a time, and each is loaded once.
 
         Raises:
@@ -69,9 +70,9 @@ class RewardModels:
         """
         return {name: self._of(name, of_objective) for name, of_objective in rows.items()}
 
-    def _of(self, name: str, rows: Sequence[Row]) -> list[Reward]:
+    def _of(self, name: str, rows: Sequence[Response]) -> list[Reward]:
         identity = self._identity(name)
-        keys = [digest([identity, row["prompt"], row["response"], row.get("finish") == "length"]) for row in rows]
+        keys = [digest([identity, row.prompt, row.response, row.finish == "length"]) for row in rows]
         store = RowStore(self._path, keys)
         missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in store}
         if missing:
@@ -94,13 +95,13 @@ class RewardModels:
             config = AutoConfig.from_pretrained(spec.location, revision=spec.revision, trust_remote_code=False)
             return digest([*how, config._commit_hash])
 
-    def _score(self, name: str, rows: Sequence[Row]) -> Iterator[list[tuple[int, Reward]]]:
+    def _score(self, name: str, rows: Sequence[Response]) -> Iterator[list[tuple[int, Reward]]]:
         """Yield batches of (place of a row, reward), the shortest responses first."""
         spec = self._judge.models[name]
         model, tokenizer, own = _load(spec, self._resources)
         control = ControlTokens.of(tokenizer, spec.template) if own is None else own.control
         context = _context(model, tokenizer)
-        order = sorted(range(len(rows)), key=lambda place: len(rows[place]["response"]))
+        order = sorted(range(len(rows)), key=lambda place: len(rows[place].response))
         size = self._judge.batch_size
         for start in tqdm(range(0, len(rows), size), desc=f"judge {name}", unit="batch"):
             places = order[start : start + size]
@@ -163,29 +164,28 @@ def _loading(spec: Scoring) -> Iterator[None]:
         ) from error
 
 
-def _ids(spec: Scoring, tokenizer: Any, control: ControlTokens, row: Row) -> list[int]:
+def _ids(spec: Scoring, tokenizer: Any, control: ControlTokens, row: Response) -> list[int]:
     """A row as the reward model reads it.
 
     Raises:
         UserError: the prompt has several turns, and the template has room for one.
     """
     if spec.template is None:
-        turns = [*turns_of(row["prompt"]), {"role": "assistant", "content": row["response"]}]
+        turns = [*turns_of(row.prompt), {"role": "assistant", "content": row.response}]
         return control.ids(fill_chat_template(tokenizer, turns, False, control))
-    if is_dialogue(row["prompt"]) and not spec.template.startswith("{prompt}"):
+    if is_dialogue(row.prompt) and not spec.template.startswith("{prompt}"):
         raise UserError(
             f"judge.models: the template {spec.template!r} has room for one turn, and a prompt is a dialogue: set it "
             "to null, for the tokenizer's chat template, or to '{prompt} {response}', for the dialogue as it is."
         )
-    texts = {"{prompt}": control.escape(row["prompt"]), "{response}": control.escape(row["response"])}
+    texts = {"{prompt}": control.escape(row.prompt), "{response}": control.escape(row.response)}
     text = re.sub("|".join(texts), lambda name: texts[name[0]], spec.template)  # at once: texts may hold such names
     return control.ended(control.begun(control.ids(text)))
 
 
-def _as_trained(prompter: Prompter, row: Row) -> list[int]:
+def _as_trained(prompter: Prompter, row: Response) -> list[int]:
     """A row as what was trained here reads it: its last token is end-of-sequence only where the response ended."""
-    ended = row.get("finish") != "length"
-    return prompter.prompt_ids(row["prompt"]) + prompter.response_ids(row["prompt"], row["response"], ended)
+    return prompter.prompt_ids(row.prompt) + prompter.response_ids(row.prompt, row.response, row.finish != "length")
 
 
 def _context(model: Any, tokenizer: Any) -> int:

@@ -15,6 +15,7 @@ from pipeline.config.judges import Judge, LlmJudge, LocalJudge, OracleJudge, Rew
 from pipeline.config.schema import Objective
 from pipeline.data.files import Row
 from pipeline.data.oracles import scorer
+from pipeline.data.responses import GeneratedRow, Response
 from pipeline.evaluation.judges.resources import Resources
 from pipeline.evaluation.judges.reward_model import Reward, RewardModels
 from pipeline.evaluation.judges.verdicts import Verdict, Verdicts, mean_score, reasons_text, undetermined
@@ -27,7 +28,7 @@ Labelled = Mapping[str, Sequence[Row]]  # per objective, pairs of a chosen and a
 class JudgeSession(Protocol):
     """What all judges do."""
 
-    def prepare(self, labelled: Labelled, rows: Sequence[tuple[Sequence[Row], Control]]) -> None:
+    def prepare(self, labelled: Labelled, rows: Sequence[tuple[Sequence[GeneratedRow], Control]]) -> None:
         """Get ready for `verdicts` on these pairs and `scores` of all of these rows.
 
         Reward models score all at once, so that each is loaded once; for judges that read, it is printed how much they
@@ -41,7 +42,7 @@ class JudgeSession(Protocol):
             UserError: the judge stopped; what it said so far is kept.
         """
 
-    def scores(self, rows: Sequence[Row], control: Control) -> dict[str, list[float | None]]:
+    def scores(self, rows: Sequence[GeneratedRow], control: Control) -> dict[str, list[float | None]]:
         """Per objective the score of every row; None where the verdict is undetermined.
 
         Raises:
@@ -91,17 +92,17 @@ class _Oracle:
                     f"objectives.{name} has no scorer, which judge=oracle needs: set objectives.{name}.scorer."
                 )
 
-    def prepare(self, labelled: Labelled, rows: Sequence[tuple[Sequence[Row], Control]]) -> None:
+    def prepare(self, labelled: Labelled, rows: Sequence[tuple[Sequence[GeneratedRow], Control]]) -> None:
         pass
 
     def verdicts(self, labelled: Labelled) -> dict[str, list[tuple[Verdict, ...]]]:
         return {
-            name: _compared([self._scorers[name](row["response"]) for row in _texts(pairs)])
+            name: _compared([self._scorers[name](text.response) for text in _texts(pairs)])
             for name, pairs in labelled.items()
         }
 
-    def scores(self, rows: Sequence[Row], control: Control) -> dict[str, list[float | None]]:
-        return {name: [score(row["response"]) for row in rows] for name, score in self._scorers.items()}
+    def scores(self, rows: Sequence[GeneratedRow], control: Control) -> dict[str, list[float | None]]:
+        return {name: [score(row.response) for row in rows] for name, score in self._scorers.items()}
 
     def truncated(self, labelled: Labelled) -> dict[str, float | None]:
         return dict.fromkeys(labelled)
@@ -120,14 +121,14 @@ class _RewardModel:
     def __init__(self, models: RewardModels, objectives: Sequence[str]) -> None:
         self._models, self._objectives = models, objectives
 
-    def prepare(self, labelled: Labelled, rows: Sequence[tuple[Sequence[Row], Control]]) -> None:
+    def prepare(self, labelled: Labelled, rows: Sequence[tuple[Sequence[GeneratedRow], Control]]) -> None:
         every = [row for group, _ in rows for row in group]
         self._models.of({name: [*_texts(labelled.get(name, ())), *every] for name in self._objectives})
 
     def verdicts(self, labelled: Labelled) -> dict[str, list[tuple[Verdict, ...]]]:
         return {name: _compared([one.value for one in rewards]) for name, rewards in self._of(labelled).items()}
 
-    def scores(self, rows: Sequence[Row], control: Control) -> dict[str, list[float | None]]:
+    def scores(self, rows: Sequence[GeneratedRow], control: Control) -> dict[str, list[float | None]]:
         rewards = self._models.of(dict.fromkeys(self._objectives, rows))
         for name, of_objective in rewards.items():
             if cut := sum(one.truncated for one in of_objective):
@@ -153,14 +154,14 @@ class _Pairwise:
     def __init__(self, verdicts: Verdicts, objectives: Sequence[str]) -> None:
         self._verdicts, self._objectives = verdicts, objectives
 
-    def prepare(self, labelled: Labelled, rows: Sequence[tuple[Sequence[Row], Control]]) -> None:
+    def prepare(self, labelled: Labelled, rows: Sequence[tuple[Sequence[GeneratedRow], Control]]) -> None:
         groups = [dict.fromkeys(self._objectives, _differing(*group)) for group in rows]
         print(f"judge: {self._verdicts.outlook([_chosen_first(labelled), *groups])}")
 
     def verdicts(self, labelled: Labelled) -> dict[str, list[tuple[Verdict, ...]]]:
         return self._verdicts.of(_chosen_first(labelled))
 
-    def scores(self, rows: Sequence[Row], control: Control) -> dict[str, list[float | None]]:
+    def scores(self, rows: Sequence[GeneratedRow], control: Control) -> dict[str, list[float | None]]:
         differing = _differing(rows, control)
         scores: dict[str, list[float | None]] = {}
         for name, verdicts in self._verdicts.of(dict.fromkeys(self._objectives, differing)).items():
@@ -185,11 +186,11 @@ HINT = (
 )
 
 
-def _pair(row: Row, control: Control) -> tuple[str, str, str]:
-    return row["prompt"], row["response"], control[row["prompt"], row["sample"]]
+def _pair(row: GeneratedRow, control: Control) -> tuple[str, str, str]:
+    return row.prompt, row.response, control[row.prompt, row.sample]
 
 
-def _differing(rows: Sequence[Row], control: Control) -> list[tuple[str, str, str]]:
+def _differing(rows: Sequence[GeneratedRow], control: Control) -> list[tuple[str, str, str]]:
     """The pairs of a row's text and another, each once."""
     pairs = (_pair(row, control) for row in rows)
     return list(dict.fromkeys(pair for pair in pairs if pair[1] != pair[2]))
@@ -201,10 +202,10 @@ def _chosen_first(labelled: Labelled) -> dict[str, list[tuple[str, str, str]]]:
     }
 
 
-def _texts(pairs: Sequence[Row]) -> list[Row]:
-    """Both texts of every pair, as rows."""
+def _texts(pairs: Sequence[Row]) -> list[Response]:
+    """Both texts of every pair."""
     return [
-        {"prompt": pair["prompt"], "response": pair[side], "finish": finish}
+        Response(prompt=pair["prompt"], response=pair[side], finish=finish)
         for pair in pairs
         for side in ("chosen", "rejected")
         for finish in ["eos" if pair.get(f"{side}_ended", True) else "length"]

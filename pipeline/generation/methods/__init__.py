@@ -36,4 +36,3 @@ class Law:
     weights: Mapping[str, float]  # exponents by lane, as in a request
     adapters: Mapping[str, Path] = field(default_factory=dict)  # folders of lanes that are no ARMs
     trained: Collection[Path] = ()  # what had to be trained for it
-    gate: float = 0.0  # as in a request

@@ -1,7 +1,7 @@
 """A method of the comparison, ready for requests at mixes of objectives: what it samples from, or how it searches."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from pipeline.config.errors import UserError
@@ -9,7 +9,8 @@ from pipeline.config.methods import BestOf, Candidates, GenArm, Method, Policies
 from pipeline.config.points import Mix
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
-from pipeline.data.files import Row, digest
+from pipeline.data.files import digest
+from pipeline.data.responses import GeneratedRow
 from pipeline.decoding.decoder import GuidedDecoder, Request
 from pipeline.decoding.guidance import LAW_VERSION
 from pipeline.generation.methods import Law, Place, genarm, mod, morl, prompting, soups
@@ -69,10 +70,10 @@ class ComparedMethod:
             weights = prompting.weights(self._method, weights)
         return Request(
             prompt, weights, decoding.temperature, decoding.top_k, decoding.top_p, decoding.min_p,
-            decoding.max_new_tokens, decoding.stop, self._params.seed, sample, law.gate if law else 0.0,
+            decoding.max_new_tokens, decoding.stop, self._params.seed, sample,
         )  # fmt: skip
 
-    def rows(self, requested: Sequence[tuple[Mix, Request]]) -> list[Row]:
+    def rows(self, requested: Sequence[tuple[Mix, Request]]) -> list[GeneratedRow]:
         """The rows of requests, from the store or generated, each with the positions that models computed for it.
 
         The base computes every token, whether it is part of the law or is only needed for the KL to it.
@@ -127,9 +128,9 @@ class ComparedMethod:
         return TransferQ(*common, method.top_k, method.scale, method.horizon)
 
 
-def _with_forwards(requests: Sequence[Request], rows: Sequence[Row]) -> list[Row]:
+def _with_forwards(requests: Sequence[Request], rows: Sequence[GeneratedRow]) -> list[GeneratedRow]:
     return [
-        {**row, "forwards": (1 + len(request.arms)) * row["n_tokens"]}
+        replace(row, forwards=(1 + len(request.arms)) * row.n_tokens)
         for request, row in zip(requests, rows, strict=True)
     ]
 

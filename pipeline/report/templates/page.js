@@ -271,8 +271,6 @@ function tokens() {
     const trace = mine[Number(point.value)];
     others.replaceChildren(make("p", { className: "faint", textContent: "Choose a token to see what else might have stood there." }));
     lines.replaceChildren();
-    if (trace.retokenised) lines.append(make("p", { className: "faint", textContent:
-      "This response was stored without its tokens: its text is tokenised again, perhaps into other tokens than were drawn." }));
     for (const [arm, rewards] of Object.entries(trace.rewards)) {
       const line = make("p", { className: "tokens" });
       line.setAttribute("role", "group");
