@@ -33,6 +33,7 @@ Composer = Callable[..., Params]
 def pytest_addoption(parser: pytest.Parser) -> None:
     """CI says how many tests it expects, so that tests skipped in silence do not pass for tests that passed."""
     parser.addoption("--at-least", type=int, default=0, help="fail if fewer tests pass")
+    parser.addoption("--preload", action="store_true", help="see tests/preloaded.py")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -3,6 +3,8 @@
 W&B shows what the stages wrote; no stage reads anything back from it.
 """
 
+from __future__ import annotations
+
 import errno
 import os
 import shutil
@@ -11,18 +13,20 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import wandb
-from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
 
 from pipeline.config.errors import UserError
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import Row, digest
-from pipeline.training.fit import Job
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import WandbLogger
+
+    from pipeline.training.fit import Job
 
 
 def _settings(params: Params, workspace: Workspace) -> dict[str, Any]:
@@ -70,6 +74,9 @@ def training_logger(params: Params, job: Job, stage: str, workspace: Workspace) 
 
     Of several processes that train together only the first has one.
     """
+    from lightning.pytorch.loggers import WandbLogger  # seconds to import, and only training needs them
+    from lightning.pytorch.utilities import rank_zero_only
+
     if params.tracking.mode == "disabled" or getattr(rank_zero_only, "rank", 0) > 0:
         yield False
         return

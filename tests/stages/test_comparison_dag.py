@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 
-from tests.stages.test_dag import checked_out, compose, run
+from tests.stages.repository import compose, run
 
 METHODS = [
     "base", "genarm", "log_ratio", "genarm_dpo", "parm", "mod", "morl", "soup", "soup_factors", "best_of_n",
@@ -15,11 +15,10 @@ FEWER = [f"~{section}.p{mix}" for section in ("tune.rivals", "sweep.points") for
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory):
-    copy = checked_out(tmp_path_factory.mktemp("comparison"))
-    compose(copy, "experiment=smoke_comparison", *FEWER)
-    run(copy, "dvc", "repro", "-q")
-    return copy
+def compared(repository):
+    compose(repository, "experiment=smoke_comparison", *FEWER)
+    run(repository, "dvc", "repro", "-q")
+    return repository
 
 
 def table(copy, name):

@@ -1,14 +1,9 @@
 """The whole DAG through DVC on a tiny random model, in a throw-away copy of the repository."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from importlib.util import find_spec
-from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -18,67 +13,16 @@ from nbclient import NotebookClient
 
 from pipeline.training.checkpoints import newest_checkpoint
 from tests.browser import opened
-from tests.tiny import ROOT, write_tiny
-
-ENVIRONMENT = {
-    **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1",
-    "DVC_SITE_CACHE_DIR": "", "PYTHONPATH": "", "GIT_CONFIG_GLOBAL": os.devnull,
-}  # fmt: skip
-
-
-def run(copy, *command, check=True):
-    done = subprocess.run(command, cwd=copy, env=ENVIRONMENT, text=True, capture_output=True, check=False)
-    if check:
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
-
-
-def compose(copy, *overrides):
-    text = run(copy, sys.executable, "-m", "pipeline", "sweep", "--cfg", "job", "--resolve", *overrides)
-    (copy / "params.yaml").write_text(text, encoding="utf-8")
-
-
-def killed(copy, command, ready):
-    """Start a command, send it SIGKILL once `ready()` is true, which is asked while it is stopped."""
-    process = subprocess.Popen(command, cwd=copy, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None:
-        process.send_signal(signal.SIGSTOP)
-        if ready():
-            process.kill()
-            break
-        process.send_signal(signal.SIGCONT)
-        time.sleep(0.02)
-    assert process.wait() == -signal.SIGKILL, "the command ended before it could be killed"
-
-
-def checked_out(copy):
-    """A throw-away copy of the repository without results, with a tiny model below scratch/."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True,
-        check=True,
-    )  # fmt: skip
-    for name in listed.stdout.splitlines():
-        if (ROOT / name).is_file() and not name.startswith("results/") and name != "dvc.lock":
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, copy / name)
-    write_tiny(copy / "scratch/tiny")
-    run(copy, "git", "init", "-q")
-    run(copy, "dvc", "config", "core.site_cache_dir", str(copy / ".dvc" / "site"))
-    return copy
+from tests.stages.repository import commit, compose, killed, run
+from tests.tiny import ROOT
 
 
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    copy = checked_out(tmp_path_factory.mktemp("repository"))
-    compose(copy, "experiment=smoke")
-    run(copy, "dvc", "repro", "-q")
-    commit(copy, "smoke")
-    return copy
-
-
-def commit(copy, message):
-    run(copy, "git", "add", "-A")
-    run(copy, "git", "-c", "user.name=tests", "-c", "user.email=tests@localhost", "commit", "-qm", message)
+def copy(repository):
+    compose(repository, "experiment=smoke")
+    run(repository, "dvc", "repro", "-q")
+    commit(repository, "smoke")
+    return repository
 
 
 def test_every_stage_wrote_what_it_promises(copy):
@@ -162,7 +106,7 @@ def fronts_of(copy, folder, *launcher):
     """
     (copy / "scratch/store/generate.jsonl").rename(copy / "scratch/known.jsonl")
     printed = run(
-        copy, sys.executable, "-m", "pipeline", "sweep", "--multirun", "experiment=smoke",
+        copy, "python", "-m", "pipeline", "sweep", "--multirun", "experiment=smoke",
         "decoding.temperature=0.8,1.0", f"hydra.sweep.dir=scratch/{folder}", "+models.tiny.dtype=float32", *launcher,
     )  # fmt: skip
     (copy / "scratch/known.jsonl").replace(copy / "scratch/store/generate.jsonl")
@@ -197,7 +141,7 @@ def test_each_job_of_a_sweep_trains_what_it_needs_and_only_once(copy):
     compose(copy, *options)
     run(copy, "dvc", "repro", "-q")
     options.append("hydra.sweep.dir=scratch/betas")
-    sweep = [sys.executable, "-m", "pipeline", "sweep", "--multirun", *options]
+    sweep = ["python", "-m", "pipeline", "sweep", "--multirun", *options]
     printed = run(copy, *sweep, "objectives.positivity.beta=0.02,0.5")
     assert printed.count("Running stage 'train@positivity'") == 1 and "Running stage 'train@conciseness'" not in printed
     same, other = (path.read_text() for path in sorted((copy / "scratch/betas").glob("*/pareto/front.csv")))
@@ -257,7 +201,7 @@ def test_notebooks_run_on_the_results(copy, name, monkeypatch):
 def test_a_broken_params_file_is_one_sentence(copy):
     text = (copy / "params.yaml").read_text()
     (copy / "params.yaml").write_text(text.replace("max_new_tokens", "max_new_token", 1))
-    printed = run(copy, sys.executable, "-m", "pipeline", "judge", check=False)
+    printed = run(copy, "python", "-m", "pipeline", "judge", check=False)
     (copy / "params.yaml").write_text(text)
     assert "error: params.yaml: unknown key" in printed and "Traceback" not in printed
 

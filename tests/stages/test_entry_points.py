@@ -94,6 +94,13 @@ def test_the_composition_needs_no_torch():
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
 
 
+def test_stages_without_a_model_load_no_torch():
+    """They start in a third of the time; a judge that is a model imports what it needs when it is opened."""
+    script = "import sys, pipeline.stages.identify, pipeline.stages.judge, pipeline.stages.pareto;"
+    script += "assert not {'torch', 'transformers', 'lightning'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+
+
 def test_an_experiment_in_a_copy_of_the_project_knows_its_finished_rows(tmp_path):
     for copy in ("tmp1", "standalone/tmp2"):
         here = tmp_path / ".dvc" / "tmp" / "exps" / copy

@@ -1,20 +1,18 @@
 """The weak-to-strong experiment through DVC on a tiny random model and a model distilled from it."""
 
 import json
-import sys
 
 import pandas as pd
 import pytest
 
-from tests.stages.test_dag import checked_out, compose, run
+from tests.stages.repository import compose, run
 
 
 @pytest.fixture(scope="module")
-def ladder(tmp_path_factory):
-    copy = checked_out(tmp_path_factory.mktemp("ladder"))
-    compose(copy, "experiment=smoke_weak_to_strong")
-    run(copy, "dvc", "repro", "-q")
-    return copy
+def ladder(repository):
+    compose(repository, "experiment=smoke_weak_to_strong")
+    run(repository, "dvc", "repro", "-q")
+    return repository
 
 
 def test_the_table_the_figure_and_the_page_cover_every_base(ladder):
@@ -43,7 +41,7 @@ def test_another_base_trains_no_arm_and_distils_nothing(ladder):
 
 def test_multirun_runs_the_ladder(ladder):
     run(
-        ladder, sys.executable, "-m", "pipeline", "sweep", "--multirun", "experiment=smoke_weak_to_strong",
+        ladder, "python", "-m", "pipeline", "sweep", "--multirun", "experiment=smoke_weak_to_strong",
         "base=tiny-1l,tiny", "hydra.sweep.dir=scratch/sweep",
     )  # fmt: skip
     fronts = [pd.read_csv(path) for path in sorted((ladder / "scratch/sweep").glob("*/pareto/front.csv"))]

@@ -1,12 +1,17 @@
 """What judges find on this machine: models by name, the row stores, what stage prepare fitted."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Model
 from pipeline.config.workspace import Workspace
-from pipeline.models.loading import Source
+
+if TYPE_CHECKING:
+    from pipeline.models.loading import Source
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,8 @@ class Resources:
 
     def source(self, name: str) -> Source:
         """The model of that name."""
+        from pipeline.models.loading import Source  # seconds to import, and a judge without a model does without
+
         return Source.of(self.models, self.workspace, name)
 
     def has(self, name: str) -> bool:

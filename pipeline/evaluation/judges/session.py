@@ -5,10 +5,12 @@ and its score is 1 where it is better, 0 where the control is, 1/2 where they ar
 verdict is undetermined.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pipeline.config.errors import UserError
 from pipeline.config.judges import Judge, LlmJudge, LocalJudge, OracleJudge, RewardJudge
@@ -17,9 +19,11 @@ from pipeline.data.files import Row
 from pipeline.data.oracles import scorer
 from pipeline.data.responses import GeneratedRow, Response
 from pipeline.evaluation.judges.resources import Resources
-from pipeline.evaluation.judges.reward_model import Reward, RewardModels
 from pipeline.evaluation.judges.verdicts import Verdict, Verdicts, mean_score, reasons_text, undetermined
 from pipeline.evaluation.text_classifier import TextClassifier
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.judges.reward_model import Reward, RewardModels
 
 Control = Mapping[tuple[str, int], str]  # responses by prompt and sample
 Labelled = Mapping[str, Sequence[Row]]  # per objective, pairs of a chosen and a rejected response
@@ -69,6 +73,8 @@ def open_judge(judge: Judge, objectives: Mapping[str, Objective], resources: Res
         case OracleJudge():
             return _Oracle(objectives, resources.workspace.classifiers)
         case RewardJudge():
+            from pipeline.evaluation.judges.reward_model import RewardModels  # seconds to import: torch, transformers
+
             return _RewardModel(RewardModels(judge, names, resources), names)
         case LlmJudge() | LocalJudge():
             return _Pairwise(Verdicts(judge, names, resources), names)

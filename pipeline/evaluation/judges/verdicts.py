@@ -10,7 +10,6 @@ from pipeline.config.judges import LlmJudge, LocalJudge
 from pipeline.data.files import digest
 from pipeline.data.row_store import RowStore
 from pipeline.evaluation.judges.llm import EndpointModel
-from pipeline.evaluation.judges.local_llm import LocalModel
 from pipeline.evaluation.judges.progress import Progress
 from pipeline.evaluation.judges.reply import Reply
 from pipeline.evaluation.judges.resources import Resources
@@ -71,6 +70,8 @@ class Verdicts:
         if isinstance(judge, LlmJudge):
             self._model = EndpointModel(judge)
         else:
+            from pipeline.evaluation.judges.local_llm import LocalModel  # seconds to import: torch and transformers
+
             self._model = LocalModel(judge, resources.source(judge.model), resources.device)
         self._judge, self._path = judge, resources.store / "verdicts.jsonl"
         self._calls = 0  # of this run
