@@ -31,11 +31,11 @@ class Policies(_Method):
     """Adapters of the base.
 
     `mod` mixes the objectives' policies token by token, `morl` trained one for each mix, `rloo` too, by reinforcement
-    learning; `soup` and `soup_factors` merge the objectives' policies; `parm` is one ARM for all mixes and guides the
-    base.
+    learning; `soup` and `soup_factors` merge the objectives' policies; `parm` and `uniarm` are one ARM for all mixes
+    and guide the base.
     """
 
-    kind: Literal["mod", "morl", "rloo", "soup", "soup_factors", "parm"]
+    kind: Literal["mod", "morl", "rloo", "soup", "soup_factors", "parm", "uniarm"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,19 @@ class Candidates(_Method):
     top_k: Several = 10
     scale: Positive = 1.0  # of the rewards, which come in standard deviations
     horizon: Whole = 0  # tokens rolled out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefixes(_Method):
+    """Prefix scorers value every next token, with no forward but the base's.
+
+    The law is π_base · exp(scale · Σ α_i V_i) with V_i the probability that the response is as objective i prefers
+    (controlled decoding), or its logarithm (FUDGE).
+    """
+
+    kind: Literal["prefix_scorer"]
+    value: Literal["probability", "log_probability"] = "probability"
+    scale: Positive = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +94,9 @@ class Prompting(_Method):
     role: Literal["user", "system"] = "user"  # whose turn the sentence stands in
 
 
-Method = Annotated[GenArm | Policies | BestOf | Candidates | Segments | Prompting, Field(discriminator="kind")]
+Method = Annotated[
+    GenArm | Policies | BestOf | Candidates | Prefixes | Segments | Prompting, Field(discriminator="kind")
+]
 
 
 @dataclass(frozen=True)

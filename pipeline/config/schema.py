@@ -206,14 +206,15 @@ class Sweep(Strict):
 
 @dataclass(frozen=True)
 class Rival(Strict):
-    """A LoRA adapter of a base to compare ARMs with, trained on the same pairs.
+    """What ARMs are compared with: a LoRA adapter of a base, or a head on it, trained on the same pairs.
 
-    `dpo`: the base as a policy tuned for the mix of objectives · `parm`: one ARM for all mixes · `reward_model`: a
-    scalar head that scores whole texts · `rloo`: a policy trained on its own samples against the scorers, by TRL.
+    `dpo`: the base as a policy tuned for the mix of objectives · `parm`, `uniarm`: one ARM for all mixes ·
+    `reward_model`: a scalar head that scores whole texts · `prefix_scorer`: a head that scores each next token from
+    what the frozen base computes · `rloo`: a policy trained on its own samples against the scorers, by TRL.
     """
 
     weights: Annotated[dict[str, Positive], Field(min_length=1)]  # how much the pairs of each objective count
-    kind: Literal["dpo", "parm", "reward_model", "rloo"] = "dpo"
+    kind: Literal["dpo", "parm", "uniarm", "reward_model", "prefix_scorer", "rloo"] = "dpo"
     beta: Positive | None = 0.1  # null: each objective's own β_r; rloo: of the KL to the base
     lr: Positive = 1.0e-3
     epochs: Count = 1

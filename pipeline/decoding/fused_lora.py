@@ -23,7 +23,7 @@ from pipeline.config.errors import UserError
 from pipeline.decoding.cuda_graphs import fused, side_by_side
 
 _UNKNOWN = (  # what PEFT's LoRA can also do and `read_adapter` does not
-    "use_dora", "modules_to_save", "alpha_pattern", "lora_bias", "trainable_token_indices", "alora_invocation_tokens",
+    "use_dora", "modules_to_save", "alpha_pattern", "trainable_token_indices", "alora_invocation_tokens",
     "layer_replication", "target_parameters", "use_bdlora", "use_qalora", "arrow_config", "kasa_config",
     "monteclora_config",
 )  # fmt: skip
@@ -33,10 +33,36 @@ Block = tuple[str, int, int]  # a lane, its first block row, its last + 1
 
 @dataclass
 class LowRank:
-    """One adapter's update of one linear layer, scaling folded in: x ↦ (x A) B."""
+    """One adapter's update of one linear layer, scaling folded in: x ↦ (x A + c) B.
+
+    A bias of B (PEFT's `lora_bias`) is a rank of its own, whose A is 0 and whose c is 1.
+    """
 
     a_DR: Tensor
     b_RO: Tensor
+    constant_R: Tensor | None = None  # None: no rank is a bias
+
+    def to(self, dtype: torch.dtype) -> "LowRank":
+        """The same in another precision."""
+        constant_R = None if self.constant_R is None else self.constant_R.to(dtype)
+        return LowRank(self.a_DR.to(dtype), self.b_RO.to(dtype), constant_R)
+
+
+def _ranks_side_by_side(updates: Sequence[LowRank]) -> LowRank:
+    """The ranks of several updates of the same layers."""
+    a_DR = torch.cat([update.a_DR for update in updates], dim=1)
+    b_RO = torch.cat([update.b_RO for update in updates])
+    return LowRank(a_DR, b_RO, _constants(updates))
+
+
+def _constants(updates: Sequence[LowRank]) -> Tensor | None:
+    if all(update.constant_R is None for update in updates):
+        return None
+    parts = [
+        update.a_DR.new_zeros(update.a_DR.shape[1]) if update.constant_R is None else update.constant_R
+        for update in updates
+    ]
+    return torch.cat(parts)
 
 
 def read_adapter(folder: Path, model: PreTrainedModel) -> dict[str, LowRank]:
@@ -62,21 +88,27 @@ def read_adapter(folder: Path, model: PreTrainedModel) -> dict[str, LowRank]:
     updates: dict[str, LowRank] = {}
     for key, a_RD in tensors.items():
         if not key.endswith(".lora_A.weight"):
-            if not key.endswith(".lora_B.weight"):
+            if not key.endswith((".lora_B.weight", ".lora_B.bias") if config.lora_bias else ".lora_B.weight"):
                 raise UserError(f"{folder} holds {key}, which is no plain LoRA weight: use a plain LoRA adapter.")
             continue
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         b_OR = tensors.get(key.replace(".lora_A.", ".lora_B."))
+        bias_O = tensors.get(key.replace(".lora_A.weight", ".lora_B.bias")) if config.lora_bias else None
         layer = layers.get(name)
         if layer is None or b_OR is None or (a_RD.shape[1], b_OR.shape[0]) != _sizes(layer):
             raise UserError(f"{folder}: its update of {name} does not fit the base: use an adapter trained on it.")
-        if not (a_RD.isfinite().all() and b_OR.isfinite().all()):
+        if not all(tensor.isfinite().all() for tensor in (a_RD, b_OR, bias_O) if tensor is not None):
             raise UserError(f"{folder}: its update of {name} is not finite: train it again with `dvc repro --force`.")
         rank = a_RD.shape[0]
         scaling = config.lora_alpha / (rank**0.5 if config.use_rslora else rank)
         precise = torch.promote_types(model.dtype, torch.float32)  # in which PEFT keeps adapters too
         place: dict[str, Any] = {"device": _device(layer), "dtype": precise}
-        updates[name] = LowRank(a_RD.T.to(**place).contiguous(), (b_OR.T * scaling).to(**place).contiguous())
+        update = LowRank(a_RD.T.to(**place).contiguous(), (b_OR.T * scaling).to(**place).contiguous())
+        if bias_O is not None:
+            bias_1O = (bias_O * scaling).to(**place)[None]
+            bias = LowRank(update.a_DR.new_zeros(len(update.a_DR), 1), bias_1O, bias_1O.new_ones(1))
+            update = _ranks_side_by_side([update, bias])
+        updates[name] = update
     if not updates:
         raise UserError(f"{folder} holds no LoRA weights: train it again with `dvc repro --force`.")
     return updates
@@ -145,16 +177,18 @@ class AdaptedModel:
             group.serve_slots(own.get(group.ranks))
 
 
-def _low(x_SD: Tensor, a_DR: Tensor, own_SR: Tensor) -> Tensor:
+def _low(x_SD: Tensor, a_DR: Tensor, constant_R: Tensor | None, own_SR: Tensor) -> Tensor:
     """What each row's own adapters make of it: low_SR."""
-    return x_SD @ a_DR * own_SR
+    return (x_SD @ a_DR if constant_R is None else torch.addmm(constant_R, x_SD, a_DR)) * own_SR
 
 
 @fused
-def _few_low(x_SD: Tensor, a_DR: Tensor, own_SR: Tensor) -> Tensor:
+def _few_low(x_SD: Tensor, a_DR: Tensor, constant_R: Tensor | None, own_SR: Tensor) -> Tensor:
     """As `_low`, as one kernel where a library's product of few rows takes three."""
     precise = torch.promote_types(x_SD.dtype, torch.float32)
     low_SR = (x_SD[:, None].to(precise) * a_DR.T.to(precise)).sum(-1)
+    if constant_R is not None:
+        low_SR = low_SR + constant_R.to(precise)
     return (low_SR * own_SR).to(x_SD.dtype)
 
 
@@ -252,7 +286,7 @@ class _Group:
                 last, start = rank + len(update.b_RO), sum(self._sizes[:place])
                 b_RO[rank:last, start : start + self._sizes[place]] = update.b_RO
                 rank = last
-        return LowRank(a_DR, b_RO)
+        return LowRank(a_DR, b_RO, _constants(present))
 
     def serve(self, blocks: Sequence[Block], step: bool) -> None:
         self._input, self._outputs, self._step = None, (), step  # a forward that failed may have left something
@@ -262,11 +296,10 @@ class _Group:
         if lanes != self._served:
             self._served, self._at_work = lanes, None
             if lanes:
-                a_DR = torch.cat([self._updates[lane].a_DR for lane in lanes], dim=1)
-                b_RO = torch.cat([self._updates[lane].b_RO for lane in lanes])
+                update = _ranks_side_by_side([self._updates[lane] for lane in lanes])
                 # Few rows are multiplied faster in float32, many in the model's own precision. Deciding by step or
                 # prompt, and not by count, leaves a row's numbers alone when others join it.
-                self._at_work = LowRank(a_DR, b_RO), LowRank(a_DR.to(self._dtype), b_RO.to(self._dtype))
+                self._at_work = update, update.to(self._dtype)
         if self._at_work is None:
             return
         self._rows, self._first = max(last for _, _, last in blocks), served[0][1]
@@ -286,11 +319,8 @@ class _Group:
         if own_SR is None:
             self._at_work, self._served = None, ()
         elif self._all is None:
-            a_DR, b_RO = (
-                torch.cat([getattr(update, side) for update in self._updates.values()], dim=dim).to(self._dtype)
-                for side, dim in (("a_DR", 1), ("b_RO", 0))
-            )
-            self._all = LowRank(a_DR.T.contiguous().T, b_RO)
+            update = _ranks_side_by_side(list(self._updates.values())).to(self._dtype)
+            self._all = LowRank(update.a_DR.T.contiguous().T, update.b_RO, update.constant_R)
 
     def _output(self, place: int, hidden: Tensor) -> Tensor:
         """The output of the layer at `place`; the first of the group to be asked computes all."""
@@ -314,6 +344,8 @@ class _Group:
             raise UserError("an adapted layer does not see [row, time, feature]: merge the adapter into its base.")
         update = self._at_work[0 if self._step else 1]
         low_LTR = x_LTD[self._first :].to(update.a_DR.dtype) @ update.a_DR
+        if update.constant_R is not None:
+            low_LTR += update.constant_R
         if self._foreign_LR is not None:
             low_LTR.masked_fill_(self._foreign_LR[:, None], 0)
         y_LTO[self._first :] += low_LTR @ update.b_RO
@@ -322,14 +354,14 @@ class _Group:
     def _slots_product(self, x_STD: Tensor, own_SR: Tensor) -> Tensor:
         """The product of a step whose rows are slots: every row times every adapter, what is not its own blanked."""
         assert self._all is not None
-        a_DR, b_RO = self._all.a_DR, self._all.b_RO
+        a_DR, b_RO, constant_R = self._all.a_DR, self._all.b_RO, self._all.constant_R
         count = x_STD.shape[1]
         x_ND = x_STD.flatten(0, 1)
         own_NR = own_SR if count == 1 else own_SR.repeat_interleave(count, dim=0)
         low = _few_low if len(x_ND) <= _FEW else _low
         # The small product runs while the large one waits for its weights.
         low_NR, y_STO = side_by_side(
-            lambda: low(x_ND, a_DR, own_NR), lambda: self._unadapted(x_STD), device=x_STD.device
+            lambda: low(x_ND, a_DR, constant_R, own_NR), lambda: self._unadapted(x_STD), device=x_STD.device
         )
         y_STO.flatten(0, 1).addmm_(low_NR, b_RO)
         return y_STO

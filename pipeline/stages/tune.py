@@ -33,7 +33,7 @@ def run(params: Params, workspace: Workspace, base: str, rival: str) -> None:
 def rival_job(params: Params, workspace: Workspace, base: str, name: str) -> Job:
     """The training of what `tune.rivals` calls by that name, on a base.
 
-    A PARM is an ARM for all mixes and learns by the ARMs' loss.
+    ARMs for all mixes learn by the ARMs' loss.
     """
     rival = params.tune.rivals[name]
     terms = {
@@ -42,7 +42,7 @@ def rival_job(params: Params, workspace: Workspace, base: str, name: str) -> Job
     }
     arm = replace(params.arm, base=base, tuning="lora", quantisation=None)
     trainer = replace(params.trainer, lr=rival.lr, epochs=rival.epochs)
-    loss = params.loss if rival.kind == "parm" else Loss(kind="dpo" if rival.kind == "dpo" else "arm")
+    loss = params.loss if rival.kind in ("parm", "uniarm") else Loss(kind="dpo" if rival.kind == "dpo" else "arm")
     source, bootstrap = Source.of(params.models, workspace, base), Bootstrap.of(params.judge, params.seed)
     return Job(name, rival.kind, terms, base, source, arm, loss, trainer, params.seed, bootstrap)
 

@@ -9,9 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.files import Row, replacing_folder
 from pipeline.training.arm import ResponseModel
+from pipeline.training.conditioned_arm import ConditionedModel
 from pipeline.training.fit import Job, Trained
 from pipeline.training.held_out import HeldOut
-from pipeline.training.parm import ConditionedModel
+from pipeline.training.prefix_scorer import PrefixScorer
 from pipeline.training.reward_model import RewardModel
 
 _KINDS = {  # what a folder holds: a title, a tag, and what it is for
@@ -24,12 +25,22 @@ _KINDS = {  # what a folder holds: a title, a tag, and what it is for
     "parm": (
         "Preference-aware autoregressive reward model", "reward-model",
         "conditioned on the weights of {aims} (PARM, Lin et al. 2025): as loaded it is what it is at equal weights; "
-        "`pipeline.models.parm.adapter_at` writes it at others.",
+        "`pipeline.models.conditioned_arm.adapter_at` writes it at others.",
+    ),
+    "uniarm": (
+        "Unified autoregressive reward model", "reward-model",
+        "conditioned on the weights of {aims} (UniARM, arXiv 2602.09538): as loaded it is what it is at equal weights; "
+        "`pipeline.models.conditioned_arm.adapter_at` writes it at others.",
     ),
     "reward_model": (
         "Reward model", "reward-model",
         "with a scalar head that scores whole texts for {aims} (Bradley–Terry): load it as a sequence classifier with "
         "one label.",
+    ),
+    "prefix_scorer": (
+        "Prefix scorer", "controlled-decoding",
+        "which reads the hidden states of the frozen base and scores every next token for {aims} (FUDGE, arXiv "
+        "2104.05218): `pipeline.models.prefix_scorer.PrefixValues` reads it.",
     ),
 }  # fmt: skip
 
@@ -42,7 +53,7 @@ def save(
     with replacing_folder(folder) as unfinished:
         if isinstance(model, RewardModel):
             model.write(unfinished, base, held_out.reward_mean, held_out.reward_std)
-        elif isinstance(model, ConditionedModel):
+        elif isinstance(model, ConditionedModel | PrefixScorer):
             model.write(unfinished, base)
         elif isinstance(trained, PeftModel):
             config: Any = trained.peft_config["default"]
@@ -77,12 +88,16 @@ def metrics(held_out: HeldOut, trained: Trained | None = None, epochs: int = 0) 
 def model_card(job: Job, license_name: str, digests: dict[str, str], trained: Trained) -> str:
     """The README.md of an ARM's folder: Hugging Face metadata, what it was made from, what was measured."""
     arm, loss, config, kept, measured = job.arm, job.loss, job.trainer, trained.splits["train"], trained.held_out
-    lora = arm.tuning == "lora"
+    lora, head = arm.tuning == "lora" and job.kind != "prefix_scorer", job.kind == "prefix_scorer"
     facts = {
         "β": ", ".join(f"{beta:g} ({name})" for name, (beta, _) in job.terms.items()),
         "pairs count": ", ".join(f"{weight:g} ({name})" for name, (_, weight) in job.terms.items()),
         "loss": f"{loss.kind}, margin {loss.margin}, label smoothing {loss.label_smoothing}",
-        "trained": f"LoRA, rank {arm.rank}, alpha {arm.lora_alpha}, {arm.targets}" if lora else "all weights",
+        "trained": f"LoRA, rank {arm.rank}, alpha {arm.lora_alpha}, {arm.targets}"
+        if lora
+        else "a head on the frozen base"
+        if head
+        else "all weights",
         "learning rate": f"{config.lr}, {config.scheduler}, {config.epochs} epochs",
         "seed": job.seed,
         **digests,
@@ -95,7 +110,7 @@ def model_card(job: Job, license_name: str, digests: dict[str, str], trained: Tr
         "Spearman of log π with length": measured.length_correlation,
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    made = f"{'A LoRA adapter' if lora else 'A descendant'} of `{job.start}`"
+    made = f"{'A LoRA adapter' if lora else 'A head' if head else 'A descendant'} of `{job.start}`"
     aims = " and ".join(f"**{name}**" for name in job.terms)
     title, tag, what = _KINDS[job.kind]
     return f"""---

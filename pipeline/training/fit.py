@@ -29,8 +29,9 @@ from pipeline.models.loading import Source, load_model, resolve_device, resolve_
 from pipeline.training.arm import ARM, ResponseModel, trainable
 from pipeline.training.batches import PromptGroup, ResumableLoader, StepBatches, Tokenised, collate, tokenise
 from pipeline.training.checkpoints import RollingCheckpoint, load_trained, newest_checkpoint
+from pipeline.training.conditioned_arm import ConditionedARM, ConditionedModel
 from pipeline.training.held_out import HeldOut, evaluate
-from pipeline.training.parm import ConditionedARM, ConditionedModel
+from pipeline.training.prefix_scorer import PrefixScorer, PrefixScoring
 from pipeline.training.reference_logps import attach_reference
 from pipeline.training.reward_model import RewardModel
 
@@ -40,7 +41,7 @@ class Job:
     """What is to be trained, and how."""
 
     name: str  # of an ARM its objective's
-    kind: Literal["arm", "dpo", "parm", "reward_model", "rloo"]
+    kind: Literal["arm", "dpo", "parm", "uniarm", "reward_model", "prefix_scorer", "rloo"]
     terms: Mapping[str, tuple[float, float]]  # for each objective that pairs are of: β, and how much the pairs count
     start: str  # the name of the model that it starts from
     source: Source  # that model
@@ -52,9 +53,10 @@ class Job:
 
     def model(self, loaded: PreTrainedModel | PeftModel, dtype: torch.dtype) -> ResponseModel:
         """What is trained, of a model that `trainable` made ready."""
-        if self.kind == "parm":
-            return ConditionedModel(loaded, dtype, tuple(self.terms))
-        return RewardModel(loaded, dtype) if self.kind == "reward_model" else ResponseModel(loaded, dtype)
+        if self.kind in ("parm", "uniarm"):
+            return ConditionedModel(loaded, dtype, tuple(self.terms), self.kind)
+        others = {"reward_model": RewardModel, "prefix_scorer": PrefixScorer}
+        return others.get(self.kind, ResponseModel)(loaded, dtype)
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,9 @@ def train(job: Job, rows: Sequence[Row], identity: str, scratch: Path, logger: L
             key, store = digest([identity, computing]), scratch / "store"
             attach_reference(model, split.groups, key, store, size, prompter.eos)
     groups = splits["train"].groups
-    kind = ConditionedARM if job.kind == "parm" else ARM
+    kinds = {"parm": ConditionedARM, "uniarm": ConditionedARM, "prefix_scorer": PrefixScoring}
     terms = balanced(list(job.terms.values()), groups)
-    module = kind(model, terms, job.loss, config, optimizer_steps(groups, config), job.seed)
+    module = kinds.get(job.kind, ARM)(model, terms, job.loss, config, optimizer_steps(groups, config), job.seed)
     run = [identity, computing, source.template, job.kind, terms, *map(str, (arm, job.loss, config)), job.seed]
     own = digest([*run, _world_size(config, device)])
     validation, test = (eval_loader(splits[split].groups, size, prompter.eos) for split in ("validation", "test"))

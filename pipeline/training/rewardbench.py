@@ -1,7 +1,7 @@
 """Accuracy of an ARM as a reward model, on pairs in the columns of RewardBench (arXiv 2403.13787)."""
 
-from collections import defaultdict
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,68 @@ def read_pairs(path: Path) -> tuple[list[Row], list[str]]:
     return rows, list(subsets)
 
 
+@dataclass
+class PairRewards:
+    """What an ARM makes of pairs, by each of `REWARDS`."""
+
+    dropped: int  # pairs that do not fit into its context
+    rewards: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in REWARDS})  # of responses
+    lengths: list[int] = field(default_factory=list)  # tokens of the responses
+    pairs: list[tuple[int, int]] = field(default_factory=list)  # (chosen, rejected) as places among the responses
+    places: list[int] = field(default_factory=list)  # of each pair: its row's `objective`
+    prompts: list[int] = field(default_factory=list)  # of each pair: the number of its prompt
+
+    def among(self, kind: str, chosen: Sequence[int], bootstrap: Bootstrap) -> HeldOut:
+        """How right a reward is on some of the pairs.
+
+        Args:
+            kind: one of `REWARDS`.
+            chosen: places among `pairs`.
+            bootstrap: of the intervals.
+        """
+        pairs, prompts = [self.pairs[place] for place in chosen], [self.prompts[place] for place in chosen]
+        return held_out(self.rewards[kind], self.rewards["sum"], self.lengths, pairs, prompts, bootstrap)
+
+
 @torch.inference_mode()
+def pair_rewards(
+    rows: Sequence[Row], what: str, folder: Path, start: Source, name: str, trainer: Trainer, spec: Model | None = None
+) -> PairRewards:
+    """The rewards of pairs by an ARM.
+
+    Args:
+        rows: `prompt`, `chosen`, `rejected`, `objective`.
+        what: where they are from, for messages.
+        folder: the ARM's.
+        start: what it was made from.
+        name: of that.
+        trainer: says the device, how long a pair may be, and how many prompts are read at once.
+        spec: where the ARM came from, if it was not trained here.
+
+    Raises:
+        UserError: the ARM is not there or not of `start`.
+    """
+    device = resolve_device(trainer.accelerator)
+    dtype = resolve_dtype(start.dtype, device)
+    arm = load_arm(folder, start, name, device, spec)
+    before = None if isinstance(arm, PeftModel) else ResponseModel(start.load(device), dtype).eval()
+    model, prompter = ResponseModel(arm.requires_grad_(False).eval(), dtype).eval(), start.prompter()
+    tokenised = tokenise(rows, prompter, longest(model.causal.config, trainer), what)
+    size = trainer.micro_batch_size or trainer.batch_size
+    found = PairRewards(tokenised.dropped)
+    for batch in tqdm(eval_loader(tokenised.groups, size, prompter.eos), desc="rewardbench", unit="batch"):
+        first, moved = len(found.lengths), {name: value.to(device) for name, value in batch.items()}
+        logps_S, started_S = model(moved).cpu(), _start_logps(model, before, moved).cpu()
+        found.rewards["sum"] += logps_S.tolist()
+        found.rewards["mean"] += length_normalised(logps_S, batch["response"]).tolist()
+        found.rewards["ratio"] += (logps_S - started_S).tolist()
+        found.lengths += torch.bincount(batch["response"]).tolist()
+        found.pairs += zip((batch["chosen"] + first).tolist(), (batch["rejected"] + first).tolist(), strict=True)
+        found.places += batch["objective"].tolist()
+        found.prompts += batch["prompt"].tolist()
+    return found
+
+
 def accuracies(
     path: Path, folder: Path, start: Source, name: str, trainer: Trainer, bootstrap: Bootstrap, spec: Model | None
 ) -> dict[tuple[str, str], HeldOut]:
@@ -52,49 +113,21 @@ def accuracies(
 
     Args:
         path: the file of pairs.
-        folder: the ARM's.
-        start: what it was made from.
-        name: of that.
-        trainer: says the device, how long a pair may be, and how many prompts are read at once.
         bootstrap: of the intervals.
-        spec: where the ARM came from, if it was not trained here.
+        folder, start, name, trainer, spec: as in `pair_rewards`.
 
     Raises:
         UserError: the ARM is not there or not of `start`, or the file is not one of pairs.
     """
     rows, subsets = read_pairs(path)
-    device = resolve_device(trainer.accelerator)
-    dtype = resolve_dtype(start.dtype, device)
-    arm = load_arm(folder, start, name, device, spec)
-    before = None if isinstance(arm, PeftModel) else ResponseModel(start.load(device), dtype).eval()
-    model, prompter = ResponseModel(arm.requires_grad_(False).eval(), dtype).eval(), start.prompter()
-    tokenised = tokenise(rows, prompter, longest(model.causal.config, trainer), str(path))
-    size = trainer.micro_batch_size or trainer.batch_size
-    rewards: dict[str, list[float]] = defaultdict(list)
-    lengths: list[int] = []
-    pairs: list[tuple[int, int]] = []
-    places: list[int] = []
-    prompts: list[int] = []
-    for batch in tqdm(eval_loader(tokenised.groups, size, prompter.eos), desc="rewardbench", unit="batch"):
-        first, moved = len(lengths), {name: value.to(device) for name, value in batch.items()}
-        logps_S, started_S = model(moved).cpu(), _start_logps(model, before, moved).cpu()
-        rewards["sum"] += logps_S.tolist()
-        rewards["mean"] += length_normalised(logps_S, batch["response"]).tolist()
-        rewards["ratio"] += (logps_S - started_S).tolist()
-        lengths += torch.bincount(batch["response"]).tolist()
-        pairs += zip((batch["chosen"] + first).tolist(), (batch["rejected"] + first).tolist(), strict=True)
-        places += batch["objective"].tolist()
-        prompts += batch["prompt"].tolist()
+    found = pair_rewards(rows, str(path), folder, start, name, trainer, spec)
     table = {}
     for place, subset in enumerate(subsets):
-        own = [index for index, its in enumerate(places) if subset == ALL or its == place]
+        own = [index for index, its in enumerate(found.places) if subset == ALL or its == place]
         for kind in REWARDS if own else ():
-            table[subset, kind] = held_out(
-                rewards[kind], rewards["sum"], lengths, [pairs[index] for index in own],
-                [prompts[index] for index in own], bootstrap,
-            )  # fmt: skip
-    if tokenised.dropped:
-        print(f"{tokenised.dropped} of {len(rows)} pairs do not fit into the model's context and are left out.")
+            table[subset, kind] = found.among(kind, own, bootstrap)
+    if found.dropped:
+        print(f"{found.dropped} of {len(rows)} pairs do not fit into the model's context and are left out.")
     return table
 
 

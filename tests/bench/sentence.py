@@ -1,6 +1,7 @@
 """Does the dial beat the sentence? What experiment=sentence finds, at the size that is asked for.
 
     python -m tests.bench.sentence                                                  # as published: hours on two cores
+    python -m tests.bench.sentence --processes 6                                    # as many at once, on one GPU
     python -m tests.bench.sentence --prompts 24 --samples 1 --train 48 --methods log_ratio instruction
 
 Writes results/sentence/: table.csv, texts.csv (five texts of each line, the first ones), cards.json, and README.md,
@@ -8,12 +9,9 @@ whose every figure is read from these. Models and stores are the project's own; 
 """
 
 import json
-import os
 import time
 from argparse import ArgumentParser
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -26,14 +24,14 @@ from pipeline.data.files import read_jsonl, replacing, write_json
 from pipeline.evaluation.judging import judge_rows, scored_frame
 from pipeline.evaluation.standings import UNGUIDED
 from pipeline.evaluation.statistics import Bootstrap, bootstrap_mean, prompt_means
-from pipeline.evaluation.text_quality import distinct_2
+from pipeline.evaluation.text_quality import HIGHEST_PERPLEXITY, distinct_2, readable
 from pipeline.generation import comparison
 from pipeline.generation.rows import generate_sweep
 from pipeline.stages import prepare, train, tune
+from tests.bench.scratch import generate_by_method, machine, timed, trained, workspace_below
 from tests.tiny import ROOT
 
 OUT, SCRATCH = Path("results/sentence"), Path("scratch/sentence")
-READABLE = 3.0  # times the base's own perplexity, up to which a text counts as readable
 SHOWN = 5
 
 
@@ -61,33 +59,34 @@ def composed(prompts: int, samples: int, train_prompts: int | None, tokens: int,
     )
 
 
-def prepared(params: Params, workspace: Workspace) -> dict[str, float]:
+def prepared(params: Params, workspace: Workspace, processes: int) -> dict[str, float]:
     """Prepare, and train what is not there yet; seconds by step, of the run that did it."""
     file = SCRATCH / "seconds.json"
     seconds: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
-
-    def timed(step: str, work: Callable[[], None], skip: bool = False) -> None:
-        if not skip:
-            started = time.monotonic()
-            work()
-            seconds.setdefault(step, round(time.monotonic() - started, 1))
-            write_json(file, seconds)
-
-    timed("sampling and cards", lambda: prepare.run(params, workspace))
-    for name in params.objectives:
-        timed(f"training {name}", partial(train.run, params, workspace, name), workspace.arm(name).exists())
-    for name in params.tune.rivals:
-        there = workspace.rival(params.base, name).exists()
-        timed(f"training {name} for comparison", partial(tune.run, params, workspace, params.base, name), there)
+    seconds.setdefault("sampling and cards", timed(prepare.run, params, workspace))
+    arms = {
+        f"training {name}": (train.run, (params, workspace, name))
+        for name in params.objectives
+        if not workspace.arm(name).exists()
+    }
+    rivals = {
+        f"training {name} for comparison": (tune.run, (params, workspace, params.base, name))
+        for name in params.tune.rivals
+        if not workspace.rival(params.base, name).exists()
+    }
+    seconds |= trained(arms | rivals, processes)
+    write_json(file, seconds)
     return seconds
 
 
-def rows_of(params: Params, workspace: Workspace) -> pd.DataFrame:
+def rows_of(params: Params, workspace: Workspace, processes: int) -> pd.DataFrame:
     """The lines of the comparison and the points below zero, scored by every objective's scorer."""
     # Of the file itself, which prepare has compared with the training prompts: a limit of test pairs is not one of it.
     prompts = [row["prompt"] for _, row in read_jsonl(Path(params.data.prompts))]
     prompts = prompts[: params.comparison.prompts]
     judge = comparison.open_comparing_judge(params, workspace)
+    if processes > 1:
+        generate_by_method(params, workspace, prompts, processes)
     rows = comparison.generate(params, workspace, prompts, judge)
     below = {
         name: point for name, point in params.sweep.points.items() if any(alpha < 0 for alpha in point.weights.values())
@@ -107,14 +106,13 @@ def strength_of(line: str, params: Params) -> tuple[str, float]:
 def table_of(params: Params, rows: pd.DataFrame) -> pd.DataFrame:
     """One line per objective, method and α; the base stands once for each objective."""
     base = rows[rows.method == UNGUIDED]
-    limit = READABLE * perplexity(base)
     lines = []
     for objective in params.objectives:
-        lines.append(line_of(params, base, objective, "base", 0.0, limit))
+        lines.append(line_of(params, base, objective, "base", 0.0))
         for line, own in rows[rows.method != UNGUIDED].groupby("line", sort=False):
             name, alpha = strength_of(str(line), params)
             if name == objective:
-                lines.append(line_of(params, own, objective, str(own.method.iloc[0]), alpha, limit))
+                lines.append(line_of(params, own, objective, str(own.method.iloc[0]), alpha))
     table = pd.DataFrame(lines)
     order = {name: place for place, name in enumerate(["base", *params.comparison.methods])}
     table["order"] = table.method.map(order)
@@ -128,15 +126,14 @@ def perplexity(rows: pd.DataFrame) -> float:
     return float(2.718281828459045 ** (-rows.logp_base.sum() / rows.n_tokens.sum()))
 
 
-def line_of(params: Params, rows: pd.DataFrame, objective: str, method: str, alpha: float, limit: float) -> dict:
+def line_of(params: Params, rows: pd.DataFrame, objective: str, method: str, alpha: float) -> dict:
     """The measures of a method at a strength."""
     judge = params.judge
     values = prompt_means(rows, objective)
     mean, low, high = bootstrap_mean(values, Bootstrap.of(judge, params.seed))
-    each = 2.718281828459045 ** (-rows.logp_base / rows.n_tokens)
     return {
         "objective": objective, "method": method, "alpha": alpha, "score": mean, "ci_low": low, "ci_high": high,
-        "readable": (each <= limit).mean(), "words": rows.response.str.split().str.len().mean(),
+        "readable": readable(rows).mean(), "words": rows.response.str.split().str.len().mean(),
         "ended": (rows.finish == "eos").mean(), "perplexity": perplexity(rows),
         "distinct_2": distinct_2(list(rows.response)), "kl": rows.kl.mean(),
         "forwards_per_token": rows.forwards.sum() / rows.n_tokens.sum(), "texts": len(rows),
@@ -154,10 +151,11 @@ def readme(params: Params, table: pd.DataFrame, cards: dict, seconds: dict[str, 
         f"Written by `python -m tests.bench.sentence`. {params.base}; each dial from {trained} training prompts with "
         f"{params.data.sampling.responses_per_prompt} responses under each of its two sentences; measured on {prompts} "
         f"prompts that nothing was trained or chosen on, {samples} sample(s) each of {params.decoding.max_new_tokens} "
-        "tokens. The scorers took no part in training. Intervals resample prompts. *Readable* is the share of texts "
-        f"whose perplexity under the base is at most {READABLE:g} times that of the base's own texts; KL is to the "
-        "base at the bare prompt, in nats per response; *forwards* are per token, prompts not counted. A short text "
-        "has a high perplexity, since its end is one of few tokens.", "",
+        "tokens. The scorers took no part in training. Intervals resample prompts. *Readable* is the share of "
+        "responses with words enough, none drawn out, that do not repeat themselves and whose perplexity under the "
+        f"base is at most {HIGHEST_PERPLEXITY:g}; KL is to the base at the bare prompt, in nats per response; "
+        "*forwards* are per token, prompts not counted. A short text has a high perplexity, since its end is one of "
+        "few tokens.", "",
     ]  # fmt: skip
     for objective, spec in params.objectives.items():
         card = cards[objective]
@@ -189,8 +187,8 @@ def readme(params: Params, table: pd.DataFrame, cards: dict, seconds: dict[str, 
     lines += ["## Time", ""]
     lines += [f"- {step}: {spent:.0f} s" for step, spent in seconds.items()]
     lines.append(
-        f"\nOn {os.cpu_count()} cores, which other programs may have used at the same time; responses that the row "
-        "store had already took no time."
+        f"\nOn {machine()}, which other work may have used at the same time; responses that the row store had already "
+        "took no time."
     )
     return "\n".join(lines) + "\n"
 
@@ -203,15 +201,13 @@ def main() -> None:
     parser.add_argument("--train", type=int, help="training prompts; all of them without it")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--methods", nargs="*", default=[], help="of the comparison; all of them without it")
+    parser.add_argument("--processes", type=int, default=1, help="at once: of trainings, and of methods")
     given = parser.parse_args()
     params = composed(given.prompts, given.samples, given.train, given.tokens, given.methods)
-    workspace = Workspace(SCRATCH / "models", SCRATCH / "results", Path("scratch"))
-    workspace.models.mkdir(parents=True, exist_ok=True)
-    if not workspace.model(params.base).exists():
-        workspace.model(params.base).symlink_to(Workspace().model(params.base).absolute())
-    seconds = prepared(params, workspace)
+    workspace = workspace_below(SCRATCH, params.base)
+    seconds = prepared(params, workspace, given.processes)
     started = time.monotonic()
-    rows = rows_of(params, workspace)
+    rows = rows_of(params, workspace, given.processes)
     seconds["generating and scoring"] = time.monotonic() - started
     card = json.loads((workspace.results / "prepare" / "data_card.json").read_text())["objectives"]
     for name in params.objectives:

@@ -20,7 +20,6 @@ from omegaconf import OmegaConf
 
 from pipeline.config.load import to_params
 from pipeline.config.schema import Params
-from pipeline.config.workspace import Workspace
 from pipeline.data.files import read_jsonl, replacing
 from pipeline.evaluation.judges.resources import Resources
 from pipeline.evaluation.judges.session import open_judge
@@ -30,6 +29,7 @@ from pipeline.evaluation.text_quality import quality_columns
 from pipeline.generation.rows import generate_sweep
 from pipeline.stages import prepare, train
 from pipeline.stages.sweep import training_digest
+from tests.bench.scratch import workspace_below
 from tests.tiny import ROOT
 
 OUT, SCRATCH = Path("results/trials"), Path("scratch/trials")
@@ -50,10 +50,7 @@ def composed(overrides: list[str]) -> tuple[Params, Path]:
 
 def rows_of(params: Params, folder: Path) -> pd.DataFrame:
     """Sample and train what is not there yet; generate and score the validation prompts."""
-    workspace = Workspace(folder / "models", folder / "results", Path("scratch"))
-    workspace.models.mkdir(parents=True, exist_ok=True)
-    if not workspace.model(params.base).exists():
-        workspace.model(params.base).symlink_to(Workspace().model(params.base).absolute())
+    workspace = workspace_below(folder, params.base)
     if not (workspace.results / "prepare" / "data_card.json").exists():
         prepare.run(params, workspace)
     for objective in params.objectives:
@@ -114,15 +111,16 @@ def page_of_rivals(table: pd.DataFrame) -> str:
         "",
         "## Rivals",
         "",
-        "Written by `python -m tests.bench.rivals`: β and learning rate of DPO (`mod`: its policies mixed token by "
-        "token) and of PARM, on the same pairs and validation prompts, beside GenARM as it is. All settings and "
-        "measures are in [rivals.csv](rivals.csv); the best of each are those of `tune=comparison`.",
+        "Written by `python -m tests.bench.rivals`: settings of DPO (`mod`: its policies mixed token by token), of "
+        "ARMs for all mixes and of prefix scorers, on the same pairs and validation prompts, beside GenARM as it is. "
+        "All settings and measures are in [rivals.csv](rivals.csv); the best of each are those of `tune=comparison`.",
         "",
-        "| method | β | lr | readable hypervolume | hypervolume | positivity end | conciseness end | readable there |",
-        "|---" * 8 + "|",
+        "| method | β | lr | scale | readable hypervolume | hypervolume | positivity end | conciseness end | readable "
+        "there |",
+        "|---" * 9 + "|",
     ]
     for row in table.itertuples():
-        settings = "– | –" if pd.isna(row.beta) else f"{row.beta:g} | {row.lr:g}"
+        settings = " | ".join("–" if pd.isna(value) else f"{value:g}" for value in (row.beta, row.lr, row.scale))
         lines.append(
             f"| {row.method} | {settings} | {row.readable_hypervolume:.3f} | {row.hypervolume:.3f} | "
             f"{row.reward_positivity_p100_c000:.2f} | {row.reward_conciseness_p000_c100:.2f} | "

@@ -90,6 +90,31 @@ def test_rank_stabilised_scaling_is_peft_s(tiny, base, tmp_path):
     torch.testing.assert_close(model.model(ids).logits, peft_logits(tiny, tmp_path, ids), atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_a_bias_of_an_adapter_is_its_own_rows_alone_as_in_peft(tiny, base, arms, tmp_path):
+    config = LoraConfig(r=4, lora_alpha=8, lora_bias=True, target_modules="all-linear", task_type="CAUSAL_LM")
+    made = get_peft_model(load_model(tiny, torch.float32, CPU), config)
+    generator = torch.Generator().manual_seed(6)
+    for key, weight in made.named_parameters():
+        if "lora_B" in key:
+            weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
+    made.save_pretrained(str(tmp_path))
+    ids = torch.randint(0, 500, (5, 6), generator=generator)
+    wanted, other = peft_logits(tiny, tmp_path, ids), peft_logits(tiny, arms["one"], ids)
+    plain = base(ids).logits
+    assert not torch.allclose(wanted, plain, atol=0.1)
+    model = adapted(base, {"one": arms["one"], "biased": tmp_path})
+    for step in (False, True):
+        model.serve([(BASE, 0, 1), ("one", 1, 3), ("biased", 3, 5)], step=step)
+        found = model.model(ids).logits
+        for rows, expected in ((slice(0, 1), plain), (slice(1, 3), other), (slice(3, 5), wanted)):
+            torch.testing.assert_close(found[rows], expected[rows], atol=1e-4, rtol=1e-4)
+    model.serve_slots(torch.tensor([1, -1, 0, 1, 0]))
+    found = model.model(ids).logits
+    for rows, expected in (([0, 3], wanted), ([1], plain), ([2, 4], other)):
+        torch.testing.assert_close(found[rows], expected[rows], atol=1e-4, rtol=1e-4)
+
+
 def copied(folder, arm):
     folder.mkdir()
     for file in arm.iterdir():
@@ -116,7 +141,6 @@ def test_missing_damaged_or_foreign_adapter_is_one_sentence(base, arms, tmp_path
     [
         ({"use_dora": True}, "no plain LoRA"),
         ({"alpha_pattern": {"q_proj": 3}}, "no plain LoRA"),
-        ({"lora_bias": True}, "no plain LoRA"),
         ({"trainable_token_indices": [1]}, "no plain LoRA"),
         ({"init_lora_weights": "pissa"}, r"changes its base \(pissa\)"),
     ],
@@ -130,7 +154,12 @@ def test_what_would_be_applied_wrongly_is_refused(base, arms, tmp_path, change, 
 
 
 @pytest.mark.parametrize(
-    "key", ["base_model.model.model.embed_tokens.lora_embedding_A", "base_model.model.lm_head.weight"]
+    "key",
+    [
+        "model.embed_tokens.lora_embedding_A",
+        "lm_head.weight",
+        "model.layers.0.self_attn.q_proj.lora_B.bias",
+    ],
 )
 def test_weights_that_are_no_low_rank_update_are_refused(base, arms, tmp_path, key):
     odd = copied(tmp_path / "odd", arms["one"])

@@ -17,9 +17,11 @@ from pipeline.generation.methods import Place, genarm, mod, morl, soups
 from pipeline.generation.methods.args import Args
 from pipeline.generation.methods.best_of_n import BestOfN
 from pipeline.generation.methods.cards import Cards
+from pipeline.generation.methods.controlled_decoding import ControlledDecoding
 from pipeline.generation.methods.lookahead_cache import LookaheadCache, TextReward
 from pipeline.generation.methods.transfer_q import TransferQ
 from pipeline.models.loading import Source, load_model
+from pipeline.models.prefix_scorer import PrefixHead, PrefixValues
 from pipeline.training.arm import trainable
 from pipeline.training.reward_model import RewardModel
 
@@ -297,3 +299,36 @@ def test_a_comparison_names_its_base_and_its_measure(compose_params):
         compose_params("experiment=comparison", "+comparison.methods.args.topk=3")
     one = compose_params("experiment=comparison", "methods@comparison.methods=[mod,genarm]")
     assert [*one.comparison.methods] == ["mod", "genarm"]
+
+
+@pytest.mark.parametrize("logarithm", [True, False])
+@torch.no_grad()
+def test_the_law_of_controlled_decoding_is_that_of_an_independent_loop_and_costs_no_other_forward(
+    base, prompter, logarithm
+):
+    """Every token's law from the formula of the head, each text read from the start."""
+    heads, generator = {}, torch.Generator().manual_seed(3)
+    for name in ("warm", "short"):
+        heads[name] = PrefixHead(base.config.hidden_size)
+        for weight in heads[name].parameters():
+            weight.data = 0.3 * torch.randn(weight.shape, generator=generator)
+    values = {name: PrefixValues(head, base) for name, head in heads.items()}
+    weights, scale = {"warm": 0.7, "short": -0.4}, 3.0
+    asked = requests(weights, 5, 5)
+    decoder = ControlledDecoding(base, prompter, values, 4, scale, logarithm)
+    for request, found in zip(asked, answers(decoder, asked), strict=True):
+        ids, logp, kl = prompter.prompt_ids(request.prompt), 0.0, 0.0
+        for token in found.tokens:
+            hidden = base.base_model(torch.tensor([ids])).last_hidden_state[0, -1]
+            base_V = base.lm_head(hidden).log_softmax(-1)
+            law_V = base_V.clone()
+            for name, weight in weights.items():
+                head = heads[name]
+                state = torch.nn.functional.gelu(head.state(hidden))
+                odds_V = head.token(base.lm_head.weight) @ state + head.prefix(hidden)
+                law_V += scale * weight * (odds_V.sigmoid().log() if logarithm else odds_V.sigmoid())
+            law_V = law_V.log_softmax(-1)
+            logp, kl = logp + float(law_V[token]), kl + float((law_V.exp() * (law_V - base_V)).sum())
+            ids = [*ids, token]
+        assert found.logp == pytest.approx(logp, abs=2e-3) and found.kl == pytest.approx(kl, abs=2e-3)
+        assert found.kl > 0.01 and found.forwards == len(found.tokens)

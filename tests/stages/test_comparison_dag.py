@@ -8,8 +8,8 @@ import pytest
 from tests.stages.repository import compose, run
 
 METHODS = [
-    "base", "genarm", "log_ratio", "genarm_dpo", "parm", "mod", "morl", "soup", "soup_factors", "best_of_n",
-    "args", "transfer_q", "cards",
+    "base", "genarm", "log_ratio", "genarm_dpo", "parm", "uniarm", "mod", "morl", "soup", "soup_factors",
+    "best_of_n", "args", "transfer_q", "cards", "fudge", "controlled_decoding",
 ]  # fmt: skip
 FEWER = [f"~{section}.p{mix}" for section in ("tune.rivals", "sweep.points") for mix in ("075_c025", "025_c075")]
 
@@ -31,7 +31,13 @@ def test_every_method_has_its_lines_and_its_cost(compared):
     fronts = found.drop_duplicates(["method", "point"])
     assert (fronts[fronts.method != "base"].groupby("method").size() == 3).all()
     cost = found.groupby("method").forwards_per_token.mean()
-    assert cost["base"] == 1 and cost["parm"] == 2 and cost["morl"] >= 1 and cost["args"] > 4
+    assert (
+        cost["base"] == 1
+        and cost["parm"] == cost["uniarm"] == 2
+        and cost["fudge"] == 1
+        and cost["morl"] >= 1
+        and cost["args"] > 4
+    )
     mixed = found[(found.point == "p050_c050")].set_index("method").forwards_per_token
     assert mixed["genarm"] == mixed["mod"] == mixed["log_ratio"] == 3 and mixed["soup"] == 2, "the base computes all"
     trained = found.groupby("method").train_tokens.first()

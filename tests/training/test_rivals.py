@@ -16,15 +16,17 @@ from pipeline.data.files import write_jsonl
 from pipeline.decoding.fused_lora import read_adapter
 from pipeline.evaluation.statistics import Bootstrap
 from pipeline.generation.methods.lookahead_cache import TextReward
+from pipeline.models.conditioned_arm import adapter_at, collapse, modulate
 from pipeline.models.loading import Source, load_model
-from pipeline.models.parm import adapter_at, collapse
+from pipeline.models.prefix_scorer import PrefixValues
 from pipeline.stages import tune
 from pipeline.training import export, rloo
 from pipeline.training.arm import ARM, trainable
 from pipeline.training.batches import PromptGroup, collate
+from pipeline.training.conditioned_arm import ConditionedARM, ConditionedModel
 from pipeline.training.fit import ResponseModel, balanced, eval_loader, fit, optimizer_steps
 from pipeline.training.held_out import evaluate
-from pipeline.training.parm import ConditionedARM, ConditionedModel
+from pipeline.training.prefix_scorer import PrefixScorer, PrefixScoring, prefix_loss
 from pipeline.training.reward_model import RewardModel
 
 CPU = torch.device("cpu")
@@ -47,40 +49,87 @@ def fitted(module, folder, config=CONFIG):
     return [row["loss"] for row in module.history if row["phase"] == "eval"]
 
 
-@pytest.fixture(scope="module")
-def parm(tiny, tmp_path_factory):
-    model = ConditionedModel(ready(tiny), torch.float32, ["warm", "short"])
+@pytest.fixture(scope="module", params=["parm", "uniarm"])
+def conditioned(request, tiny, tmp_path_factory):
+    model = ConditionedModel(ready(tiny), torch.float32, ["warm", "short"], request.param)
     steps = optimizer_steps(GROUPS, CONFIG)
     terms = balanced([(0.5, 1.0), (0.5, 1.0)], GROUPS)
     losses = fitted(ConditionedARM(model, terms, Loss(), CONFIG, steps, 0), tmp_path_factory.mktemp("checkpoints"))
     assert losses[-1] < losses[0]
-    return model.eval()
+    return request.param, model.eval()
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.3, 0.7), (0.0, 1.0)])
 @torch.no_grad()
-def test_a_parm_at_given_weights_is_the_lora_adapter_that_is_written(parm, tiny, prompter, tmp_path, weights):
-    batch = collate(GROUPS[:3], 0)
-    parm.condition(torch.tensor(weights))
-    wanted = parm(batch)
-    parm.condition(torch.tensor([0.5, 0.5]))
-    assert not torch.allclose(parm(batch), wanted, atol=1e-4), "its weights change what it is"
-    written = ConditionedModel(ready(tiny), torch.float32, ["warm", "short"])
-    written.load_state_dict(parm.state_dict())
-    export.save(written, prompter.tokenizer, tmp_path / "parm", "tiny", "card", None)
-    adapter_at(tmp_path / "parm", {"warm": 2 * weights[0], "short": 2 * weights[1]}, tmp_path / "at")
-    for folder, expected in ((tmp_path / "at", wanted), (tmp_path / "parm", parm(batch))):
+def test_an_arm_for_all_mixes_at_given_weights_is_the_lora_adapter_that_is_written(
+    conditioned, tiny, base, prompter, tmp_path, weights
+):
+    batch, (kind, model) = collate(GROUPS[:3], 0), conditioned
+    model.condition(torch.tensor(weights))
+    wanted = model(batch)
+    model.condition(torch.tensor([0.5, 0.5]))
+    even = model(batch)
+    assert weights == (0.5, 0.5) or not torch.allclose(even, wanted, atol=1e-4), "its weights change what it is"
+    written = ConditionedModel(ready(tiny), torch.float32, ["warm", "short"], kind)
+    written.load_state_dict(model.state_dict())
+    export.save(written, prompter.tokenizer, tmp_path / "even", "tiny", "card", None)
+    adapter_at(tmp_path / "even", {"warm": 2 * weights[0], "short": 2 * weights[1]}, tmp_path / "at")
+    for folder, expected in ((tmp_path / "at", wanted), (tmp_path / "even", even)):
         plain = PeftModel.from_pretrained(load_model(tiny, torch.float32, CPU), str(folder)).eval()
         torch.testing.assert_close(ResponseModel(plain, torch.float32)(batch), expected, rtol=1e-4, atol=1e-4)
+        biased = any(update.constant_R is not None for update in read_adapter(folder, base).values())
+        assert biased == (kind == "uniarm"), "the decoder reads it too"
 
 
-def test_a_parm_is_asked_for_objectives_that_it_knows(parm, tiny, prompter, tmp_path):
-    written = ConditionedModel(ready(tiny), torch.float32, ["warm", "short"])
-    export.save(written, prompter.tokenizer, tmp_path / "parm", "tiny", "card", None)
+def test_an_arm_for_all_mixes_is_asked_for_objectives_that_it_knows(tiny, prompter, tmp_path):
+    written = ConditionedModel(ready(tiny), torch.float32, ["warm", "short"], "uniarm")
+    export.save(written, prompter.tokenizer, tmp_path / "arm", "tiny", "card", None)
     with pytest.raises(UserError, match="is conditioned on warm, short, not on plain"):
-        adapter_at(tmp_path / "parm", {"plain": 1.0}, tmp_path / "at")
-    with pytest.raises(UserError, match="holds no PARM"):
+        adapter_at(tmp_path / "arm", {"plain": 1.0}, tmp_path / "at")
+    with pytest.raises(UserError, match="holds no ARM for all mixes"):
         adapter_at(tmp_path, {"warm": 1.0}, tmp_path / "at")
+
+
+@given(st.floats(0, 1))
+@settings(deadline=None, max_examples=20)
+def test_a_modulated_layer_is_affine_in_shared_features_and_linear_in_the_weights(share):
+    generator = torch.Generator().manual_seed(1)
+    factor, x = torch.randn(4, 6, generator=generator).double(), torch.randn(6, generator=generator).double()
+    scales, shifts = (torch.randn(2, 4, generator=generator).double() for _ in range(2))
+    ends = [modulate(factor, scales, shifts, torch.tensor(end).double()) for end in ([1.0, 0.0], [0.0, 1.0])]
+    mixed, shift = modulate(factor, scales, shifts, torch.tensor([share, 1 - share]).double())
+    one, other = (own @ x + own_shift for own, own_shift in ends)
+    torch.testing.assert_close(mixed @ x + shift, share * one + (1 - share) * other)
+    torch.testing.assert_close(ends[0][0] @ x, (1 + scales[0]) * (factor @ x))
+
+
+def test_a_prefix_scorer_learns_on_a_base_that_stays_and_values_every_token_as_it_was_trained(
+    tiny, base, prompter, tmp_path
+):
+    model = PrefixScorer(ready(tiny), torch.float32)
+    before = {name: value.clone() for name, value in model.model.state_dict().items()}
+    assert not any("lora" in name for name in before)
+    module = PrefixScoring(model, [(1.0, 1.0)], Loss(), CONFIG, optimizer_steps(GROUPS, CONFIG), 0)
+    for group in GROUPS:
+        group.objectives = []
+    losses = fitted(module, tmp_path / "checkpoints")
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(torch.equal(value, before[name]) for name, value in model.model.state_dict().items())
+    export.save(model.eval(), prompter.tokenizer, tmp_path / "scorer", "tiny", "card", None)
+    values, batch = PrefixValues.load(tmp_path / "scorer", base), collate(GROUPS[:2], 0)
+    with torch.no_grad():
+        wanted, hidden = model.of_prefixes(batch), model.hidden(batch)
+    torch.testing.assert_close(values.of(hidden).gather(1, batch["label"][:, None])[:, 0], wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="holds no prefix scorer of this base"):
+        PrefixValues.load(tmp_path, base)
+
+
+def test_the_prefix_loss_is_the_cross_entropy_of_prefixes_whatever_their_number():
+    logit = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    response, one, other = torch.tensor([0, 0, 0, 1]), torch.tensor([0]), torch.tensor([1])
+    p = logit.sigmoid()
+    wanted = -(p[:3].log().mean() + (1 - p[3]).log()) / 2
+    torch.testing.assert_close(prefix_loss(logit, response, one, other), wanted[None])
 
 
 @given(st.floats(0, 1))

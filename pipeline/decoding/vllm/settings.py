@@ -103,7 +103,8 @@ def check_adapters(prompter: Prompter, base: Source, adapters: Mapping[str, Path
             trust_remote_code=False,
         )
     for name, folder in adapters.items():
-        read_adapter(folder, model)
+        if any(update.constant_R is not None for update in read_adapter(folder, model).values()):
+            raise UserError(f"{folder} has biases (lora_bias), which vLLM leaves out: use decoding.engine=hf.")
         check_adapter_tokenizer(prompter, folder, name)
 
 

@@ -31,7 +31,7 @@ class _Segment:
     closed: bool = False
 
 
-class Cards(Search):
+class Cards(Search[TextReward]):
     """`Search` segment by segment.
 
     Args:

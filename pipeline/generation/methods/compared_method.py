@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from pipeline.config.errors import UserError
-from pipeline.config.methods import BestOf, Candidates, GenArm, Method, Policies, Prompting, Segments
+from pipeline.config.methods import BestOf, Candidates, GenArm, Method, Policies, Prefixes, Prompting, Segments
 from pipeline.config.points import Mix
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
@@ -13,18 +13,19 @@ from pipeline.data.files import digest
 from pipeline.data.responses import GeneratedRow
 from pipeline.decoding.decoder import GuidedDecoder, Request
 from pipeline.decoding.guidance import LAW_VERSION
-from pipeline.generation.methods import Law, Place, genarm, mod, morl, prompting, soups
+from pipeline.generation.methods import Law, Place, conditioned_arm, genarm, mod, morl, prompting, soups
 from pipeline.generation.methods.args import Args
 from pipeline.generation.methods.best_of_n import BestOfN
 from pipeline.generation.methods.cards import Cards
+from pipeline.generation.methods.controlled_decoding import ControlledDecoding
 from pipeline.generation.methods.lookahead_cache import TextReward
-from pipeline.generation.methods.parm import law
 from pipeline.generation.methods.transfer_q import TransferQ
 from pipeline.generation.model_set import Decoder, ModelSet
 from pipeline.generation.rows import generate_stored, prompt_tokens, request_key, stored
 from pipeline.models import memory
 from pipeline.models.identity import folder_identity
 from pipeline.models.loading import Source, resolve_device
+from pipeline.models.prefix_scorer import PrefixValues
 
 _VERSION = 2  # of the searches: raise it when the same request would give another row
 
@@ -54,7 +55,8 @@ class ComparedMethod:
         elif isinstance(method, Prompting):
             self._sentences = prompting.sentences_of(method, params.objectives)
         else:
-            self._rewards = {name: _reward_model(name, place) for name in params.objectives}
+            kind = "prefix_scorer" if isinstance(method, Prefixes) else "reward_model"
+            self._rewards = {name: _reward_of(name, kind, place) for name in params.objectives}
         self._adapters = {lane: folder for law in self._laws.values() for lane, folder in law.adapters.items()}
 
     @property
@@ -111,11 +113,16 @@ class ComparedMethod:
         if isinstance(self._method, Prompting):
             return prompting.decoder(self._method, self._source, params.objectives, place, size)
         device = resolve_device(place)
-        models = [memory.Loaded.at(self._source, 1)] * (1 + len(self._rewards))  # a reward model is the base, adapted
+        others = 0 if isinstance(self._method, Prefixes) else len(self._rewards)  # a reward model is the base, adapted
+        models = [memory.Loaded.at(self._source, 1)] * (1 + others)
         needs = memory.needs_of(models, size, params.decoding.max_new_tokens, device)
         memory.refuse_too_large(needs, device, False)
-        rewards = {name: TextReward.load(self._source, folder, device) for name, folder in self._rewards.items()}
         prompter, method = self._source.prompter(), self._method
+        if isinstance(method, Prefixes):
+            base = self._source.load(device)
+            values = {name: PrefixValues.load(folder, base) for name, folder in self._rewards.items()}
+            return ControlledDecoding(base, prompter, values, size, method.scale, method.value == "log_probability")
+        rewards = {name: TextReward.load(self._source, folder, device) for name, folder in self._rewards.items()}
         if isinstance(method, BestOf):
             decoder = GuidedDecoder.load(self._source, {}, device=place, batch_size=size)
             return BestOfN(decoder, prompter, rewards, method.n)
@@ -142,11 +149,14 @@ def _law(method: GenArm | Policies, mix: Mix, place: Place) -> Law:
         return mod.law(mix, place)
     if method.kind in ("morl", "rloo"):
         return morl.law("dpo" if method.kind == "morl" else "rloo", mix, place)
-    return law(mix, place) if method.kind == "parm" else soups.law(method.kind == "soup", mix, place)
+    if method.kind in ("parm", "uniarm"):
+        return conditioned_arm.law(method.kind, mix, place)
+    return soups.law(method.kind == "soup", mix, place)
 
 
-def _reward_model(objective: str, place: Place) -> Path:
+def _reward_of(objective: str, kind: str, place: Place) -> Path:
     for name, rival in place.params.tune.rivals.items():
-        if rival.kind == "reward_model" and rival.weights.keys() == {objective}:
+        if rival.kind == kind and rival.weights.keys() == {objective}:
             return place.rival(name)
-    raise UserError(f"{objective} has no reward model to search with: add one to tune.rivals, with kind: reward_model.")
+    what = kind.replace("_", " ")
+    raise UserError(f"{objective} has no {what} to search with: add one to tune.rivals, with kind: {kind}.")

@@ -1,4 +1,4 @@
-"""Decoding with reward models over whole texts: what the searches share.
+"""Decoding with reward models over texts or prefixes: what the searches share.
 
 Shapes: B rows, V vocabulary, D features.
 """
@@ -6,16 +6,16 @@ Shapes: B rows, V vocabulary, D features.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.config.errors import UserError
-from pipeline.decoding.guidance import cut, normalised, random_stream
+from pipeline.decoding.guidance import cut, draw, kl_divergence, normalised, random_stream
 from pipeline.decoding.request import Generation, Request
-from pipeline.generation.methods.lookahead_cache import LookaheadCache, TextReward
+from pipeline.generation.methods.lookahead_cache import LookaheadCache
 from pipeline.models.prompting import Prompter, ends_of
 
 
@@ -41,7 +41,10 @@ class Found:
         return self.finish is not None
 
 
-class Search(ABC):
+Reward = TypeVar("Reward")
+
+
+class Search(ABC, Generic[Reward]):
     """A base whose responses reward models look for, with the face of `GuidedDecoder`.
 
     A request's weights name the reward models and how much each counts.
@@ -53,7 +56,7 @@ class Search(ABC):
         batch_size: rows at once.
     """
 
-    def __init__(self, model: Any, prompter: Prompter, rewards: Mapping[str, TextReward], batch_size: int) -> None:
+    def __init__(self, model: Any, prompter: Prompter, rewards: Mapping[str, Reward], batch_size: int) -> None:
         self._model, self._prompter, self._rewards = model, prompter, dict(rewards)
         self._batch_size = batch_size
         self._ends = ends_of(prompter, model.generation_config)
@@ -116,3 +119,55 @@ class Search(ABC):
         longest = max(map(len, streams))
         padded = [row + [0.0] * (longest - len(row)) for row in streams]
         return torch.tensor(padded, dtype=torch.float64, device=self._model.device)
+
+
+class TokenSearch(Search[Reward]):
+    """`Search` token by token, by a law that is exact: so is its KL to the base."""
+
+    def search(self, rows: list[Found]) -> None:
+        """Draw token by token; rows that have ended are computed on, and nothing of that is kept."""
+        weights, uniforms_BT = self._weights(rows), self._uniforms(rows)
+        base = self._reading(self._model.base_model, rows)
+        readings = self.readings(rows, weights)
+        for step in range(uniforms_BT.shape[1]):
+            base_BV = self._logps(base.last_BD)
+            law_BV = self.law(base_BV, weights, base, readings)
+            tokens_B = draw(law_BV, uniforms_BT[:, step])
+            drawn_B1 = tokens_B[:, None]
+            sums = [law_BV.gather(1, drawn_B1)[:, 0], base_BV.gather(1, drawn_B1)[:, 0], kl_divergence(law_BV, base_BV)]
+            self._add(rows, tokens_B, torch.stack(sums, dim=1))
+            if all(row.ended(self._ends) for row in rows):
+                return
+            for reading in (base, *readings.values()):
+                reading.read(drawn_B1)
+
+    @abstractmethod
+    def law(
+        self,
+        base_BV: Tensor,
+        weights: Mapping[str, Tensor],
+        base: LookaheadCache,
+        readings: Mapping[str, LookaheadCache],
+    ) -> Tensor:
+        """Log-probabilities of the next token: law_BV.
+
+        Args:
+            base_BV: those of the base.
+            weights: of the objectives that any row weighs, weight_B.
+            base, readings: what the base and `readings` have read.
+        """
+
+    def readings(self, rows: Sequence[Found], weights: Mapping[str, Tensor]) -> dict[str, LookaheadCache]:
+        """What is read beside the base, by objective."""
+        return {}
+
+    def forwards(self, objectives: int) -> int:
+        """Positions computed for one token, the base's among them."""
+        return 1
+
+    def _add(self, rows: list[Found], tokens_B: Tensor, sums_B3: Tensor) -> None:
+        for row, token, (logp, logp_base, kl) in zip(rows, tokens_B.tolist(), sums_B3.tolist(), strict=True):
+            if row.finish is None:
+                row.tokens.append(token)
+                row.logp, row.logp_base, row.kl = row.logp + logp, row.logp_base + logp_base, row.kl + kl
+                row.forwards += self.forwards(len(row.request.arms))  # its own, whatever the rows beside it ask for

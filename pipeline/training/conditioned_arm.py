@@ -1,8 +1,10 @@
-"""PARM (Lin et al., ICML 2025): one ARM for all mixes of objectives, a LoRA adapter conditioned on their weights.
+"""One ARM for all mixes of objectives: a LoRA adapter conditioned on their weights w.
 
-Its update is B · C(w) · A with a core C(w) = diag(I, Σ_i w_i M_i): half of the ranks serve every mix, half depend on
-the weights w linearly (the paper's bilinear adaptation, its fixed core folded into A). For given weights it is an
-ordinary LoRA adapter, C(w) · A in the place of A, and that is what decoding runs.
+PARM (Lin et al., ICML 2025): its update is B · C(w) · A with a core C(w) = diag(I, Σ_i w_i M_i): half of the ranks
+serve every mix, half depend on the weights linearly (the paper's bilinear adaptation, its fixed core folded into A).
+UniARM (Xie et al., arXiv 2602.09538): all ranks serve every mix, and the weights scale and shift what they read,
+B · (γ(w) ⊙ A x + δ(w)), with γ and δ linear in the weights. Both learn by Σ_i w_i L_i. For given weights each is an
+ordinary LoRA adapter (a UniARM with PEFT's `lora_bias`), and that is what decoding runs.
 
 Shapes: O objectives, R rank, C conditioned ranks, D input features.
 """
@@ -10,7 +12,7 @@ Shapes: O objectives, R rank, C conditioned ranks, D input features.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,35 +22,49 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.config.errors import UserError
-from pipeline.models.parm import _CORES, collapse
+from pipeline.models.conditioned_arm import CONDITIONED, conditioned
 from pipeline.training.arm import ARM, ResponseModel
+
+Kind = Literal["parm", "uniarm"]
+
+
+def _start(kind: Kind, objectives: int, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """What the weights act by, before training.
+
+    Drawn for each objective by itself: what begins alike leaves all mixes one adapter for too long.
+    """
+    if kind == "parm":
+        size = rank // 2
+        return {"cores": torch.randn(objectives, size, size, generator=generator) * size**-0.5}
+    scales_OR = torch.randn(objectives, rank, generator=generator)
+    return {"scales": scales_OR, "shifts": torch.zeros(objectives, rank)}
 
 
 class _Conditioned(nn.Linear):
-    """LoRA's A with the core behind it."""
+    """LoRA's A with what the weights make of it."""
 
-    def __init__(self, plain: nn.Linear, objectives: int, generator: torch.Generator) -> None:
+    def __init__(self, plain: nn.Linear, start: dict[str, Tensor], objectives: int) -> None:
         super().__init__(plain.in_features, plain.out_features, bias=False, device="meta")
         self.weight = plain.weight
-        size = plain.out_features // 2
-        # Drawn for each objective by itself: cores that begin alike leave all mixes one adapter for too long.
-        start_OCC = torch.randn(objectives, size, size, generator=generator) * size**-0.5
-        self.cores_OCC = nn.Parameter(start_OCC.to(plain.weight))
+        self.acting = nn.ParameterDict({name: nn.Parameter(value.to(plain.weight)) for name, value in start.items()})
         self.weights_O: Tensor = torch.full((objectives,), 1 / objectives)
 
-    def collapsed(self) -> Tensor:
-        """C(w) · A: factor_RD."""
-        return collapse(self.weight, self.cores_OCC, self.weights_O.to(self.cores_OCC))
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """As `conditioned` takes them."""
+        return {"factor": self.weight, **self.acting}
 
     def forward(self, input: Tensor) -> Tensor:
-        """C(w) · A · x."""
-        return F.linear(input, self.collapsed())
+        """A(w) · x + δ(w)."""
+        return F.linear(input, *conditioned(self.parts, self.weights_O))
 
 
 class ConditionedModel(ResponseModel):
     """A `ResponseModel` whose adapter depends on the weights of the objectives."""
 
-    def __init__(self, model: PreTrainedModel | PeftModel, dtype: torch.dtype, objectives: Sequence[str]) -> None:
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, dtype: torch.dtype, objectives: Sequence[str], kind: Kind
+    ) -> None:
         super().__init__(model, dtype)
         self.objectives = tuple(objectives)
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
@@ -57,8 +73,9 @@ class ConditionedModel(ResponseModel):
             if isinstance(factors, nn.ModuleDict) and "default" in factors:
                 plain: Any = factors["default"]
                 if plain.out_features < 2:
-                    raise UserError("PARM conditions half of the ranks: set arm.rank to 2 at least.")
-                factors["default"] = _Conditioned(plain, len(objectives), generator)
+                    raise UserError("an ARM for all mixes conditions its ranks: set arm.rank to 2 at least.")
+                start = _start(kind, len(objectives), plain.out_features, generator)
+                factors["default"] = _Conditioned(plain, start, len(objectives))
 
     @property
     def _factors(self) -> dict[str, _Conditioned]:
@@ -67,28 +84,34 @@ class ConditionedModel(ResponseModel):
     def condition(self, weights_O: Tensor) -> None:
         """Set the weights of the objectives, which sum to 1."""
         for factor in self._factors.values():
-            factor.weights_O = weights_O
+            weights_O = factor.weights_O = weights_O.to(factor.weight)  # copied once, not for every layer
 
     def write(self, folder: Path, base: str) -> None:
         """The adapter at equal weights as PEFT writes it, and what it becomes at others."""
         adapted: Any = self.model
+        config = adapted.peft_config["default"]
         self.condition(torch.full((len(self.objectives),), 1 / len(self.objectives)))
         kept: dict[str, Tensor] = {}
         for name, factor in self._factors.items():
             stem = name.removesuffix(".lora_A.default")
-            kept[f"{stem}.factor"], kept[f"{stem}.cores"] = factor.weight.detach(), factor.cores_OCC.detach()
+            kept |= {f"{stem}.{part}": value.detach() for part, value in factor.parts.items()}
+            factor_RD, shift_R = conditioned(factor.parts, factor.weights_O)
             plain = nn.Linear(factor.in_features, factor.out_features, bias=False, device="meta")
-            plain.weight = nn.Parameter(factor.collapsed().detach())
+            plain.weight = nn.Parameter(factor_RD.detach())
             adapted.get_submodule(name.removesuffix(".default"))["default"] = plain
-        config = adapted.peft_config["default"]
+            if shift_R is not None:
+                other = adapted.get_submodule(f"{stem}.lora_B.default")
+                other.bias = nn.Parameter((other.weight @ shift_R).detach())
+                config.lora_bias = True
         config.base_model_name_or_path, config.target_modules = base, sorted(config.target_modules)
         adapted.save_pretrained(str(folder), save_embedding_layers=False)
         header = {"format": "pt", "objectives": json.dumps(self.objectives)}
-        save_file({name: value.contiguous().cpu() for name, value in kept.items()}, folder / _CORES, metadata=header)
+        tensors = {name: value.contiguous().cpu() for name, value in kept.items()}
+        save_file(tensors, folder / CONDITIONED, metadata=header)
 
 
 class ConditionedARM(ARM):
-    """Trains a PARM: every batch has a mix of its own, drawn evenly from the simplex; Σ_i w_i L_i is its loss."""
+    """Trains an ARM for all mixes: every batch has a mix of its own, drawn evenly; Σ_i w_i L_i is its loss."""
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Draw the batch's mix after what makes draws a function of seed and step."""
