@@ -74,8 +74,8 @@ def drafts(trace: Trace) -> dict[str, Tensor]:
 
 def acceptances(decoder: GuidedDecoder, prompts: list[str], arms: list[str]) -> Iterator[dict]:
     """A line for each point and draft: acceptance by the way to draw, and tokens per forward of the base as decoded."""
-    points = [(used, form, alpha) for used in (arms[:1], arms) for form in FORMS for alpha in ALPHAS]
-    for used, form, alpha in tqdm(dict.fromkeys((tuple(used), *rest) for used, *rest in points), desc="acceptance"):
+    points = [(tuple(used), form, alpha) for used in (arms[:1], arms) for form in FORMS for alpha in ALPHAS]
+    for used, form, alpha in tqdm(dict.fromkeys(points), desc="acceptance"):
         weights = {arm: alpha / len(used) for arm in used} | {REFERENCE: -alpha if form == "log_ratio" else 0.0}
         asked = [Request(prompt, weights, max_new_tokens=TOKENS) for prompt in prompts]
         decoder._draft_length, seen = DraftLength(0), {}

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -127,7 +128,7 @@ def trl(kind: str, dtype: torch.dtype, dpo: bool) -> tuple[float, float]:
             "learning_rate": 5e-4, "report_to": [], "save_strategy": "no", "use_cpu": True, "max_length": 1024,
             "gradient_checkpointing": False, "logging_steps": 1,
         }  # fmt: skip
-        kinds = (DPOTrainer, DPOConfig) if dpo else (CPOTrainer, CPOConfig)
+        kinds: Any = (DPOTrainer, DPOConfig) if dpo else (CPOTrainer, CPOConfig)
         config = kinds[1](**options) if dpo else kinds[1](**options, loss_type="sigmoid", cpo_alpha=0.0)
         # Weights in `dtype`, adapters in float32, no autocast: TRL's leanest setting here, and its fastest.
         kinds[0](

@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pandas as pd
 
@@ -75,7 +76,7 @@ def measured(engine: str) -> dict[str, tuple[float, float]]:
     if engine == "decoder":
         from pipeline.decoding.decoder import GuidedDecoder
 
-        decoder = GuidedDecoder.load(source, arms, batch_size=max(BATCHES))
+        decoder: Any = GuidedDecoder.load(source, arms, batch_size=max(BATCHES))
     else:
         from pipeline.decoding.vllm.decoder import VllmDecoder
 

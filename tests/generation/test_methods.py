@@ -20,6 +20,7 @@ from pipeline.generation.methods.cards import Cards
 from pipeline.generation.methods.controlled_decoding import ControlledDecoding
 from pipeline.generation.methods.lookahead_cache import LookaheadCache, TextReward
 from pipeline.generation.methods.transfer_q import TransferQ
+from pipeline.models.identity import folder_identity
 from pipeline.models.loading import Source, load_model
 from pipeline.models.prefix_scorer import PrefixHead, PrefixValues
 from pipeline.training.arm import trainable
@@ -264,6 +265,22 @@ def test_soups_are_adapters_that_average_updates(place, base):
     same = read_adapter(corner.adapters["policy/soup_factors-corner"], base)
     for name, update in apart[0].items():
         torch.testing.assert_close(update.b_RO, same[name].b_RO)
+
+
+def test_adapters_made_of_others_are_apart_where_those_are(place, arms, tmp_path):
+    """Two experiments that run at once share scratch/, and their rivals have the same names."""
+    mix = Mix("mixed", {"positivity": 0.5, "conciseness": 0.5}, 1.0)
+    other = Place(place.params, dataclasses.replace(place.workspace, models=tmp_path / "other"))
+    for name, folder in zip(("positivity", "conciseness"), ("one", "one"), strict=True):
+        target = other.workspace.rival("tiny", name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(arms[folder])
+    first, second = (soups.law(True, mix, one).adapters["policy/soup-mixed"] for one in (place, other))
+    before = folder_identity(first)
+    assert first != second and before != folder_identity(second)
+    made = first.stat().st_mtime_ns
+    again = soups.law(True, mix, place).adapters["policy/soup-mixed"]
+    assert again == first and first.stat().st_mtime_ns == made and folder_identity(first) == before
 
 
 def test_the_laws_by_lane(place, workspace):

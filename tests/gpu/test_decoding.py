@@ -65,7 +65,7 @@ def test_arms_of_another_tokenizer_guide_as_on_the_cpu(backbone_of, device, stat
         decoder = GuidedDecoder(base, backbone_of(place, static=fixed, name=REFERENCE), batch_size=8)
         decoder._bridge.candidates = candidates
         found.append(run(decoder, wanted))
-    assert changed(*found, "across tokenizers, device and CPU") <= 1
+    assert changed(found[0], found[1], "across tokenizers, device and CPU") <= 1
     assert [row.left_out for row in found[0]] == pytest.approx([row.left_out for row in found[1]], abs=1e-3)
 
 

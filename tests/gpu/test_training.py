@@ -24,7 +24,7 @@ def new_module(tiny, smoke_params, device, dropout=0.0, config=CONFIG, dtype=tor
     return ARM(ResponseModel(model, dtype), [(0.1, 1.0)], ARM_LOSS, config, STEPS, 0)
 
 
-def fit(module, groups, folder, device, config=CONFIG):  # noqa: F811
+def fitted(module, groups, folder, device, config=CONFIG):  # noqa: F811
     held_out = eval_loader(groups[:2], 2, 0)
     _, best = fit(module, groups, held_out, config, folder, False, 0, 0, device)
     load_trained(module, best)
@@ -40,8 +40,8 @@ def test_training_draws_the_curve_of_the_cpu(tiny, smoke_params, groups, tmp_pat
     here, there = (new_module(tiny, smoke_params, place, config=config) for place in (device, CPU))
     for name, weight in adapter(there).items():
         assert torch.equal(adapter(here)[name].cpu(), weight), "the start is drawn from the seed, wherever"
-    fit(here, groups, tmp_path / "here", device, config)
-    fit(there, groups, tmp_path / "there", CPU, config)
+    fitted(here, groups, tmp_path / "here", device, config)
+    fitted(there, groups, tmp_path / "there", CPU, config)
     print(f"device: {losses(here.history)}\nCPU:    {losses(there.history)}")
     assert losses(here.history) == pytest.approx(losses(there.history), abs=1e-3)
     assert len({round(loss, 3) for loss in losses(there.history)}) > 5
@@ -56,7 +56,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 ):  # fmt: skip
     config = dataclasses.replace(CONFIG, checkpoint_every=1)
     whole = new_module(tiny, smoke_params, device, 0.1, config)
-    fit(whole, groups, tmp_path / "whole", device, config)
+    fitted(whole, groups, tmp_path / "whole", device, config)
     step = ARM.training_step
 
     def dying(self, batch, index):
@@ -66,10 +66,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
     with monkeypatch.context() as patched, pytest.raises(ConnectionError):
         patched.setattr(ARM, "training_step", dying)
-        fit(new_module(tiny, smoke_params, device, 0.1, config), groups, tmp_path / "cut", device, config)
+        fitted(new_module(tiny, smoke_params, device, 0.1, config), groups, tmp_path / "cut", device, config)
     assert newest_checkpoint(tmp_path / "cut").name == f"step={stop:06d}.ckpt"
     resumed = new_module(tiny, smoke_params, device, 0.1, config)
-    fit(resumed, groups, tmp_path / "cut", device, config)
+    fitted(resumed, groups, tmp_path / "cut", device, config)
     assert len(resumed.history) == len(whole.history) == STEPS + CONFIG.epochs
     for one, other in zip(resumed.history, whole.history, strict=True):
         assert one == pytest.approx(other, abs=1e-4)
@@ -78,7 +78,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 def test_bfloat16_with_gradient_checkpointing_trains(tiny, smoke_params, groups, tmp_path, device):  # noqa: F811
     config = dataclasses.replace(CONFIG, gradient_checkpointing=True, epochs=4)
     half = new_module(tiny, smoke_params, device, config=config, dtype=torch.bfloat16)
-    fit(half, groups, tmp_path, device, config)
+    fitted(half, groups, tmp_path, device, config)
     curve = [row["loss"] for row in half.history if row["phase"] == "eval"]
     print(f"bfloat16: {curve}")
     assert curve[-1] < curve[0]

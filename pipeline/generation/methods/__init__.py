@@ -4,12 +4,14 @@ Those that are sampled from like an ARM say a `Law`, which `GuidedDecoder` decod
 Those that search with reward models over texts are decoders with its face: `generate(requests)` yields generations.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
+from pipeline.data.files import digest
+from pipeline.models.identity import folder_identity
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,25 @@ class Place:
         """The folder of what was trained for comparison on the base."""
         return self.workspace.rival(self.params.base, name)
 
-    @property
-    def derived(self) -> Path:
-        """A folder for adapters made of others."""
-        return self.workspace.scratch / "adapters" / self.params.base
+    def derived(
+        self, name: str, sources: Iterable[Path], shares: Mapping[str, float], write: Callable[[Path], object]
+    ) -> Path:
+        """The folder of an adapter made of others; it is written unless it is there.
+
+        Its path says what it is made of: experiments that run at once share scratch/, and none may find under its
+        own name what another has made.
+
+        Args:
+            name: of the adapter.
+            sources: the folders that it is made of.
+            shares: how much each objective counts.
+            write: writes it to a folder, whole or not at all.
+        """
+        origin = digest([[folder_identity(folder) for folder in sources], dict(shares)])[:16]
+        target = self.workspace.scratch / "adapters" / self.params.base / origin / name
+        if not target.is_dir():
+            write(target)
+        return target
 
 
 @dataclass(frozen=True)

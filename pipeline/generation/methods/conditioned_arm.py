@@ -17,7 +17,8 @@ def law(kind: str, mix: Mix, place: Place) -> Law:
     if name is None:
         raise UserError(f"no {kind} is trained: add one to tune.rivals, with kind: {kind}.")
     source = place.rival(name)
-    folder = adapter_at(source, mix.shares, place.derived / f"{name}-{mix.point}")
+    point = f"{name}-{mix.point}"
+    folder = place.derived(point, [source], mix.shares, lambda target: adapter_at(source, mix.shares, target))
     return Law(
         {policy_lane(folder.name): mix.strength * sum(mix.weights.values())},
         {policy_lane(folder.name): folder},

@@ -24,9 +24,9 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 def law(products: bool, mix: Mix, place: Place) -> Law:
     """The merged policy, and as much of the base as the strength leaves."""
-    target = place.derived / f"{'soup' if products else 'soup_factors'}-{mix.point}"
     shares = {place.rival(name): share for name, share in mix.shares.items()}
-    merge(shares, target, products=products)
+    name = f"{'soup' if products else 'soup_factors'}-{mix.point}"
+    target = place.derived(name, shares, mix.shares, lambda target: merge(shares, target, products=products))
     lane = policy_lane(target.name)
     return Law({BASE: 1 - mix.strength, lane: mix.strength}, {lane: target}, shares.keys())
 
