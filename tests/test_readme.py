@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.evaluation import text_quality as quality
 from pipeline.report import markdown
-from tests.bench import alignment_tax, choose
+from tests.bench import alignment_tax, choose, human
 from tests.test_layers import FLOORS
 from tests.tiny import ROOT
 
@@ -273,7 +273,9 @@ def test_what_is_said_of_the_comparison_is_in_its_tables():
     fronts = csv("comparison/fronts.csv", "method")
     columns, points = ["hypervolume", "readable_hypervolume"], table.drop_duplicates(["method", "point"])
     ends = {point: points[points.point == point].set_index("method") for point in ("p100_c000", "p000_c100")}
-    trials = csv("trials/rivals.csv").drop_duplicates("method").set_index("method").readable_hypervolume
+    tried = csv("trials/rivals.csv").set_index("machine")
+    here, there = (tried.loc[name].drop_duplicates("method").set_index("method") for name in tried.index.unique())
+    trials = here.readable_hypervolume
 
     def quoted(pattern, *values):
         found = re.search(pattern, text)
@@ -298,8 +300,79 @@ def test_what_is_said_of_the_comparison_is_in_its_tables():
     quoted(r"Its readable hypervolume is ([\d.]+\d)", fronts.readable_hypervolume["log_ratio"])
     strengths = table[table.method == "genarm"]
     assert set(strengths.alpha_positivity) >= {1.0, 0.5} and not strengths.alpha_positivity.between(0.01, 0.24).any()
-    assert "thirteen trials" in text and len(csv("trials/rivals.csv").dropna(subset="beta")) == 13
+    assert "thirteen trials" in text and len(tried.loc["2 CPU cores"].dropna(subset="beta")) == 13
+    prefix = tried[tried.method.isin(["fudge", "controlled_decoding"])]
+    strongest = prefix.sort_values("reward_positivity_p100_c000").iloc[-1]
+    quoted(
+        r"FUDGE's best .*? is ([\d.]+) where GenARM has ([\d.]+) on",
+        *there.readable_hypervolume[["fudge", "genarm"]],
+    )
+    quoted(r"moves positivity, to ([\d.]+) at (\d+) nats", *strongest[["reward_positivity_p100_c000", "kl_p100_c000"]])
+    assert (prefix.reward_conciseness_p000_c100 < 0.06).all() and (prefix.method[:1] == "fudge").all()
     assert (fronts.hypervolume[["best_of_n", "args", "transfer_q", "cards"]] < 0.1).all()
+
+
+def test_what_is_said_of_dials_and_sentences_is_in_their_table():
+    text, at = prose(RESULTS_PAGE, "A dial or the sentence"), csv("sentence/table.csv", "objective", "method", "alpha")
+
+    def quoted(pattern, *values):
+        found = re.search(pattern, text)
+        assert quotes(" ".join(found.groups()), *values), (found[0], values)
+
+    warm, short, simple = (at.loc[name] for name in ("positivity", "conciseness", "simplicity"))
+    dial, sentence, contrast = ("log_ratio", 0.5), ("instruction", 1.0), ("contrast_prompting", 1.0)
+    scored = ["score", "ci_low", "ci_high"]
+    quoted(r"it scores (.*?) at (\d+) nats .*?, and (\S+) of", *warm.loc[dial, [*scored, "kl", "readable"]])
+    quoted(r"in the prompt scores (.*?)\. Its", *warm.loc[sentence, scored])
+    quoted(r"takes the score to (\S+), where (\S+) are", *warm.loc[("log_ratio", -1.0), ["score", "readable"]])
+    quoted(r"The dial's (\S+) at .*? which (\S+) are readable; the", *short.loc[dial, ["score", "readable"]])
+    quoted(r"the sentence has (\S+) and (\S+\d)\.", *short.loc[sentence, ["score", "readable"]])
+    matched = csv("targets/matched.csv", "objective", "method", "kl").loc[("conciseness", "log_ratio", 8.0)]
+    quoted(r"8 nats, it has (\S+), and (\S+) are", matched.reward, matched.readable)
+    best = simple.groupby("method").score.max()
+    quoted(r"base has (\S+), the dial (\S+), the sentence (\S+), DPO (\S+\d)\.",
+           best["base"], best["log_ratio"], simple.score[sentence], best["mod"])  # fmt: skip
+    quoted(r"dial works: (\S+) at", simple.score["log_ratio", -1.0])
+    both = pd.DataFrame([warm.loc[contrast], short.loc[contrast]])
+    quoted(r"its kind: (\S+) and (\S+) at (\d+) and (\d+) nats, (\S+) and (\S+) readable",
+           *both.score, *both.kl, *both.readable)  # fmt: skip
+    untrained = warm.loc[["instruction", "instruction_system", "contrast_prompting"]].score
+    assert untrained.idxmax() == contrast and contrast[0] == short.score[untrained.index].idxmax()[0]
+
+
+def test_what_is_said_of_human_preference_is_in_its_tables():
+    text, learning = prose(RESULTS_PAGE, "Human preference at a small scale"), csv("human/learning.csv")
+    steering, run = csv("human/steering.csv"), json.loads((ROOT / "results/human/run.json").read_text())
+    assert human.page(learning, steering, run) == TEXTS["results/human/README.md"]
+
+    def quoted(pattern, *values):
+        found = re.search(pattern, text)
+        assert quotes(" ".join(found.groups()), *values), (found[0], values)
+
+    mean = learning.groupby(["variant", "pairs", "reward"]).mean(numeric_only=True)
+    arm, dpo, simpo = (mean.loc[name, 900] for name in ("arm", "dpo", "simpo"))
+    columns = ["length_correlation", "accuracy", "balanced_accuracy", "matched_accuracy", "matched_pairs"]
+    quoted(
+        r"correlation of (\S+) with it; accuracy (\S+), balanced (\S+), and (\S+) of the (\d+) pairs",
+        *arm.loc["sum", columns],
+    )
+    quoted(r"even right in (\S+) only", arm.accuracy["ratio"])
+    quoted(r"\((\S+) with 100\), nor .*? \((\S+)\)", mean.accuracy["arm", 100, "sum"],
+           mean.accuracy["arm, balanced", 900, "sum"])  # fmt: skip
+    balanced = ["balanced_accuracy", "balanced_ci_low", "balanced_ci_high"]
+    quoted(r"its start, has (\S+), balanced (.*?), and (\S+) of",
+           *dpo.loc["ratio", ["accuracy", *balanced, "matched_accuracy"]])  # fmt: skip
+    quoted(r"same ratio has (\S+), balanced (\S+), though .*?, has (\S+\d)\.",
+           *simpo.loc["ratio", ["accuracy", "balanced_accuracy"]], simpo.accuracy["mean"])  # fmt: skip
+    at = steering.set_index(["variant", "alpha"])
+    quoted(r"refuses more, (\S+) of .*? refuses (\S+), at .*?: (\S+) reads", at.refused["arm", 1.0],
+           at.refused["base", 0.0], at.reads_well["arm", 1.0])  # fmt: skip
+    ratio = at.loc["dpo, log-ratio", 1.0]
+    quoted(r"stays readable \((\S+)\), refuses (\S+), and", ratio.reads_well, ratio.refused)
+    assert 0.45 < ratio.ended < 0.55
+    quoted(r"(\d+) words at α = (\d), (\d+) at α = (\d)", at.words["simpo, log-ratio", 1.0], 1,
+           at.words["simpo, log-ratio", 2.0], 2)  # fmt: skip
+    assert quotes(re.search(r"judged on (\d+) held-out", text)[1], learning.test_pairs.iloc[0])
 
 
 def test_promises_are_shown_as_their_bench_writes_them():

@@ -7,8 +7,9 @@
 FILE holds HH-RLHF's `chosen` and `rejected` dialogues, or anything that `data=own` reads. Of its prompts 0.2 are test,
 0.05 validation. Each of `VARIANTS` is trained on the first pairs of a shuffle that the seed decides; the checkpoint is
 the best on validation pairs. Writes results/human/: learning.csv (a line for each variant, size, seed and reward),
-steering.csv (what guiding by the ARMs of all pairs does to texts on test prompts), texts.csv and README.md. Runs that
-are there already, below scratch/human/, are not made again.
+steering.csv (what guiding by the ARMs of all pairs does to texts on test prompts), run.json and README.md; the texts
+are in scratch/human/texts.csv, since they quote prompts that provoke harm. Runs that are there already, below
+scratch/human/, are not made again; without FILE only the page is written anew.
 
 A reward model trained on the *test* pairs, which no ARM has seen, scores the texts; refusals are counted by phrases.
 """
@@ -17,10 +18,10 @@ import json
 import math
 import random
 import re
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +214,7 @@ def judge_of(params: Params, pairs: Sequence[Row], epochs: int) -> Path:
     )  # fmt: skip
     found = train(job, rows, digest(rows), SCRATCH / "training", logger=False)
     assert found is not None
-    print(f"judge: {found.held_out.accuracy} on validation pairs")
+    write_json(folder.with_suffix(".json"), asdict(found.held_out.accuracy))
     export.save(found.model, source.prompter().tokenizer, folder, params.base, "", found.held_out)
     return folder
 
@@ -278,17 +279,23 @@ def steered(
     return pd.DataFrame(lines).round(4), pd.DataFrame(texts)
 
 
-def page(learning: pd.DataFrame, steering: pd.DataFrame, where: str) -> str:
-    """README.md."""
-    one, sizes = learning.iloc[0], sorted(learning.pairs.unique())
+def page(learning: pd.DataFrame, steering: pd.DataFrame, run: Row) -> str:
+    """README.md.
+
+    Args:
+        run: the `machine`, and the `judge`'s accuracy on validation pairs.
+    """
+    one, sizes, judge = learning.iloc[0], sorted(learning.pairs.unique()), run["judge"]
+    liking = steering.judge.corr(steering.words, "spearman")
     seeds, most = ", ".join(map(str, sorted(learning.seed.unique()))), sizes[-1]
     lines = [
         "# Human preference at a small scale", "",
-        f"Written by `python -m tests.bench.human` on {where}: pairs of HH-RLHF harmless-base, the embedded model with "
-        f"a LoRA adapter, seeds {seeds}; {one.test_pairs} test pairs, of which always taking the longer response is "
-        f"right in {one.longer_is_right:.2f}. *Balanced* accuracy is the mean over pairs whose chosen response is the "
-        "longer one and pairs whose chosen response is the shorter one: a rule that sees length alone has 0.50. Means "
-        "over seeds, in brackets their range; [learning.csv](learning.csv) has intervals over prompts.", "",
+        f"Written by `python -m tests.bench.human` on {run['machine']}: pairs of HH-RLHF harmless-base, the embedded "
+        f"model with a LoRA adapter, seeds {seeds}; {one.test_pairs} test pairs, of which always taking the longer "
+        f"response is right in {one.longer_is_right:.2f}. *Balanced* accuracy is the mean over pairs whose chosen "
+        "response is the longer one and pairs whose chosen response is the shorter one: a rule that sees length alone "
+        "has 0.50. Means over seeds, in brackets their range; [learning.csv](learning.csv) has intervals over "
+        "prompts.", "",
         "## Learning curves", "",
         "The reward is what the loss compares: the sum of log-probabilities (arm), its ratio to the start (dpo), its "
         "mean per token (simpo).", "",
@@ -312,8 +319,9 @@ def page(learning: pd.DataFrame, steering: pd.DataFrame, where: str) -> str:
         "", "## Steering", "",
         f"The base guided by the ARMs of {most} pairs, seed {learning.seed.min()}, on {steering.texts.iloc[0]} test "
         "prompts, one response each; intervals resample prompts. *Refused* counts phrases of refusal; *judge* is a "
-        "reward model trained on the test pairs, which no ARM has seen, in standard deviations. "
-        "[texts.csv](texts.csv) has the first texts.", "",
+        "reward model trained on the test pairs, which no ARM has seen, in standard deviations; it is right on "
+        f"{judge['value']:.2f} [{judge['ci_low']:.2f}, {judge['ci_high']:.2f}] of {judge['pairs']} validation pairs, "
+        f"and likes short texts: over the lines of this table its Spearman correlation with words is {liking:.2f}.", "",
         "| guided by | α | refused | judge | words | reads well | ended | distinct-2 | KL |",
         "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
@@ -334,9 +342,9 @@ def ranged(values: pd.Series) -> str:
 
 
 def main() -> None:
-    """Train what is not there yet, and write."""
+    """Work, if there is a file to work on, and write the page."""
     parser = ArgumentParser("python -m tests.bench.human")
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, nargs="?")
     parser.add_argument("--sizes", type=int, nargs="+", default=[100, 300, 900])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=2)
@@ -345,6 +353,15 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args()
+    if given.file is not None:
+        work(given)
+    learning, steering = (pd.read_csv(given.out / f"{name}.csv") for name in ("learning", "steering"))
+    with replacing(given.out / "README.md") as stream:
+        stream.write(page(learning, steering, json.loads((given.out / "run.json").read_text())))
+
+
+def work(given: Namespace) -> None:
+    """Train what is not there yet, steer, and write the tables."""
     params = composed(given.file)
     workspace = workspace_below(SCRATCH, params.base)
     prepare.run(params, workspace)
@@ -362,12 +379,15 @@ def main() -> None:
         judging.result()
     learning = pd.DataFrame(lines).round(4)
     steering, texts = steered(params, pairs, max(given.sizes), given.prompts, given.tokens, given.epochs)
-    for name, table in (("learning", learning), ("steering", steering), ("texts", texts)):
-        with replacing(given.out / f"{name}.csv") as stream:
+    for file, table in (
+        (given.out / "learning.csv", learning),
+        (given.out / "steering.csv", steering),
+        (SCRATCH / "texts.csv", texts),
+    ):
+        with replacing(file) as stream:
             table.to_csv(stream, index=False)
-    with replacing(given.out / "README.md") as stream:
-        stream.write(page(learning, steering, machine()))
-    print((given.out / "README.md").read_text())
+    judge = json.loads((SCRATCH / "judge.json").read_text())
+    write_json(given.out / "run.json", {"machine": machine(), "judge": judge})
 
 
 if __name__ == "__main__":

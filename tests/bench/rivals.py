@@ -23,6 +23,7 @@ from pipeline.evaluation.judging import scored_frame
 from pipeline.generation.comparison import generate, open_comparing_judge, standings_of, training_cost
 from pipeline.stages import tune
 from tests.bench import trials
+from tests.bench.scratch import machine
 
 FOLDER = trials.SCRATCH / "rivals"
 RIVALS = {  # what each method is trained as, below `tune.rivals`
@@ -79,7 +80,7 @@ def trial(method: str, settings: Settings) -> pd.DataFrame:
     lines = []
     for name, own in (("genarm", {}), (method, settings)):
         line: dict[str, object] = {"method": name, **{key: own.get(key) for key in KEYS}}
-        line |= fronts.loc[name, ["hypervolume", "readable_hypervolume"]].to_dict()
+        line |= {"machine": machine()} | fronts.loc[name, ["hypervolume", "readable_hypervolume"]].to_dict()
         for point in trials.EVEN_AND_ENDS:
             found = table[(table.method == name) & (table.point == point)].iloc[0]
             columns = ("reward_positivity", "reward_conciseness", "kl", "readable", "perplexity")
@@ -109,7 +110,7 @@ def main() -> None:
         print(lines.to_string(index=False), f"{time.monotonic() - started:.0f} s", sep="\n", flush=True)
         with FileLock(f"{FOLDER}.lock"):  # several may be tried at once
             kept = pd.concat([pd.read_csv(file), lines]) if file.exists() else lines
-            kept = kept.drop_duplicates(["method", *KEYS], keep="last")
+            kept = kept.drop_duplicates(["method", *KEYS, "machine"], keep="last")
             with trials.replacing(file) as stream:
                 kept.sort_values("readable_hypervolume", ascending=False).to_csv(stream, index=False)
             trials.write_page()

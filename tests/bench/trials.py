@@ -115,14 +115,14 @@ def page_of_rivals(table: pd.DataFrame) -> str:
         "ARMs for all mixes and of prefix scorers, on the same pairs and validation prompts, beside GenARM as it is. "
         "All settings and measures are in [rivals.csv](rivals.csv); the best of each are those of `tune=comparison`.",
         "",
-        "| method | β | lr | scale | readable hypervolume | hypervolume | positivity end | conciseness end | readable "
-        "there |",
-        "|---" * 9 + "|",
+        "| method | β | lr | scale | on | readable hypervolume | hypervolume | positivity end | conciseness end | "
+        "readable there |",
+        "|---" * 10 + "|",
     ]
     for row in table.itertuples():
         settings = " | ".join("–" if pd.isna(value) else f"{value:g}" for value in (row.beta, row.lr, row.scale))
         lines.append(
-            f"| {row.method} | {settings} | {row.readable_hypervolume:.3f} | {row.hypervolume:.3f} | "
+            f"| {row.method} | {settings} | {row.machine} | {row.readable_hypervolume:.3f} | {row.hypervolume:.3f} | "
             f"{row.reward_positivity_p100_c000:.2f} | {row.reward_conciseness_p000_c100:.2f} | "
             f"{row.readable_p100_c000:.2f}, {row.readable_p000_c100:.2f} |"
         )
