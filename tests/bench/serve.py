@@ -46,7 +46,7 @@ class Window:
     first: list[float] = field(default_factory=list)  # seconds to the first piece
     gaps: list[float] = field(default_factory=list)  # seconds from piece to piece
 
-    def line(self, name: str, seconds: float, memory: float) -> dict[str, Any]:
+    def line(self, name: str, seconds: float, memory: dict[str, float]) -> dict[str, Any]:
         """As a line of the table."""
         times = {
             f"{what}_p{share}_ms": 1000 * float(np.percentile(values, share)) if values else np.nan
@@ -56,7 +56,7 @@ class Window:
         return {
             "requests": name, "answers": self.answers, "whole": self.whole, "malformed": self.malformed,
             "internal_errors": self.internal_errors, "tokens": self.tokens, "seconds": seconds,
-            "tokens_per_s": self.tokens / seconds, **times, "memory_gib": memory,
+            "tokens_per_s": self.tokens / seconds, **times, **memory,
         }  # fmt: skip
 
 
@@ -158,9 +158,10 @@ def server() -> Iterator[psutil.Process]:
             process.terminate()
 
 
-def held(process: psutil.Process) -> float:
-    """GiB of memory that the server's processes hold."""
-    return sum(each.memory_info().rss for each in (process, *process.children(recursive=True))) / 2**30
+def held(process: psutil.Process) -> dict[str, float]:
+    """GiB of memory that the server's processes hold: all of them, and what takes requests without the engine."""
+    front, *others = (each.memory_info().rss / 2**30 for each in (process, *process.children(recursive=True)))
+    return {"memory_gib": front + sum(others), "memory_front_gib": front}
 
 
 async def soak(process: psutil.Process, address: str, model: str, many: int, key: str = "none") -> pd.DataFrame:

@@ -12,7 +12,7 @@ SHARES = {"p100_c000": 1.0, "p075_c025": 0.75, "p050_c050": 0.5, "p025_c075": 0.
 def params(compose_params):
     return compose_params(
         "experiment=comparison", "methods@comparison.methods=[genarm,mod,cards]", "judge.resamples=300",
-        "comparison.methods.cards.prompts=7",
+        "comparison.methods.cards.prompts=7", "comparison.methods.genarm.strengths=[1.0,0.5]",
     )  # fmt: skip
 
 

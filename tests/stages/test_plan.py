@@ -68,7 +68,8 @@ def test_time_and_judges_are_reckoned_from_rows(compose_params, workspace):
 
 def test_comparisons_ask_the_judge_too(compose_params, workspace):
     more = ["comparison=default", "tune=human_preference", "methods@comparison.methods=[genarm,mod]"]
-    params = compose_params("experiment=hh_rlhf", *more, "+comparison.methods.mod.prompts=20")
+    more += ["comparison.methods.mod.prompts=20", "comparison.methods.genarm.strengths=[1.0,0.5]"]
+    params = compose_params("experiment=hh_rlhf", *more)
     rows = Rows.of(params, workspace)
     lines = 2 * 300 + 2 * 20  # each method at two strengths
     assert plan.calls(params.judge, params, rows)[0] == 2 * 300 + lines + 50
