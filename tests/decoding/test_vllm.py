@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -426,6 +427,26 @@ def test_an_adapter_that_vllm_would_apply_otherwise_is_refused(source, adapters,
             VllmDecoder(source, {"one": tmp_path / name}, batch_size=1)
     with pytest.raises(UserError, match="holds no adapter"):
         VllmDecoder(source, {"one": tmp_path / "nothing"}, batch_size=1)
+
+
+def test_an_adapter_with_biases_is_refused(source, adapters, tmp_path):
+    shutil.copytree(adapters["one"], tmp_path / "biased")
+    config = json.loads((tmp_path / "biased" / "adapter_config.json").read_text())
+    (tmp_path / "biased" / "adapter_config.json").write_text(json.dumps(config | {"lora_bias": True}))
+    tensors = load_file(tmp_path / "biased" / "adapter_model.safetensors")
+    name = next(name for name in tensors if name.endswith(".lora_B.weight"))
+    tensors[name.replace("weight", "bias")] = torch.ones(len(tensors[name]))
+    save_file(tensors, tmp_path / "biased" / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="has biases"):
+        VllmDecoder(source, {"biased": tmp_path / "biased"}, batch_size=1)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_cpu_without_bfloat16_computes_in_float32_here_too(source, monkeypatch, native):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native})
+    chosen = settings(replace(source, dtype="auto"), {}, [], 1)["dtype"]
+    assert chosen == ("bfloat16" if native else "float32")
+    assert settings(replace(source, dtype="float16"), {}, [], 1)["dtype"] == "float16"
 
 
 def test_a_version_of_vllm_that_was_not_tested_is_one_sentence_and_no_refusal(source, monkeypatch):

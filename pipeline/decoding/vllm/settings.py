@@ -17,7 +17,7 @@ from pipeline.decoding.backbone import SideBackbone
 from pipeline.decoding.fused_lora import read_adapter
 from pipeline.decoding.vllm.guides import to_json
 from pipeline.models.identity import folder_identity
-from pipeline.models.loading import Source
+from pipeline.models.loading import Source, resolve_device, resolve_dtype
 from pipeline.models.prompting import Prompter, ends_of
 from pipeline.models.vocabulary import check_adapter_tokenizer, check_vocabulary
 
@@ -52,7 +52,7 @@ def settings(base: Source, adapters: Mapping[str, Path], beside: Sequence[SideBa
     if base.quantisation == "int8":
         raise UserError("vLLM does not quantise to int8 on loading: set the base's quantisation to nf4 or null.")
     arguments: dict[str, Any] = {
-        "model": str(base.folder), "dtype": base.dtype, "max_num_seqs": groups * (1 + len(adapters)),
+        "model": str(base.folder), "dtype": _dtype(base), "max_num_seqs": groups * (1 + len(adapters)),
         "enable_chunked_prefill": True, "async_scheduling": False, "enforce_eager": True,
         "logits_processors": ["pipeline.decoding.vllm.processor:LaneProcessor"],
         "worker_extension_cls": "pipeline.decoding.vllm.processor.Ledger",
@@ -67,6 +67,12 @@ def settings(base: Source, adapters: Mapping[str, Path], beside: Sequence[SideBa
         rank = max(rank_of(name, folder) for name, folder in adapters.items())
         arguments |= {"enable_lora": True, "max_loras": len(adapters) + 1, "max_lora_rank": rank}
     return arguments
+
+
+def _dtype(base: Source) -> str:
+    """The decoder's own choice on CPUs: `auto` of vLLM is bfloat16 there too where no kernel multiplies in it."""
+    device = resolve_device("auto")
+    return base.dtype if device.type == "cuda" else str(resolve_dtype(base.dtype, device)).removeprefix("torch.")
 
 
 def _check_version() -> None:
