@@ -88,16 +88,18 @@ def metrics(held_out: HeldOut, trained: Trained | None = None, epochs: int = 0) 
 def model_card(job: Job, license_name: str, digests: dict[str, str], trained: Trained) -> str:
     """The README.md of an ARM's folder: Hugging Face metadata, what it was made from, what was measured."""
     arm, loss, config, kept, measured = job.arm, job.loss, job.trainer, trained.splits["train"], trained.held_out
-    lora, head = arm.tuning == "lora" and job.kind != "prefix_scorer", job.kind == "prefix_scorer"
+    lora = arm.tuning == "lora" and job.kind != "prefix_scorer"
+    if lora:
+        made, what_learned = "A LoRA adapter", f"LoRA, rank {arm.rank}, alpha {arm.lora_alpha}, {arm.targets}"
+    elif job.kind == "prefix_scorer":
+        made, what_learned = "A head", "a head on the frozen base"
+    else:
+        made, what_learned = "A descendant", "all weights"
     facts = {
         "β": ", ".join(f"{beta:g} ({name})" for name, (beta, _) in job.terms.items()),
         "pairs count": ", ".join(f"{weight:g} ({name})" for name, (_, weight) in job.terms.items()),
         "loss": f"{loss.kind}, margin {loss.margin}, label smoothing {loss.label_smoothing}",
-        "trained": f"LoRA, rank {arm.rank}, alpha {arm.lora_alpha}, {arm.targets}"
-        if lora
-        else "a head on the frozen base"
-        if head
-        else "all weights",
+        "trained": what_learned,
         "learning rate": f"{config.lr}, {config.scheduler}, {config.epochs} epochs",
         "seed": job.seed,
         **digests,
@@ -110,7 +112,6 @@ def model_card(job: Job, license_name: str, digests: dict[str, str], trained: Tr
         "Spearman of log π with length": measured.length_correlation,
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    made = f"{'A LoRA adapter' if lora else 'A head' if head else 'A descendant'} of `{job.start}`"
     aims = " and ".join(f"**{name}**" for name in job.terms)
     title, tag, what = _KINDS[job.kind]
     return f"""---
@@ -121,7 +122,7 @@ tags: [genarm, {tag}{", lora" if lora else ""}]
 ---
 # {title}: {job.name}
 
-{made} {what.format(aims=aims)}
+{made} of `{job.start}` {what.format(aims=aims)}
 
 | | |
 |---|---|

@@ -97,7 +97,7 @@ def test_a_modulated_layer_is_affine_in_shared_features_and_linear_in_the_weight
     factor, x = torch.randn(4, 6, generator=generator).double(), torch.randn(6, generator=generator).double()
     scales, shifts = (torch.randn(2, 4, generator=generator).double() for _ in range(2))
     ends = [modulate(factor, scales, shifts, torch.tensor(end).double()) for end in ([1.0, 0.0], [0.0, 1.0])]
-    mixed, shift = modulate(factor, scales, shifts, torch.tensor([share, 1 - share]).double())
+    mixed, shift = modulate(factor, scales, shifts, torch.tensor([share, 1 - share], dtype=torch.float64))
     one, other = (own @ x + own_shift for own, own_shift in ends)
     torch.testing.assert_close(mixed @ x + shift, share * one + (1 - share) * other)
     torch.testing.assert_close(ends[0][0] @ x, (1 + scales[0]) * (factor @ x))

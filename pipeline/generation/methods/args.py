@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.generation.methods.lookahead_cache import LookaheadCache, TextReward
-from pipeline.generation.methods.search import Found, TokenSearch
+from pipeline.generation.methods.search import Found, Readings, TokenSearch, Weights
 from pipeline.models.prompting import Prompter
 
 
@@ -33,13 +33,7 @@ class Args(TokenSearch[TextReward]):
         super().__init__(model, prompter, rewards, batch_size)
         self._top_k, self._strength = top_k, strength
 
-    def law(
-        self,
-        base_BV: Tensor,
-        weights: Mapping[str, Tensor],
-        base: LookaheadCache,
-        readings: Mapping[str, LookaheadCache],
-    ) -> Tensor:
+    def law(self, base_BV: Tensor, weights: Weights, base: LookaheadCache, readings: Readings) -> Tensor:
         """The base at its likeliest tokens, tilted by what each of them is worth."""
         values_BK, candidates_BK = base_BV.topk(self._top_k, dim=-1)
         for name, reading in readings.items():

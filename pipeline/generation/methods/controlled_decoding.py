@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.generation.methods.lookahead_cache import LookaheadCache
-from pipeline.generation.methods.search import TokenSearch
+from pipeline.generation.methods.search import Readings, TokenSearch, Weights
 from pipeline.models.prefix_scorer import PrefixValues
 from pipeline.models.prompting import Prompter
 
@@ -36,13 +36,7 @@ class ControlledDecoding(TokenSearch[PrefixValues]):
         super().__init__(model, prompter, rewards, batch_size)
         self._scale, self._value = scale, F.logsigmoid if logarithm else Tensor.sigmoid
 
-    def law(
-        self,
-        base_BV: Tensor,
-        weights: Mapping[str, Tensor],
-        base: LookaheadCache,
-        readings: Mapping[str, LookaheadCache],
-    ) -> Tensor:
+    def law(self, base_BV: Tensor, weights: Weights, base: LookaheadCache, readings: Readings) -> Tensor:
         """The base, tilted by the value of each token."""
         tilted_BV = base_BV
         for name, weight_B in weights.items():

@@ -42,6 +42,8 @@ class Found:
 
 
 Reward = TypeVar("Reward")
+Weights = Mapping[str, Tensor]  # of the objectives that any row weighs: weight_B
+Readings = Mapping[str, LookaheadCache]  # what is read beside the base, by objective
 
 
 class Search(ABC, Generic[Reward]):
@@ -142,19 +144,13 @@ class TokenSearch(Search[Reward]):
                 reading.read(drawn_B1)
 
     @abstractmethod
-    def law(
-        self,
-        base_BV: Tensor,
-        weights: Mapping[str, Tensor],
-        base: LookaheadCache,
-        readings: Mapping[str, LookaheadCache],
-    ) -> Tensor:
+    def law(self, base_BV: Tensor, weights: Weights, base: LookaheadCache, readings: Readings) -> Tensor:
         """Log-probabilities of the next token: law_BV.
 
         Args:
             base_BV: those of the base.
-            weights: of the objectives that any row weighs, weight_B.
-            base, readings: what the base and `readings` have read.
+            weights: how much each objective counts.
+            base, readings: what the base and the models of `readings` have read.
         """
 
     def readings(self, rows: Sequence[Found], weights: Mapping[str, Tensor]) -> dict[str, LookaheadCache]:
