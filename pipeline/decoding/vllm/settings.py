@@ -110,9 +110,7 @@ def check_adapters(prompter: Prompter, base: Source, adapters: Mapping[str, Path
         )
     for name, folder in adapters.items():
         if any(update.constant_R is not None for update in read_adapter(folder, model).values()):
-            raise UserError(
-                f"{folder} has biases, which vLLM leaves out: use decoding.engine=transformers."
-            )
+            raise UserError(f"{folder} has biases, which vLLM leaves out: use decoding.engine=transformers.")
         check_adapter_tokenizer(prompter, folder, name)
 
 
