@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help install repro test params plan lint smoke bench bench-gpu test-gpu report vllm test-vllm bench-vllm soak serve pictures playground gc clean
+.PHONY: help install repro test params plan lint smoke bench bench-gpu test-gpu report vllm test-vllm test-vllm-v1 test-vllm-v2 bench-vllm soak serve pictures playground gc clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -68,8 +68,14 @@ $(VLLM)/.installed: requirements-vllm.lock pyproject.toml  # whose entry points 
 	$(VLLM)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-test-vllm: vllm  ## the tests of the engine and of the server, in their own environment
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/decoding/test_vllm.py tests/decoding/test_serve.py
+test-vllm: vllm  ## the tests of the engine, under both of its model runners, and of the server, in their own environment
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-vllm-v1 test-vllm-v2
+
+test-vllm-v1:
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/decoding/test_vllm_runners.py tests/decoding/test_vllm.py tests/decoding/test_serve.py
+
+test-vllm-v2:  # on a CPU: Triton's kernels run in its interpreter
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 $(VLLM)/bin/python -m pytest tests/decoding/test_vllm.py
 
 bench-vllm: vllm  ## speed of guided decoding inside vLLM (after `make repro`)
 	$(VLLM)/bin/python -m tests.bench.vllm

@@ -85,10 +85,10 @@ def measured(engine: str) -> dict[str, tuple[float, float]]:
         decoder._ends = []
     spent: list[float] = []
     if engine == "guided":
-        from pipeline.decoding.vllm.processor import LaneProcessor
+        from pipeline.decoding.vllm.runner_v1 import LaneProcessorV1
 
         for name in ("apply", "update_state"):
-            timed(LaneProcessor, name, spent)
+            timed(LaneProcessorV1, name, spent)
     write = plain if engine in ("unguided", "lanes") else guided
     found = {}
     for count in {"unguided": (0,), "stock": (2,)}.get(engine, (1, 2)):

@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.decoding.vllm.settings import ENVIRONMENT, ROOM, ends_and_marks, settings
+from pipeline.decoding.vllm.settings import ends_and_marks, environment, settings
 
-os.environ |= ENVIRONMENT
+os.environ |= environment()
 os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
-os.environ.setdefault(*ROOM)
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process where nothing asks for more
 
 import vllm

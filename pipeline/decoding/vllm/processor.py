@@ -1,5 +1,8 @@
 """What runs inside vLLM: a batch-level logits processor that makes lanes of one group draw from the guided law.
 
+vLLM has two model runners, each with an interface of its own for logits processors: `runner_v1` and `runner_v2` say
+which lane is in which row of the batch, and all else is here.
+
 A guided request is a group of *lanes*: the same prompt, once for the base and once per ARM (a LoRA adapter of the
 base). The processor sums their logits, Σ_i α_i x_i / T: what normalises each lane is one constant per row, which the
 softmax behind takes up, so this is the guided law (`pipeline.decoding.guidance.guided_logps`). It cuts and draws as
@@ -20,7 +23,7 @@ tokens does not grow by such a draw, which is how it is noticed here: nothing of
 Shapes: B rows of the batch, N of them in whole groups, G groups, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -29,27 +32,30 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from vllm.config import VllmConfig
-from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from pipeline.decoding.guidance import cut, draw, kl_divergence, normalised, truncate
 from pipeline.decoding.vllm.grammar import Grammars
 from pipeline.decoding.vllm.guides import Guided, Guides
 from pipeline.decoding.vllm.lanes import check_seal, facts_of
 from pipeline.decoding.vllm.logprobs import TokenLogprobs, token_logprobs
-from pipeline.decoding.vllm.rows import Lane, Plan, lane_of
+from pipeline.decoding.vllm.rows import Lane, Plan
 from pipeline.decoding.vllm.settings import EXTRA, SCHEDULER
 
 _KEPT = 4096  # groups whose log-probabilities are kept until they are fetched
 
 
-class LaneProcessor(LogitsProcessor):
-    """Registered with an engine as `pipeline.decoding.vllm.processor:LaneProcessor`.
+class LaneProcessor:
+    """The lanes of a batch, by the row in which each is; the part of a processor that both model runners share.
+
+    Args:
+        vllm_config: vLLM's.
+        device: where logits are.
 
     Raises:
         ValueError: the engine is configured so that lanes could fall out of step unseen.
     """
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         scheduler = vllm_config.scheduler_config
         if scheduler.enable_chunked_prefill and scheduler.scheduler_cls != SCHEDULER:
             raise ValueError(f"lanes whose prompts are computed in pieces need vLLM's --scheduler-cls {SCHEDULER}.")
@@ -77,30 +83,12 @@ class LaneProcessor(LogitsProcessor):
         if facts is not None:
             check_seal(facts)
 
-    def is_argmax_invariant(self) -> bool:
-        """No: it says which token is the likeliest."""
-        return False
-
-    def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Follow the rows of the batch."""
-        if batch_update is None:
-            return
+    def _follow(self, rows: dict[int, Lane]) -> None:
+        """Take note of where lanes are now."""
         self.settle()
-        for index in batch_update.removed:
-            self._rows.pop(index, None)
-        for index, params, prompt, output in batch_update.added:
-            self._rows.pop(index, None)
-            if facts := facts_of(params):
-                self._rows[index] = lane_of(facts, prompt or (), output, self._grammars)
-        for one, two, direction in batch_update.moved:
-            first, second = self._rows.pop(one, None), self._rows.pop(two, None)
-            if first is not None:
-                self._rows[two] = first
-            if second is not None and direction == MoveDirectionality.SWAP:
-                self._rows[one] = second
-        self._plan, self._changed = None, True
+        self._rows, self._plan, self._changed = rows, None, True
 
-    def apply(self, logits: Tensor) -> Tensor:
+    def _steer(self, logits: Tensor) -> Tensor:
         """Make the drawn token the likeliest of every lane of a whole group, and the mark where one is missing."""
         if not self._changed and not self._keep_last_step():
             self.settle()
@@ -281,19 +269,23 @@ class LaneProcessor(LogitsProcessor):
 class Ledger:
     """Methods that a worker gains (`worker_extension_cls`), for the frontend's `collective_rpc`."""
 
+    def _lane_processors(self) -> Iterator[LaneProcessor]:
+        runner = self.model_runner  # type: ignore[attr-defined]
+        v2 = self.use_v2_model_runner  # type: ignore[attr-defined]
+        loaded = runner.sampler.logits_processors if v2 else runner.input_batch.logitsprocs.all
+        yield from (processor for processor in loaded if isinstance(processor, LaneProcessor))
+
     def take_sums(self, groups: list[str]) -> dict[str, list[float]]:
         """log π, log π_base and KL of groups that have ended, which are forgotten here."""
         sums: dict[str, list[float]] = {}
-        for processor in self.model_runner.input_batch.logitsprocs.all:  # type: ignore[attr-defined]
-            if isinstance(processor, LaneProcessor):
-                sums |= processor.taken(set(groups))
+        for processor in self._lane_processors():
+            sums |= processor.taken(set(groups))
         return sums
 
     def take_logprobs(self, group: str) -> dict[int, TokenLogprobs]:
         """Log-probabilities of a group's tokens since they were last fetched, by position; forgotten here."""
         logprobs: dict[int, TokenLogprobs] = {}
-        for processor in self.model_runner.input_batch.logitsprocs.all:  # type: ignore[attr-defined]
-            if isinstance(processor, LaneProcessor):
-                processor.settle()
-                logprobs |= processor.records.pop(group, {})
+        for processor in self._lane_processors():
+            processor.settle()
+            logprobs |= processor.records.pop(group, {})
         return logprobs

@@ -15,7 +15,7 @@ from pipeline.decoding.vllm.grammar import Grammars, Matcher
 from pipeline.decoding.vllm.logprobs import TokenLogprobs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Lane:
     """One lane's row of the batch."""
 
@@ -40,7 +40,7 @@ class Lane:
     stop_token_ids: Sequence[int]
     top_logprobs: int | None
     matcher: Matcher | None  # of the grammar that the response keeps to
-    output: Sequence[int]  # vLLM's own list: it grows as tokens are drawn
+    output: Sequence[int]  # what vLLM has kept: it grows as tokens are drawn
 
     @property
     def drawn(self) -> Sequence[int]:
@@ -76,7 +76,7 @@ class Plan:
 
 
 def lane_of(facts: Mapping[str, Any], prompt: Sequence[int], output: Sequence[int], grammars: Grammars) -> Lane:
-    """A lane of what it tells, its prompt and vLLM's list of its tokens."""
+    """A lane of what it tells, its prompt and its response."""
     lane, first = facts["lane"], facts["first"]
     # Only the base's lane draws, and speaks for the guides.
     uniforms = np.empty(0) if lane else random_stream(facts["stream"], facts["last"])[first:]

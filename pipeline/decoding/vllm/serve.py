@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from pipeline.decoding.backbone import plan_backbones
 from pipeline.decoding.vllm import guides
-from pipeline.decoding.vllm.settings import ENVIRONMENT, ROOM, SERVE, ends_and_marks, settings, version_of
+from pipeline.decoding.vllm.settings import SERVE, ends_and_marks, environment, settings, version_of
 from pipeline.models.loading import Source
 from pipeline.models.prompting import Prompter
 
@@ -71,6 +71,7 @@ def become_server(
     """
     adapters, beside = plan_backbones(base, arms, arm_base, {}, reference=arm_base is not None)
     ends, marks = ends_and_marks(base)
+    os.environ |= environment()
     engine = settings(base, adapters, beside, groups)
     models = {
         "base": name, "folder": str(base.folder), "groups": groups,
@@ -79,8 +80,7 @@ def become_server(
         "rank": engine.get("max_lora_rank", 0),
     }  # fmt: skip
     plugins = [plugin for plugin in os.environ.get("VLLM_PLUGINS", "").split(",") if plugin]
-    os.environ |= {SERVE: json.dumps(models), **ENVIRONMENT, "VLLM_PLUGINS": ",".join([*plugins, *_PLUGINS])}
-    os.environ.setdefault(*ROOM)
+    os.environ |= {SERVE: json.dumps(models), "VLLM_PLUGINS": ",".join([*plugins, *_PLUGINS])}
     if allocator := find_library("tcmalloc_minimal"):  # as vLLM advises on CPUs: glibc's keeps what others give back
         os.environ.setdefault("LD_PRELOAD", allocator)
     adapters = {arm: version_of(arm, folder, versions) for arm, folder in adapters.items()}

@@ -1,6 +1,7 @@
 """How vLLM has to be started for lanes: the same for the decoder and for the server."""
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -25,11 +26,25 @@ EXTRA = "guidance"  # the key of a lane's facts in `SamplingParams.extra_args`, 
 SERVE = "GENARM_SERVE"  # environment variable: the models that the launcher serves, as JSON, for the server's routes
 SCHEDULER = "pipeline.decoding.vllm.scheduler.GroupScheduler"
 TESTED = ("0.32",)  # of vLLM; its interfaces have changed between minor versions
-# Our processor is of the kind that vLLM's first model runner knows; the second, which it may choose on GPUs, is not.
-ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_NO_USAGE_STATS": "1"}
-ROOM = ("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB unless told otherwise; vLLM's own choice is nearly all memory there is
+_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+_PROCESSORS = {
+    "0": "pipeline.decoding.vllm.runner_v1:LaneProcessorV1",
+    "1": "pipeline.decoding.vllm.runner_v2:LaneProcessorV2",
+}
 _MARKS = 66  # two more than a client can name in stop_token_ids
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's buffers for adapters come in
+
+
+def environment() -> dict[str, str]:
+    """vLLM's environment variables, which have to be set before it is imported; what the user has set stays."""
+    return {
+        "VLLM_CPU_KVCACHE_SPACE": "4",  # GiB; vLLM's own choice is nearly all memory there is
+        # vLLM chooses between its model runners by what it finds, and each takes processors of one kind only. The
+        # second needs Triton, whose wheels have no backend for CPUs.
+        _RUNNER: "1" if resolve_device("auto").type == "cuda" else "0",
+        **os.environ,
+        "VLLM_NO_USAGE_STATS": "1",
+    }
 
 
 def settings(base: Source, adapters: Mapping[str, Path], beside: Sequence[SideBackbone], groups: int) -> dict[str, Any]:
@@ -54,7 +69,7 @@ def settings(base: Source, adapters: Mapping[str, Path], beside: Sequence[SideBa
     arguments: dict[str, Any] = {
         "model": str(base.folder), "dtype": _dtype(base), "max_num_seqs": groups * (1 + len(adapters)),
         "enable_chunked_prefill": True, "async_scheduling": False, "enforce_eager": True,
-        "logits_processors": ["pipeline.decoding.vllm.processor:LaneProcessor"],
+        "logits_processors": [_PROCESSORS[os.environ[_RUNNER]]],
         "worker_extension_cls": "pipeline.decoding.vllm.processor.Ledger",
         "scheduler_cls": SCHEDULER,
         "additional_config": {EXTRA: {"vocab_size": prompter.vocab_size, "guides": to_json(beside)}},
