@@ -29,7 +29,7 @@ repro: install  ## the main job: data, two ARMs, the sweep, the front, the repor
 	dvc repro
 
 test: install  ## all tests, offline (FLAGS="--at-least 1400": fail if fewer pass)
-	python -m pytest -n auto --dist loadfile --preload $(FLAGS)
+	python -m pytest -n auto --dist loadfile --no-loadscope-reorder --preload $(FLAGS)
 
 params: install  ## compose conf/ into params.yaml (ARGS="trainer.lr=1.0e-4" to override)
 	python -m pipeline sweep --cfg job --resolve $(ARGS) > .params.partial && mv .params.partial params.yaml

@@ -6,15 +6,12 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARA
 os.environ["OMP_NUM_THREADS"] = "1"  # threads only wait for each other on models this small; tests run side by side
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-from peft import LoraConfig, get_peft_model
 
 from pipeline.config.load import to_params
 from pipeline.config.schema import Model, Params
@@ -25,7 +22,7 @@ from pipeline.models.fetch import fetch
 from pipeline.models.loading import load_model
 from pipeline.models.prompting import Prompter
 from tests.reference import Reference
-from tests.tiny import ROOT, write_tiny
+from tests.tiny import ROOT, write_adapter, write_project, write_tiny
 
 Composer = Callable[..., Params]
 
@@ -34,6 +31,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """CI says how many tests it expects, so that tests skipped in silence do not pass for tests that passed."""
     parser.addoption("--at-least", type=int, default=0, help="fail if fewer tests pass")
     parser.addoption("--preload", action="store_true", help="see tests/preloaded.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that run the whole DAG come first: begun last, one of them would keep a single worker busy at the end."""
+    items.sort(key=lambda item: not item.path.stem.endswith("_dag"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -83,17 +85,9 @@ def base(tiny: Path) -> torch.nn.Module:
 @pytest.fixture(scope="session")
 def arms(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Three random LoRA adapters of the tiny base, saved by PEFT; one adapts the attention only."""
-    folder, made = tmp_path_factory.mktemp("arms"), {}
-    for seed, (name, targets) in enumerate({"one": "all-linear", "two": "all-linear", "three": ["q_proj"]}.items()):
-        torch.manual_seed(seed + 1)
-        model = load_model(tiny, torch.float32, torch.device("cpu"))
-        adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM"))
-        for key, weight in adapted.named_parameters():
-            if "lora_B" in key:
-                torch.nn.init.normal_(weight, std=0.2)
-        adapted.save_pretrained(str(folder / name))
-        made[name] = folder / name
-    return made
+    folder = tmp_path_factory.mktemp("arms")
+    targets = {"one": "all-linear", "two": "all-linear", "three": ["q_proj"]}
+    return {name: write_adapter(tiny, folder / name, seed, at) for seed, (name, at) in enumerate(targets.items(), 1)}
 
 
 @pytest.fixture
@@ -122,11 +116,6 @@ def smoke_params(compose_params: Composer, tiny: Path) -> Params:
 @pytest.fixture
 def project(tmp_path: Path, tiny: Path, arms: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project's folder with a base, two ARMs and params.yaml, which is the current one."""
-    for name, arm in (("positivity", "one"), ("conciseness", "two")):
-        shutil.copytree(arms[arm], tmp_path / "models/arms" / name)
-    shutil.copytree(tiny, tmp_path / "models/tiny")
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("config", overrides=["experiment=smoke", "decoding.device=cpu", "+models.tiny.dtype=float32"])
-    OmegaConf.save(config, tmp_path / "params.yaml", resolve=True)
+    write_project(tmp_path, tiny, {"positivity": arms["one"], "conciseness": arms["two"]})
     monkeypatch.chdir(tmp_path)
     return tmp_path

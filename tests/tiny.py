@@ -1,4 +1,4 @@
-"""A tiny random Llama with a tokenizer of its own, written to a folder in a second.
+"""A tiny random Llama with a tokenizer of its own, adapters of it, and a project around them, written in seconds.
 
     python -m tests.tiny scratch/tiny
 
@@ -6,12 +6,19 @@ Its vocabulary is learned from the embedded prompts and a few words of feeling, 
 """
 
 import json
+import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pipeline.models.loading import load_model
 
 ROOT = Path(__file__).parent.parent
 FEELINGS = ["good", "great", "love", "happy", "nice", "wonderful", "bad", "awful", "hate", "sad", "terrible", "angry"]
@@ -53,6 +60,29 @@ def write_tiny(folder: Path, seed: int = 0, context: int = 256) -> Path:
     tiny_model(len(tokenizer), seed, context).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def write_adapter(base: Path, folder: Path, seed: int, targets: str | list[str] = "all-linear") -> Path:
+    """A random LoRA adapter of a model, saved by PEFT."""
+    torch.manual_seed(seed)
+    model = load_model(base, torch.float32, torch.device("cpu"))
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM"))
+    for key, weight in adapted.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(weight, std=0.2)
+    adapted.save_pretrained(str(folder))
+    return folder
+
+
+def write_project(home: Path, base: Path, arms: Mapping[str, Path]) -> Path:
+    """A project's folder: a base, ARMs by objective, and params.yaml."""
+    for objective, folder in arms.items():
+        shutil.copytree(folder, home / "models/arms" / objective)
+    shutil.copytree(base, home / "models/tiny")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("config", overrides=["experiment=smoke", "decoding.device=cpu", "+models.tiny.dtype=float32"])
+    OmegaConf.save(config, home / "params.yaml", resolve=True)
+    return home
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The server under load: 64 requests at once, then 20,000 with 64 of them at any time.
 
     make soak    # after `make repro`; hours on two cores; writes results/bench/serve.csv; FLAGS="--many 2000"
+    make soak FLAGS="--tiny"    # a random model, with a table of its own: minutes; what piles up per request shows
 
 A quarter of the requests are malformed (`tests.decoding.fuzz`); the others are guided or not, whole or streamed, and
 some clients leave after the first piece. An answer is whole if it ended by itself or has all the tokens it may have.
@@ -14,19 +15,23 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pandas as pd
 import psutil
+from omegaconf import OmegaConf
 
 from tests.decoding.fuzz import fuzzed
+from tests.tiny import ROOT, tiny_model, tiny_tokenizer, write_adapter, write_project
 
 PORT, AT_ONCE, MANY, WINDOWS = 8017, 64, 20_000, 10
 WEIGHTS = [{"positivity": step / 4, "conciseness": (4 - step) / 40} for step in range(5)]
@@ -139,13 +144,13 @@ class Load:
 
 
 @contextmanager
-def server() -> Iterator[psutil.Process]:
-    """The server that `make serve` starts."""
+def server(folder: Path) -> Iterator[psutil.Process]:
+    """The server that `make serve` starts in a folder."""
     flags = ["--port", str(PORT), "--groups", "32", "--", "--max-model-len", "512", "--max-num-batched-tokens", "8192"]
     # Pages of the cache count once they are written to: a small one is soon all there, and what grows then is not it.
     flags += ["--num-gpu-blocks-override", "200"]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "2", **os.environ}
-    with subprocess.Popen([sys.executable, "-m", "pipeline", "serve", *flags], env=environment) as process:
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "PYTHONPATH": str(ROOT), **os.environ}
+    with subprocess.Popen([sys.executable, "-m", "pipeline", "serve", *flags], cwd=folder, env=environment) as process:
         try:
             while process.poll() is None:
                 try:
@@ -192,16 +197,32 @@ def faults(table: pd.DataFrame) -> list[str]:
     return found
 
 
+def tiny_project(folder: Path) -> Path:
+    """A project with a random base and two random ARMs, as wide as vLLM's attention wants them."""
+    base = folder / "base"
+    tokenizer = tiny_tokenizer()
+    tiny_model(len(tokenizer), context=512, width=128).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    targets = ["q_proj", "v_proj", "down_proj"]
+    arms = {name: write_adapter(base, folder / name, seed, targets) for seed, name in enumerate(WEIGHTS[0])}
+    return write_project(folder, base, arms)
+
+
 def main() -> None:
     """Start, load, write the table."""
     parser = argparse.ArgumentParser("python -m tests.bench.serve")
     parser.add_argument("--many", type=int, default=MANY, help="requests behind the 64 at once")
+    parser.add_argument("--tiny", action="store_true", help="a random model, and results/bench/serve_tiny.csv")
     options = parser.parse_args()
-    with server() as process:
-        table = asyncio.run(soak(process, f"http://127.0.0.1:{PORT}/v1", "smollm2-135m", options.many))
-    table.to_csv("results/bench/serve.csv", index=False)
-    if found := faults(table):
-        raise SystemExit("\n".join(found))
+    table = Path("results/bench/serve_tiny.csv" if options.tiny else "results/bench/serve.csv")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = tiny_project(Path(scratch)) if options.tiny else Path()
+        model = OmegaConf.load(folder / "params.yaml").base
+        with server(folder) as process:
+            found = asyncio.run(soak(process, f"http://127.0.0.1:{PORT}/v1", model, options.many))
+    found.to_csv(table, index=False)
+    if sentences := faults(found):
+        raise SystemExit("\n".join(sentences))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2 import TemplateError
-from omegaconf import OmegaConf
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
@@ -43,7 +42,7 @@ from pipeline.models.loading import Source
 from tests.bench.serve import faults, soak
 from tests.decoding.fuzz import fuzzed
 from tests.decoding.test_vllm import adapters, small, source  # noqa: F401
-from tests.tiny import ROOT
+from tests.tiny import ROOT, write_project
 
 POINTS = [{}, {"positivity": 1.0}, {"conciseness": 0.7}, {"positivity": 1.0, "conciseness": 0.5}]
 TEXT = "Why?"
@@ -61,15 +60,8 @@ def started(source, adapters, small, tmp_path_factory):  # noqa: F811
 
     Its cache holds few requests at once, so that lanes are preempted under load.
     """
-    from hydra import compose, initialize_config_dir
-
     home = tmp_path_factory.mktemp("project")
-    for objective, folder in (("positivity", adapters["one"]), ("conciseness", small.folder)):
-        shutil.copytree(folder, home / "models/arms" / objective)
-    shutil.copytree(source.folder, home / "models/tiny")
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("config", overrides=["experiment=smoke", "+models.tiny.dtype=float32"])
-    OmegaConf.save(config, home / "params.yaml", resolve=True)
+    write_project(home, source.folder, {"positivity": adapters["one"], "conciseness": small.folder})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

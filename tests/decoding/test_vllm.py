@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
 
@@ -30,8 +29,8 @@ from pipeline.decoding.vllm.scheduler import GroupScheduler
 from pipeline.decoding.vllm.settings import EXTRA, settings
 from pipeline.generation.rows import generate_sweep
 from pipeline.models.fetch import fetch
-from pipeline.models.loading import Source, load_model
-from tests.tiny import tiny_model, tiny_tokenizer
+from pipeline.models.loading import Source
+from tests.tiny import tiny_model, tiny_tokenizer, write_adapter
 
 PROMPTS = ["Why?", "Describe a rainy Monday.", "Name something good, and then a second thing that is not.", "Hello"]
 POINTS = [{}, {"one": 1.0}, {"two": 0.7}, {"one": 1.0, "two": 0.5}, {"one": 1.5, "base": -0.5}]
@@ -54,16 +53,8 @@ def adapters(source, tmp_path_factory):
 
 
 def adapted(source, folder, seed):
-    """A random adapter of a model."""
-    torch.manual_seed(seed + 1)
-    model = load_model(source.folder, torch.float32, torch.device("cpu"))
-    targets = ["q_proj", "v_proj", "down_proj"]
-    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM"))
-    for key, weight in model.named_parameters():
-        if "lora_B" in key:
-            torch.nn.init.normal_(weight, std=0.2)
-    model.save_pretrained(str(folder))
-    return folder
+    """A random adapter of some of a model's layers."""
+    return write_adapter(source.folder, folder, seed + 1, ["q_proj", "v_proj", "down_proj"])
 
 
 @pytest.fixture(scope="module")

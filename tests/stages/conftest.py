@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.preloaded import preloaded_python
-from tests.stages.repository import ENVIRONMENT, checked_out
+from tests.stages.repository import ENVIRONMENT, checked_out, commit, compose, run
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +27,12 @@ def python(pytestconfig: pytest.Config) -> Iterator[None]:
 def repository(python: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A throw-away copy of the repository, of this module's own."""
     return checked_out(tmp_path_factory.mktemp("repository"))
+
+
+@pytest.fixture(scope="module")
+def copy(repository: Path) -> Path:
+    """The same, in which the smoke experiment has run and is committed."""
+    compose(repository, "experiment=smoke")
+    run(repository, "dvc", "repro", "-q")
+    commit(repository, "smoke")
+    return repository
