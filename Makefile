@@ -80,7 +80,7 @@ test-vllm-v2:  # on a CPU: Triton's kernels run in its interpreter
 bench-vllm: vllm  ## speed of guided decoding inside vLLM (after `make repro`)
 	$(VLLM)/bin/python -m tests.bench.vllm
 
-soak: vllm  ## the server under 20,064 requests, a quarter of them malformed; hours (after `make repro`; FLAGS="--many 2000")
+soak: vllm  ## the server under 20,064 requests, a quarter of them malformed; hours (after `make repro`; FLAGS=--tiny: a random model, minutes)
 	$(VLLM)/bin/python -m tests.bench.serve $(FLAGS)
 
 serve: vllm  ## an OpenAI-compatible server on loopback: weights per request (FLAGS="--port 8000 -- --max-model-len 2048")

@@ -506,6 +506,10 @@ def test_what_is_said_of_serving_is_in_its_benches():
     last = memory["5401 to 6000"]
     places = (memory["64 at once"], memory["3001 to 3600"], last, last - memory["4201 to 4800"])
     assert quotes(" ".join(quoted.groups()), *places)
+    tiny = csv("bench/serve_tiny.csv", "requests")
+    assert (tiny.answers == tiny.whole).all() and not tiny.internal_errors.any() and "18001 to 20000" in tiny.index
+    halves = re.search(r"memory was (.*?) GiB after the first half and (.*?) after the second", text)
+    assert quotes(" ".join(halves.groups()), *tiny.memory_gib[["8001 to 10000", "18001 to 20000"]])
 
 
 COSTS = {

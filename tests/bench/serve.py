@@ -77,7 +77,8 @@ class Load:
 
     def __init__(self, address: str, model: str, key: str = "none", size: int = 8) -> None:
         self._address, self._model, self._size = address, model, size
-        limits = httpx.Limits(max_connections=AT_ONCE)
+        # The server closes what is idle for five seconds; a client that waits as long may write to what is just closed.
+        limits = httpx.Limits(max_connections=AT_ONCE, keepalive_expiry=1)
         headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
         self._client = httpx.AsyncClient(timeout=600, limits=limits, headers=headers)
 

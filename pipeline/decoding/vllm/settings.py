@@ -37,13 +37,14 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's buffers for adapters
 
 def environment() -> dict[str, str]:
     """vLLM's environment variables, which have to be set before it is imported; what the user has set stays."""
+    runner = "1" if resolve_device("auto").type == "cuda" else "0"
     return {
-        "VLLM_CPU_KVCACHE_SPACE": "4",  # GiB; vLLM's own choice is nearly all memory there is
+        "VLLM_NO_USAGE_STATS": "1",
+        # In GiB; vLLM's own choice is nearly all memory there is.
+        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "4"),
         # vLLM chooses between its model runners by what it finds, and each takes processors of one kind only. The
         # second needs Triton, whose wheels have no backend for CPUs.
-        _RUNNER: "1" if resolve_device("auto").type == "cuda" else "0",
-        **os.environ,
-        "VLLM_NO_USAGE_STATS": "1",
+        _RUNNER: os.environ.get(_RUNNER, runner),
     }
 
 
