@@ -1,6 +1,5 @@
 """The processor as each of vLLM's model runners calls it, without an engine: both have to draw the same tokens."""
 
-import os
 from types import SimpleNamespace
 from zlib import crc32
 
@@ -10,8 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-if os.environ.get("TRITON_INTERPRET") == "1":
-    import tests.decoding.triton_on_cpu  # noqa: F401  before vLLM
 pytest.importorskip("vllm", reason="vLLM is not installed: make vllm")
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind

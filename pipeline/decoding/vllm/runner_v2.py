@@ -43,8 +43,8 @@ class SlotTokens(Sequence[int]):
         start, stop, step = place.indices(self.length)
         if start >= stop:
             return []
-        found: list[int] = self._tokens.gpu[self._slot, self._first + start : self._first + stop].tolist()
-        return found[::step]
+        tokens: list[int] = self._tokens.gpu[self._slot, self._first + start : self._first + stop].tolist()
+        return tokens[::step]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self[:])
@@ -80,9 +80,10 @@ class LaneProcessorV2(LaneProcessor, LogitsProcessor):
         rows: dict[int, Lane] = {}
         keeping = []
         for row, (slot, seen) in enumerate(zip(ctx.idx_mapping_np, ctx.seq_lens_upper_bound_np, strict=False)):
-            if (found := self._lane(int(slot))) is None:
+            held = self._lane(int(slot))
+            if held is None:
                 continue
-            rows[row], output = found
+            rows[row], output = held
             known = int(self._states.prefill_len.np[slot])
             output.length = max(int(seen), known) - int(self._states.prompt_len.np[slot])
             if seen >= known:  # of a prompt's piece vLLM keeps no token
