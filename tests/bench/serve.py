@@ -215,14 +215,14 @@ def main() -> None:
     parser.add_argument("--many", type=int, default=MANY, help="requests behind the 64 at once")
     parser.add_argument("--tiny", action="store_true", help="a random model, and results/bench/serve_tiny.csv")
     options = parser.parse_args()
-    table = Path("results/bench/serve_tiny.csv" if options.tiny else "results/bench/serve.csv")
+    file = Path("results/bench/serve_tiny.csv" if options.tiny else "results/bench/serve.csv")
     with tempfile.TemporaryDirectory() as scratch:
         folder = tiny_project(Path(scratch)) if options.tiny else Path()
         model = OmegaConf.load(folder / "params.yaml").base
         with server(folder) as process:
-            found = asyncio.run(soak(process, f"http://127.0.0.1:{PORT}/v1", model, options.many))
-    found.to_csv(table, index=False)
-    if sentences := faults(found):
+            table = asyncio.run(soak(process, f"http://127.0.0.1:{PORT}/v1", model, options.many))
+    table.to_csv(file, index=False)
+    if sentences := faults(table):
         raise SystemExit("\n".join(sentences))
 
 

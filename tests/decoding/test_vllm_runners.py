@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProc
 from pipeline.decoding.request import Request
 from pipeline.decoding.vllm.lanes import Shaping, lane_params
 from pipeline.decoding.vllm.runner_v1 import LaneProcessorV1
-from pipeline.decoding.vllm.runner_v2 import LaneProcessorV2
+from pipeline.decoding.vllm.runner_v2 import LaneProcessorV2, SlotTokens
 from pipeline.decoding.vllm.settings import EXTRA
 
 VOCABULARY, SLOTS, MARK, LONGEST = 12, 8, 11, 40
@@ -179,6 +179,16 @@ def test_a_slot_belongs_to_its_last_request():
         runner.processor.add_request(slot, lane.params)
         runner.processor.add_request(slot, request.params)
     assert runner.step([other]) == logits.argmax(1).tolist()
+
+
+def test_tokens_of_a_slot_are_a_sequence_like_any_other():
+    tokens = SimpleNamespace(gpu=torch.arange(20, dtype=torch.int32).reshape(2, 10))
+    seen, expected = SlotTokens(tokens, 1, 2, 5), list(range(12, 17))
+    assert list(seen) == [*seen] == expected and len(seen) == 5 and seen[-1] == 16 and seen[0] == 12
+    for place in (slice(None), slice(2, 4), slice(5, None), slice(None, None, -1), slice(-2, None), slice(4, 1, -2)):
+        assert seen[place] == expected[place]
+    with pytest.raises(IndexError):
+        seen[5]
 
 
 @pytest.mark.parametrize("how", ["batch-sharded sampling", "speculative decoding"])

@@ -38,13 +38,10 @@ class SlotTokens(Sequence[int]):
     def __getitem__(self, place: slice) -> list[int]: ...
     def __getitem__(self, place: int | slice) -> int | list[int]:
         """A token, or a list of them."""
-        if isinstance(place, int):
-            return list(self)[place]
-        start, stop, step = place.indices(self.length)
-        if start >= stop:
-            return []
-        tokens: list[int] = self._tokens.gpu[self._slot, self._first + start : self._first + stop].tolist()
-        return tokens[::step]
+        if isinstance(place, slice) and not range(self.length)[place]:
+            return []  # and waits for no device
+        tokens: list[int] = self._tokens.gpu[self._slot, self._first : self._first + self.length].tolist()
+        return tokens[place]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self[:])
@@ -73,7 +70,7 @@ class LaneProcessorV2(LaneProcessor, LogitsProcessor):
         self._facts.pop(req_idx, None)
         if facts := facts_of(sampling_params):
             self._facts[req_idx] = facts
-        return facts is not None
+        return req_idx in self._facts
 
     def apply(self, logits: Tensor, ctx: LogitsContext) -> Tensor:
         """Say which token each lane takes."""
