@@ -94,8 +94,25 @@ class Prompting(_Method):
     role: Literal["user", "system"] = "user"  # whose turn the sentence stands in
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bytes(_Method):
+    """The log-ratio law over bytes, for models of any tokenizers (byte-wise proxy tuning)."""
+
+    kind: Literal["byte_proxy_tuning"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words(_Method):
+    """Where the base is unsure, what the ARMs make of their own model writes the next words (nudging)."""
+
+    kind: Literal["nudging"]
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.3  # the base is unsure where no token is as likely as this
+
+
+AnyTokenizers = Annotated[Bytes | Words, Field(discriminator="kind")]  # of the base and of the ARMs
 Method = Annotated[
-    GenArm | Policies | BestOf | Candidates | Prefixes | Segments | Prompting, Field(discriminator="kind")
+    GenArm | Policies | BestOf | Candidates | Prefixes | Segments | Prompting | Bytes | Words,
+    Field(discriminator="kind"),
 ]
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from pipeline.config.judges import Annotator, Judge, RewardJudge
-from pipeline.config.methods import Comparison
+from pipeline.config.methods import AnyTokenizers, Comparison
 from pipeline.config.values import (
     Column,
     Count,
@@ -238,6 +238,7 @@ class WeakToStrong(Strict):
     weak: tuple[str, ...] = ()  # the model of the ARM, `arm.base`; empty: no such comparison
     bases: tuple[str, ...] = ()
     best_of: Count = 4  # samples of the base, of which the judge picks one
+    methods: dict[Name, AnyTokenizers] = field(default_factory=dict)  # at the guided points of the sweep as well
 
 
 @dataclass(frozen=True)

@@ -115,3 +115,16 @@ def plan_backbones(
     for name, folder in whole.items():
         beside.append(SideBackbone(replace(arm_base or base, folder=folder, quantisation=None), name=name))
     return {**policies, **({} if arm_base else adapters)}, beside
+
+
+def load_backbones(
+    base: Source, arms: Mapping[str, Path], arm_base: Source | None, policies: Mapping[str, Path], reference: bool,
+    device: torch.device,
+) -> list[Backbone]:  # fmt: skip
+    """What `plan_backbones` says, with weights; the base's first.
+
+    Raises:
+        UserError: a folder is missing or unreadable, or an adapter does not fit its model.
+    """
+    own, beside = plan_backbones(base, arms, arm_base, policies, reference)
+    return [Backbone(base.load(device), base.prompter(), own), *(side.load(device) for side in beside)]

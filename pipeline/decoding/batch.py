@@ -14,7 +14,7 @@ from pipeline.config.errors import UserError
 from pipeline.config.points import BASE, REFERENCE
 from pipeline.decoding.backbone import Backbone
 from pipeline.decoding.cross_tokenizer.bridge import TokenizerBridge
-from pipeline.decoding.cross_tokenizer.session import CrossTokenizerSession
+from pipeline.decoding.cross_tokenizer.session import Answers, CrossTokenizerSession
 from pipeline.decoding.cuda_graphs import Arriving
 from pipeline.decoding.guidance import (
     cut,
@@ -92,6 +92,7 @@ class Batch:
         self._arms = [lane for backbone in backbones for lane in backbone.lanes if lane != BASE]
         self._vocab_size, self._device = vocab_size, backbones[0].device
         self._across = None if bridge is None else CrossTokenizerSession(bridge, self._device)
+        self._answers: Answers | None = None  # of ARMs of another tokenizer, to the last tokens
         self._last_B = torch.zeros(0, dtype=torch.long, device=self._device)
         self._sums_BN = torch.zeros(0, 4, dtype=torch.float64, device=self._device)  # as in Generation
 
@@ -154,12 +155,18 @@ class Batch:
         if self._across is not None and self._across.rows:
             self._across.step(self._last_B, [not row.ended for row in self.rows])
         base_BV, arms = self._base_logits(), self._arms_of(self._lanes)
-        if self._across is not None:
-            named = {lane for row in self.rows for lane in row.lanes}
-            for lane, (at, values_bV) in self._across.translated(base_BV, named).items():
-                arms[lane] = at, self._alpha[lane][at], values_bV
+        self._answers = None
+        if self._across is not None and self._across.rows:
+            self._answers = self._across.ask(base_BV, {lane for row in self.rows for lane in row.lanes})
         logps_BV = self._law(base_BV, arms)
+        if any(row.probed_arms for row in self.rows):
+            arms |= self._answers_of(base_BV)
         return logps_BV, base_BV, arms
+
+    def _answers_of(self, base_BV: Tensor) -> Arms:
+        """What ARMs of another tokenizer have said, as of one of the base's."""
+        views = {} if self._answers is None else self._answers.over_vocabulary(base_BV)
+        return {lane: (at, self._alpha[lane][at], values_bV) for lane, (at, values_bV) in views.items()}
 
     def _base_logits(self, place: int = -1) -> Tensor:
         """The base's logits behind a token of the last step: base_BV."""
@@ -179,8 +186,12 @@ class Batch:
     def _law(self, base_BV: Tensor, arms: Arms) -> Tensor:
         """The law that tokens are drawn from, truncation included: logps_BV."""
         logps_BV = guided_logps(base_BV, arms.values(), self._temperature_B, self._base_weight_B)
-        if self._across is not None:
-            logps_BV = torch.log_softmax(logps_BV.masked_fill_(~self._across.candidate_mask_BV, -torch.inf), dim=-1)
+        if self._across is not None and self._answers is not None:
+            lanes = self._across.rows
+            alphas = {
+                lane: self._alpha[lane][lanes[lane]] / self._temperature_B[lanes[lane]] for lane in self._answers.values
+            }
+            logps_BV = self._answers.guided(logps_BV, alphas)
         if self._cutting is not None:
             at = self._cutting
             logps_BV[at] = truncate(logps_BV[at], self._top_k_B[at], self._top_p_B[at], self._min_p_B[at])
@@ -210,8 +221,8 @@ class Batch:
         # One look at the device per step: what it drew, and whether all of it was a number.
         arriving = Arriving(torch.cat([drawn.tokens_B, drawn.summands_B3.isfinite().all()[None]]))
         self._sums_BN[:, :3] += drawn.summands_B3
-        if self._across is not None:
-            self._sums_BN[:, 3] += self._across.uncovered_mass_B
+        if self._answers is not None:
+            self._sums_BN[:, 3] += self._answers.uncovered_mass_B
         self.append(drawn.tokens_B)
         if self._goes_on():
             self._advance()
@@ -292,7 +303,8 @@ class Batch:
         """Say which model gave logits that are not finite, and at which row."""
         everywhere = torch.arange(len(self.rows), device=self._device)
         logits = {BASE: (everywhere, drawn.base_BV)}
-        logits |= {name: (rows_b, logits_bV) for name, (rows_b, _, logits_bV) in drawn.arms.items()}
+        arms = {**drawn.arms, **self._answers_of(drawn.base_BV)}
+        logits |= {name: (rows_b, logits_bV) for name, (rows_b, _, logits_bV) in arms.items()}
         for name, (rows_b, logits_bV) in logits.items():
             for row in rows_b[~logits_bV.isfinite().all(-1)].tolist():
                 at = self.rows[row]

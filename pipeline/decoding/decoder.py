@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from pipeline.config.errors import UserError
 from pipeline.config.points import BASE, REFERENCE
-from pipeline.decoding.backbone import Backbone, plan_backbones
+from pipeline.decoding.backbone import Backbone, load_backbones
 from pipeline.decoding.batch import Batch, Row
 from pipeline.decoding.cross_tokenizer.bridge import TokenizerBridge, common_vocabulary
 from pipeline.decoding.cuda_graphs import lacks_memory
@@ -121,8 +121,7 @@ class GuidedDecoder:
         strong = base if isinstance(base, Source) else Source(base)
         weak = Source(arm_base) if isinstance(arm_base, Path) else arm_base
         across = weak is not None and not same_vocabulary(strong.prompter().tokenizer, weak.prompter().tokenizer)
-        own, beside = plan_backbones(strong, arms, weak, policies or {}, reference or across)
-        backbones = [Backbone(strong.load(place), strong.prompter(), own), *(side.load(place) for side in beside)]
+        backbones = load_backbones(strong, arms, weak, policies or {}, reference or across, place)
         return cls(*backbones, batch_size=batch_size, num_speculative_tokens=num_speculative_tokens)
 
     @torch.inference_mode()

@@ -87,12 +87,17 @@ def entropy(logits_BV: Tensor) -> Tensor:
     return -torch.linalg.vecdot(logps_BV.exp(), logps_BV.clamp_min(_LOWEST))
 
 
-def random_stream(key: str, length: int) -> np.ndarray:
-    """The uniforms in [0, 1) that draw one row's tokens, fixed by a 32-digit hex key alone.
+def random_generator(key: str) -> np.random.Generator:
+    """What draws one row, fixed by a 32-digit hex key alone.
 
     Every row owns its stream, so what it draws depends neither on the rows around it nor on the device.
     """
-    return np.random.Generator(np.random.Philox(key=int(key, 16))).random(length)
+    return np.random.Generator(np.random.Philox(key=int(key, 16)))
+
+
+def random_stream(key: str, length: int) -> np.ndarray:
+    """The uniforms in [0, 1) that draw one row's tokens: the first of its `random_generator`."""
+    return random_generator(key).random(length)
 
 
 def draw(logps_BV: Tensor, uniforms_B: Tensor) -> Tensor:

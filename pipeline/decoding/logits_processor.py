@@ -126,15 +126,13 @@ class GuidanceLogitsProcessor(LogitsProcessor):
                 logits_bV = cut(lanes.logits(lane), self._vocab_size).to(scores.device)
                 alpha_b = torch.full((len(rows_b),), self._weights[lane], device=scores.device)
                 arms.append((rows_b.to(scores.device), alpha_b, logits_bV))
-        if self._across is not None:
-            self._across.step(input_ids[:, -1], [True] * len(input_ids))
-            base_BV = cut(scores, self._vocab_size)
-            for lane, (rows_b, values_bV) in self._across.translated(base_BV, self._weights).items():
-                arms.append((rows_b, torch.full((len(rows_b),), self._weights[lane], device=scores.device), values_bV))
         ones_B = torch.ones(len(scores), device=scores.device)
         logps = guided_logps(cut(scores, self._vocab_size), arms, ones_B, ones_B * self._base_weight)
-        if self._across is not None:
-            logps = torch.log_softmax(logps.masked_fill_(~self._across.candidate_mask_BV, -torch.inf), dim=-1)
+        if self._across is not None and self._across.rows:
+            self._across.step(input_ids[:, -1], [True] * len(input_ids))
+            answers = self._across.ask(cut(scores, self._vocab_size), self._weights)
+            alphas = {lane: ones_B[self._across.rows[lane]] * self._weights[lane] for lane in answers.values}
+            logps = answers.guided(logps, alphas)
         return F.pad(logps, (0, scores.shape[-1] - self._vocab_size), value=-torch.inf)
 
     @torch.inference_mode()

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
+from pipeline.config.methods import Method
 from pipeline.config.schema import Objective, Sweep
 from pipeline.data.files import Row
+from pipeline.evaluation.standings import entries
 from pipeline.evaluation.statistics import Bootstrap, bootstrap_mean, gap_recovered, prompt_means
 from pipeline.evaluation.text_quality import quality_columns
 
@@ -27,8 +29,10 @@ class Line:
     weights: Mapping[str, float] = field(default_factory=dict)  # of the objectives
 
 
-def lines_of(sweep: Sweep, objectives: Sequence[str], arm_base: str, best_of: int) -> dict[str, Line]:
-    """The lines of the table by the name of their rows: the points of the sweep, and best-of-N for each objective.
+def lines_of(
+    sweep: Sweep, objectives: Sequence[str], arm_base: str, best_of: int, methods: Mapping[str, Method] | None = None
+) -> dict[str, Line]:
+    """The lines of the table by the name of their rows: the points of the sweep, other methods there, and best-of-N.
 
     The α of unguided points beside the control is that of guidance that sharpens as much.
 
@@ -36,13 +40,14 @@ def lines_of(sweep: Sweep, objectives: Sequence[str], arm_base: str, best_of: in
         sweep: the points.
         objectives: of the run.
         arm_base: the model that the ARMs were made from.
-        best_of: N.
+        best_of: N, picked for each objective.
+        methods: those that are asked at the guided points, by name.
     """
     lines = {}
     for name, point in sweep.points.items():
         weights = {objective: alpha for objective, alpha in point.weights.items() if alpha}
         if weights:
-            objective, alpha = "" if len(weights) > 1 else next(iter(weights)), round(sum(weights.values()), 6)
+            objective, alpha = _whose(weights)
             arm = "" if point.form == "dpo" else arm_base
             shown = None if point.form == "dpo" else alpha
             lines[name] = Line(point.method, objective, arm, shown, point.weights)
@@ -50,8 +55,18 @@ def lines_of(sweep: Sweep, objectives: Sequence[str], arm_base: str, best_of: in
             lines[name] = Line("control", objectives[0], "", 0.0)
         else:
             lines[name] = Line("sharpened", objectives[0], "", point.sharpen)
+    for entry in entries(methods or {}, sweep.points):
+        if entry.mix:
+            weights = {name: weight * entry.mix.strength for name, weight in entry.mix.weights.items()}
+            objective, alpha = _whose(weights)
+            lines[entry.name] = Line(entry.method, objective, arm_base, alpha, weights)
     best = f"best_of_{best_of}"
     return lines | {f"{best}/{name}": Line(best, name, "", None) for name in objectives}
+
+
+def _whose(weights: Mapping[str, float]) -> tuple[str, float]:
+    """The one objective that weights are of, empty for several, and their sum."""
+    return "" if len(weights) > 1 else next(iter(weights)), round(sum(weights.values()), 6)
 
 
 def table(
@@ -91,7 +106,8 @@ def _lines(
             row["kl"] = of_line.kl.mean()
             row |= quality_columns(of_line, objectives, bootstrap)
             if "left_out" in of_line:  # of the base's mass, per token
-                row["left_out"] = of_line.left_out.sum() / of_line.n_tokens.sum()
+                row["left_out"] = (of_line.left_out / of_line.n_tokens.sum()).sum(min_count=1)
+            row["prompts"] = of_line.prompt.nunique()
             row |= dict.fromkeys(("gap_recovered", "gap_ci_low", "gap_ci_high"))
             upper = tuned.get(line.objective)
             if upper is not None and line.method not in ("control", "dpo"):

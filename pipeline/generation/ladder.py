@@ -12,7 +12,9 @@ from pipeline.config.workspace import Workspace
 from pipeline.data.responses import GeneratedRow
 from pipeline.evaluation.judges.session import Control, JudgeSession
 from pipeline.evaluation.judging import judge_rows, responses_of
+from pipeline.evaluation.standings import entries
 from pipeline.evaluation.statistics import best_of_kl
+from pipeline.generation.methods.compared_method import ComparedMethod
 from pipeline.generation.rows import generate_stored, generate_sweep, point_requests
 
 
@@ -20,7 +22,7 @@ from pipeline.generation.rows import generate_stored, generate_sweep, point_requ
 class Sampled:
     """What was generated on one base, not judged yet."""
 
-    rows: list[GeneratedRow]  # every point of the sweep
+    rows: list[GeneratedRow]  # every point of the sweep, and of each method
     pool: list[GeneratedRow]  # samples of the control for best-of-N, `best_of` of each prompt and sample
     control: Control  # what a pairwise judge compares both with, by prompt and sample
 
@@ -32,7 +34,7 @@ class Sampled:
 
 def sample(params: Params, workspace: Workspace, base: str, prompts: Sequence[str]) -> Sampled:
     """Every point of the sweep on a base, and for each sample of the control N more to choose the best from."""
-    rows = generate_sweep(params, workspace, base, prompts)
+    rows = [*generate_sweep(params, workspace, base, prompts), *_of_methods(params, workspace, base, prompts)]
     own, times = params.decoding.samples_per_prompt, params.weak_to_strong.best_of
     control = {params.sweep.control: params.sweep.points[params.sweep.control]}
     many = replace(
@@ -45,6 +47,23 @@ def sample(params: Params, workspace: Workspace, base: str, prompts: Sequence[st
     plain = responses_of(rows, params.sweep.control).items()
     compared = {(prompt, number + own * time): text for (prompt, number), text in plain for time in range(times)}
     return Sampled(rows, pool, compared)
+
+
+def _of_methods(params: Params, workspace: Workspace, base: str, prompts: Sequence[str]) -> list[GeneratedRow]:
+    """What the methods of the ladder make of a base at the guided points of the sweep."""
+    params, rows = replace(params, base=base), []
+    for entry in entries(params.weak_to_strong.methods, params.sweep.points):
+        if entry.mix:
+            print(f"weak_to_strong: {entry.name} on {base}")
+            method = params.weak_to_strong.methods[entry.method]
+            compared = ComparedMethod(method, params, workspace, [entry.mix])
+            requests = [
+                (entry.mix, compared.request(entry.mix, prompt, sample))
+                for prompt in prompts[: method.prompts]
+                for sample in range(params.decoding.samples_per_prompt)
+            ]
+            rows += [replace(row, point=entry.name) for row in compared.rows(requests)]
+    return rows
 
 
 def judge_bases(params: Params, sampled: Mapping[str, Sampled], judge: JudgeSession) -> list[GeneratedRow]:

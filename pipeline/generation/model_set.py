@@ -10,7 +10,7 @@ from pipeline.config.errors import UserError
 from pipeline.config.points import REFERENCE, rival_of
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
-from pipeline.decoding.backbone import plan_backbones
+from pipeline.decoding.backbone import Backbone, load_backbones, plan_backbones
 from pipeline.decoding.decoder import Generation, GuidedDecoder, Request
 from pipeline.models import memory
 from pipeline.models.identity import folder_identity
@@ -82,18 +82,30 @@ class ModelSet:
         Raises:
             UserError: the models cannot fit into memory (nothing is loaded then), or do not fit each other.
         """
-        place = resolve_device(device)
-        models = [memory.Loaded.at(source, lanes) for source, lanes in self.loaded]
-        needs = memory.needs_of(models, batch_size, new_tokens or self._params.decoding.max_new_tokens, place)
-        memory.refuse_too_large(needs, place, self.strong.device_map is not None)
+        self._refuse_too_large(resolve_device(device), batch_size, new_tokens)
         # Only a model beside the base can draft.
-        drafted = self._params.decoding.num_speculative_tokens if len(models) > 1 else 0
+        drafted = self._params.decoding.num_speculative_tokens if len(self.loaded) > 1 else 0
         if drafted is None and stored:
             drafted = 0  # what pays depends on times, and on that what numbers round to
         return GuidedDecoder.load(
             self.strong, self.arms, arm_base=self.weak, policies=self.policies, reference=REFERENCE in self._used,
             device=device, batch_size=batch_size, num_speculative_tokens=drafted,
         )  # fmt: skip
+
+    def backbones(self, device: str, batch_size: int) -> list[Backbone]:
+        """All of them with their weights, the base's first.
+
+        Raises:
+            UserError: as for `decoder`.
+        """
+        place = resolve_device(device)
+        self._refuse_too_large(place, batch_size)
+        return load_backbones(self.strong, self.arms, self.weak, self.policies, REFERENCE in self._used, place)
+
+    def _refuse_too_large(self, place: torch.device, batch_size: int, new_tokens: int | None = None) -> None:
+        models = [memory.Loaded.at(source, lanes) for source, lanes in self.loaded]
+        needs = memory.needs_of(models, batch_size, new_tokens or self._params.decoding.max_new_tokens, place)
+        memory.refuse_too_large(needs, place, self.strong.device_map is not None)
 
     def vllm_decoder(self, batch_size: int) -> Decoder:
         """All of them inside vLLM.

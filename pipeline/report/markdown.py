@@ -189,10 +189,11 @@ def ladder_page(table: pd.DataFrame, objectives: Sequence[str], weak: str, path:
     picked = "picked_by" in table and table.picked_by.notna().any()
     cut = "left_out" in table and table.left_out.fillna(0).any()
     gaps = table.gap_recovered.notna().any()
+    fewer = "prompts" in table and table.prompts.nunique() > 1
     head = ["base", "method", *(f"α {name}" for name in several), *([] if several else ["α"])]
     quality = [each for each in _QUALITY if each[1] in table]
     head += [*objectives, "KL", *(title for title, _, _ in quality)]
-    head += [*(["left out"] if cut else []), *(["gap recovered"] if gaps else [])]
+    head += [*(["left out"] if cut else []), *(["gap recovered"] if gaps else []), *(["prompts"] if fewer else [])]
     rows = []
     for line in table.to_dict("records"):
         method = line["method"] + (f" by {line['picked_by']}" if picked and pd.notna(line["picked_by"]) else "")
@@ -207,6 +208,7 @@ def ladder_page(table: pd.DataFrame, objectives: Sequence[str], weak: str, path:
                 *(_fixed(line[column], digits) for _, column, digits in quality),
                 *([_fixed(line["left_out"], 2)] if cut else []),
                 *([_gap(line)] if gaps else []),
+                *([str(line["prompts"])] if fewer else []),
             ]
         )
     lines = [
@@ -224,6 +226,11 @@ def ladder_page(table: pd.DataFrame, objectives: Sequence[str], weak: str, path:
             "in the plain form, `genarm_log_ratio` without what the ARM's model said before training, `arm` the "
             "ARM alone, `dpo` the base tuned by DPO, `best_of_…` the best sample by the judge. Intervals are "
             "bootstraps over prompts; KL is to the base, in nats per response."
+            + (
+                " `nudging` and `byte_proxy_tuning`: [other methods](../../pipeline/generation/methods/README.md)."
+                if table.method.isin(["nudging", "byte_proxy_tuning"]).any()
+                else ""
+            )
             + (" *Left out*: the base's probability per token that guidance does not cover." if cut else "")
             + (" *Gap recovered*: the share of DPO's gain over the control." if gaps else "")
         ),

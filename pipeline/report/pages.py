@@ -87,16 +87,12 @@ def comparison(
         path: of the page.
     """
     points = rows.assign(point=rows.line)
-    everywhere = set.intersection(*(set(part.prompt) for _, part in points.groupby("point")))
     lines = list(points.point.unique())
     shown = {name: _records(table) for name, table in tables.items()}
     values = {
         "prompts": rows.prompt.nunique(), **shown, "methods": list(params.comparison.methods),
         "against": params.comparison.against, "won": {(line["method"], line["other"]): line for line in shown["wins"]},
-        "samples": samples(
-            points[points.prompt.isin(everywhere)], lines, dict.fromkeys(lines, lines[0]), list(params.objectives),
-            params.seed,
-        ),
+        "samples": samples(points, lines, dict.fromkeys(lines, lines[0]), list(params.objectives), params.seed),
         "rest": "rows.jsonl",
     }  # fmt: skip
     _write("comparison.html.j2", params, values, drawings, path)
@@ -135,7 +131,8 @@ def samples(
 ) -> Row:
     """What the sample browser shows: for each prompt the first response at every point.
 
-    Where the texts are too many for a page, prompts drawn at random stand for all.
+    Prompts that every point has a response to; where the texts are too many for a page, some drawn at random stand for
+    all.
 
     Args:
         scored: judged rows: `point, prompt, sample, response, n_tokens, kl`, and a score per objective.
@@ -148,7 +145,8 @@ def samples(
         `objectives`, `points` with their `control`, `total` prompts, `seed`, and `prompts` in their order, each with
         its `responses`: text, tokens, KL and scores, None where there is none.
     """
-    first = scored[scored["sample"] == scored["sample"].min()]
+    everywhere = set.intersection(*(set(part.prompt) for _, part in scored.groupby("point")))
+    first = scored[(scored["sample"] == scored["sample"].min()) & scored.prompt.isin(everywhere)]
     shown = first.response.str.len().clip(upper=_LONGEST).groupby(first.prompt, sort=False).sum()
     shown += shown.index.str.len().to_series(shown.index).clip(upper=_LONGEST)  # characters, by prompt
     drawn = np.random.default_rng(seed).permutation(len(shown))

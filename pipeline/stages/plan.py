@@ -8,7 +8,7 @@ make plan EXPERIMENT=hh_rlhf PLAN="--tokens-per-second 900 --price 0.15 0.60"
 import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, comb
 from pathlib import Path
@@ -21,6 +21,7 @@ from rich.table import Table
 from pipeline.config.errors import UserError
 from pipeline.config.judges import LlmJudge, LocalJudge
 from pipeline.config.load import load_params, to_params
+from pipeline.config.methods import Method
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.data.contrast import conditions
@@ -29,7 +30,7 @@ from pipeline.data.splits import SPLITS
 from pipeline.decoding.speculation import MOST, expected_tokens
 from pipeline.evaluation.judges.progress import CHARACTERS, token_cost
 from pipeline.evaluation.judges.rubric import RUBRICS
-from pipeline.generation.comparison import entries_of
+from pipeline.evaluation.standings import entries
 from pipeline.generation.model_set import planned_models
 from pipeline.models import memory
 from pipeline.models.loading import Source, resolve_device, resolve_dtype
@@ -71,16 +72,20 @@ def calls(judge: LlmJudge, params: Params, rows: Rows) -> tuple[int, int, int]:
     ladder, compared = params.weak_to_strong, params.comparison
     at_each = rows.points - 1 + len(ladder.bases) * (rows.points - 1 + ladder.best_of - 1)
     pairs = at_each * rows.prompts * rows.samples
+    pairs += len(ladder.bases) * _asked(ladder.methods, params, rows.prompts) * rows.samples
     if compared.bases:
         prompts = min(rows.prompts, compared.prompts or rows.prompts)
-        own = sum(
-            min(prompts, compared.methods[entry.method].prompts or prompts) for entry in entries_of(params) if entry.mix
-        )
-        pairs += own * rows.samples
+        pairs += _asked(compared.methods, params, prompts) * rows.samples
     questions = orders * objectives * (pairs + judge.card_pairs)
     rubrics = [len((RUBRICS / f"{name}.md").read_text(encoding="utf-8")) for name in set(judge.rubrics.values())]
     question = max(rubrics) // CHARACTERS + PROMPT + 2 * params.decoding.max_new_tokens
     return questions, questions * question, questions * judge.max_tokens
+
+
+def _asked(methods: Mapping[str, Method], params: Params, prompts: int) -> int:
+    """How often the methods are asked for a sample, of so many prompts at the guided points of the sweep."""
+    lines = entries(methods, params.sweep.points)
+    return sum(min(prompts, methods[line.method].prompts or prompts) for line in lines if line.mix)
 
 
 def data_prompts(params: Params) -> tuple[int, bool]:

@@ -32,7 +32,8 @@ def run(params: Params, workspace: Workspace) -> None:
         sampled[base] = sample(params, workspace, base, prompts)
     rows = judge_bases(params, {base: sampled[base] for base in bases}, judge)
     scored = scored_frame(rows, params.objectives)
-    named = lines_of(params.sweep, list(params.objectives), params.arm.base, params.weak_to_strong.best_of)
+    ladder = params.weak_to_strong
+    named = lines_of(params.sweep, list(params.objectives), params.arm.base, ladder.best_of, ladder.methods)
     lines = table(scored, named, params.objectives, Bootstrap.of(params.judge, params.seed))
     write_generated(out / "rows.jsonl", rows)
     with replacing(out / "table.csv") as stream:
@@ -40,9 +41,9 @@ def run(params: Params, workspace: Workspace) -> None:
     drawn = figures.ladder(lines, list(params.objectives))
     drawn.save(out / "figure.png")
     names = dict.fromkeys([params.arm.base, *bases])
-    ladder = {name: json.loads((results / "models" / f"{name}.json").read_text(encoding="utf-8")) for name in names}
+    known = {name: json.loads((results / "models" / f"{name}.json").read_text(encoding="utf-8")) for name in names}
     page = out / "index.html"
-    pages.ladder(params, lines, scored, ladder, drawn, page)
+    pages.ladder(params, lines, scored, known, drawn, page)
     markdown.ladder_page(lines, list(params.objectives), params.arm.base, out / "README.md")
     terminal.ladder(lines, list(params.objectives))
     print(f"weak_to_strong: open {page}")

@@ -84,6 +84,14 @@ def test_texts_that_begin_or_end_inside_a_character_are_spelled(tokens, text, fi
         assert spelling.joined(spelling.spell(piece)) == piece
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from([b"the", b" rain", b"\xff", b"\xc3", "é".encode(), b"\xf0\x9f", b"\x80"]), max_size=6))
+def test_bytes_that_are_no_text_are_spelled_where_they_stand(tokens, parts):
+    text = b"".join(parts)
+    for spelling in tokens:
+        assert spelling.joined(spelling.spell(text)) == text
+
+
 def test_covering_tokens_are_those_that_begin_with_the_text(tokens):
     for spelling in tokens:
         for text in (b" ", b"r", b" ra", b"there", b"\xf0", b"zzz"):

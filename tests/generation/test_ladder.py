@@ -90,6 +90,19 @@ def test_a_point_of_several_objectives_is_for_none_alone(compose_params):
     assert told["best_of_4/conciseness"] == ("best_of_4", "conciseness", "", None)
 
 
+def test_other_methods_are_lines_at_the_guided_points(compose_params):
+    params = compose_params("experiment=cross_family")
+    ladder = params.weak_to_strong
+    lines = lines_of(params.sweep, list(params.objectives), params.arm.base, ladder.best_of, ladder.methods)
+    guided = [name for name, point in params.sweep.points.items() if point.guided]
+    assert {*ladder.methods} == {"nudging", "byte_proxy_tuning"}
+    for method in ladder.methods:
+        for name in guided:
+            line, plain = lines[f"{method}/{name}"], lines[name]
+            assert dataclasses.replace(line, method=plain.method) == dataclasses.replace(plain, weights=line.weights)
+            assert line.method == method and line.weights == {key: one for key, one in plain.weights.items() if one}
+
+
 def test_the_law_of_each_form_by_lane(params):
     def weights(form, base, **given):
         return point_weights(Point(given, form=form), params.arm.base == base)
@@ -146,7 +159,7 @@ def test_the_table_has_one_line_per_base_and_method(params):
         "base, method, arm, alpha, reward_positivity, ci_low_positivity, ci_high_positivity, kl, readable, "
         "ended, words, perplexity, distinct_2, distinct_2_within, repetition, relevance, relevance_ci_low, "
         "relevance_ci_high, readable_positivity, held_out_positivity, held_out_positivity_ci_low, "
-        "held_out_positivity_ci_high, gap_recovered, gap_ci_low, gap_ci_high"
+        "held_out_positivity_ci_high, prompts, gap_recovered, gap_ci_low, gap_ci_high"
     )
     assert ", ".join(lines.columns) == wanted
     guided = lines[(lines.method == "genarm") & (lines.alpha == 1.0)].iloc[0]

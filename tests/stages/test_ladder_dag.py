@@ -19,7 +19,7 @@ def test_the_table_the_figure_and_the_page_cover_every_base(ladder):
     table = pd.read_csv(ladder / "results/weak_to_strong/table.csv")
     assert list(table.base.unique()) == ["tiny-1l", "tiny"]
     assert set(table.method) == {
-        "control", "sharpened", "genarm", "genarm_log_ratio", "arm", "dpo", "best_of_2"
+        "control", "sharpened", "genarm", "genarm_log_ratio", "arm", "dpo", "best_of_2", "nudging", "byte_proxy_tuning"
     }  # fmt: skip
     assert (table[table.method == "control"].kl == 0).all()
     assert (ladder / "results/weak_to_strong/figure.png").read_bytes().startswith(b"\x89PNG")

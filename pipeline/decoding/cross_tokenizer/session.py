@@ -1,15 +1,15 @@
-"""Rows of a base on their way through ARMs with another tokenizer: `admit_rows`, `step` and `translated`.
+"""Rows of a base on their way through ARMs with another tokenizer: `admit_rows`, `step` and `ask`.
 
 Where the base draws a token that the ARM has too, the ARM reads that one. Else it reads the canonical spelling of what
 the base has written, and keeps it open: its last tokens are read anew if what comes next spells them otherwise. What is
 said of a next token of the base is the probability of all the ARM's continuations that begin with it: of one token or
 several, that reach just to its end or beyond. Summed exactly are those along the canonical spelling; those that depart
 from it before its last token are left out. Asked about are the base's likeliest tokens, those that the ARM spells with
-several of its own only where they are likelier still; the law is over these, and `uncovered_mass_B` says how much of
-the base's mass is not among them.
+several of its own only where they are likelier still; the law is over these, and `Answers` says how much of the base's
+mass is not among them.
 
-Shapes: B rows, b those of a lane, K lanes of a row (its reference the last), S slots, A vocabulary of the ARMs, V that
-of the base, P groups and M tokens as in `translation`.
+Shapes: B rows, b those that any ARM serves, r those that one serves, C candidates, K lanes of a row (its reference the
+last), S slots, A vocabulary of the ARMs, V that of the base, P groups and M tokens as in `translation`.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -26,6 +26,7 @@ from pipeline.decoding.cross_tokenizer.rewindable_cache import RewindableCache
 from pipeline.decoding.cross_tokenizer.translation import LONGEST
 
 _CHUNK = 256  # of a vocabulary
+_Look = tuple[int, int, tuple[int, ...]]  # ahead of a row: how many tokens of a path are known, and those that are not
 _HELD = 8  # tokens of an open spelling that may still change; those before them are settled
 
 
@@ -64,6 +65,54 @@ class _Reach:
     known: int  # tokens of the path that have
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What the ARMs say of the base's likely next tokens, its ends among them.
+
+    `values` has each ARM as one of the base, log π_base + log P_arm − log P_ref, not normalised; the reference,
+    translated, is the base.
+    """
+
+    rows_b: Tensor  # that any ARM serves
+    tokens_bC: Tensor  # the candidates
+    asked_bC: Tensor  # which of them the ARMs were asked about: of a token that is there twice, one
+    values: Mapping[str, tuple[Tensor, Tensor]]  # per lane the places in `rows_b` of the rows it serves, values_rC
+    uncovered_mass_B: Tensor  # the base's mass on all other tokens
+
+    def guided(self, logps_BV: Tensor, alphas: Mapping[str, Tensor]) -> Tensor:
+        """The law of the base and what shares its vocabulary, times the ARMs': logps_BV, in place.
+
+        Where an ARM serves a row, what is no candidate there has −inf.
+
+        Args:
+            logps_BV: that law.
+            alphas: per lane, its exponent at the rows that it serves, alpha_r.
+        """
+        total_bC = logps_BV[self.rows_b[:, None], self.tokens_bC]
+        for lane, (places_r, values_rC) in self.values.items():
+            total_bC.index_add_(0, places_r, (values_rC * alphas[lane][:, None]).to(total_bC.dtype))
+        law_bC = torch.log_softmax(total_bC.masked_fill_(~self.asked_bC, -torch.inf), dim=-1)
+        logps_BV.index_fill_(0, self.rows_b, -torch.inf)
+        logps_BV[self._rows_n, self.tokens_bC[self.asked_bC]] = law_bC[self.asked_bC]
+        return logps_BV
+
+    def over_vocabulary(self, base_BV: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """`values` over all of the base's tokens, per lane the rows and values_rV: the base's own at no candidates."""
+        views = {}
+        for lane, (places_r, values_rC) in self.values.items():
+            values_BV = base_BV.float().clone()
+            asked_rC = self.asked_bC[places_r]
+            at_n = self.rows_b[places_r][:, None].expand_as(asked_rC)[asked_rC]
+            values_BV[at_n, self.tokens_bC[places_r][asked_rC]] = values_rC[asked_rC]
+            views[lane] = self.rows_b[places_r], values_BV[self.rows_b[places_r]]
+        return views
+
+    @property
+    def _rows_n(self) -> Tensor:
+        """The row of every candidate that was asked about."""
+        return self.rows_b[:, None].expand_as(self.asked_bC)[self.asked_bC]
+
+
 class CrossTokenizerSession:
     """One session of rows; any number may share an bridge.
 
@@ -75,7 +124,7 @@ class CrossTokenizerSession:
     def __init__(self, bridge: TokenizerBridge, device: torch.device) -> None:
         self.lanes, self._device, self._table = bridge.lanes, device, bridge.table
         self._column_V, self._spread_V = self._table.column_V.to(device), self._table.spread_V.to(device)
-        self._mute_V, self._candidates = self._column_V == bridge.arm_size, bridge.candidates
+        self._mute_V, self._top_k = self._column_V == bridge.arm_size, bridge.candidates
         self._base, self._arm, self._pieces = bridge.base, bridge.arm, bridge.pieces
         self._caches = [RewindableCache(backbone) for backbone in bridge.backbones]
         self._size = bridge.arm_size
@@ -86,8 +135,6 @@ class CrossTokenizerSession:
         self._places: list[list[tuple[int, int]]] = []  # per row, cache and slot of each of its lanes
         self._named: list[list[str]] = []  # per row, those lanes
         self.rows: dict[str, Tensor] = {}  # per lane, the rows it serves, ascending
-        self.candidate_mask_BV = torch.zeros(0, 0, dtype=torch.bool)  # the next tokens that the ARMs were asked about
-        self.uncovered_mass_B = torch.zeros(0)  # the base's mass on all others
 
     def admit_rows(
         self, kept: Sequence[int], prompts: Sequence[Sequence[Sequence[int]]], served: Sequence[Collection[str]]
@@ -218,35 +265,36 @@ class CrossTokenizerSession:
         pending = (text.pending + piece)[len(self._arm.joined(path[:settled])) :]
         return _Turn(path, settled, pending, () if settled else (*text.written, token))
 
-    def translated(self, base_BV: Tensor, named: Collection[str]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Per lane the rows it serves and, there, its ARM as one of the base, values_bV.
-
-        That is log π_base + log P_arm − log P_ref, not normalised. The reference, translated, is the base.
-        `candidate_mask_BV` and `uncovered_mass_B` are set; values of tokens outside of that mask mean nothing.
+    def ask(self, base_BV: Tensor, named: Collection[str]) -> Answers:
+        """What the ARMs say of the next token.
 
         Args:
             base_BV: the base's logits.
-            named: the lanes that are wanted.
+            named: the lanes that are wanted; there must be rows that the reference serves.
         """
-        self.candidate_mask_BV = torch.ones(base_BV.shape, dtype=torch.bool, device=self._device)
-        self.uncovered_mass_B = torch.zeros(len(base_BV), dtype=torch.float64, device=self._device)
-        if REFERENCE not in self.rows:
-            return {}
-        sums = self._sums(base_BV)
-        of_reference = dict(zip(self.rows[REFERENCE].tolist(), self._slots(REFERENCE), strict=True))
-        candidates = {}
+        rows_b = self.rows[REFERENCE]
+        tokens_bC, asked_bC, uncovered_b, sums = self._candidates(base_BV)
+        base_bC = base_BV[rows_b[:, None], tokens_bC].float()
+        place_of = {row: place for place, row in enumerate(rows_b.tolist())}
+        of_reference = self._slots(REFERENCE)
+        values = {}
         for lane in sorted(self.rows.keys() & named):
-            rows_b = self.rows[lane]
-            values_bV = base_BV[rows_b].float()
+            rows = self.rows[lane].tolist()
+            places = [place_of[row] for row in rows]
+            places_r = torch.tensor(places, device=self._device)
+            values_rC = base_bC[places_r]
             if lane != REFERENCE:
-                at = {row: place for place, row in enumerate(rows_b.tolist())}
-                values_bV += self._ratio(self._of(self._slots(lane)), self._of([of_reference[row] for row in at]))
-                for reach, sum_K in sums:
+                reference_rA = self._of([of_reference[place] for place in places])
+                values_rC += self._ratio(self._of(self._slots(lane)), reference_rA, tokens_bC[places_r])
+                at = {row: place for place, row in enumerate(rows)}
+                for reach, column, sum_K in sums:
                     if reach.row in at:
                         value = sum_K[self._named[reach.row].index(lane)] - sum_K[-1]
-                        values_bV[at[reach.row], reach.token] = base_BV[reach.row, reach.token] + value
-            candidates[lane] = rows_b, values_bV
-        return candidates
+                        values_rC[at[reach.row], column] = base_bC[place_of[reach.row], column] + value
+            values[lane] = places_r, values_rC
+        uncovered_B = torch.zeros(len(base_BV), dtype=torch.float64, device=self._device)
+        uncovered_B[rows_b] = uncovered_b
+        return Answers(rows_b, tokens_bC, asked_bC, values, uncovered_B)
 
     def _slots(self, lane: str) -> list[tuple[int, int]]:
         """RewindableCache and slot of a lane at each of the rows it serves."""
@@ -261,14 +309,14 @@ class CrossTokenizerSession:
         """The laws at slots of one cache, logps_bA."""
         return self._raw[slots[0][0]][[slot for _, slot in slots]]
 
-    def _ratio(self, arm_bA: Tensor, reference_bA: Tensor) -> Tensor:
-        """log P_arm − log P_ref of the next token alone, or of the first of its spelling: ratio_bV."""
+    def _ratio(self, arm_rA: Tensor, reference_rA: Tensor, tokens_rC: Tensor) -> Tensor:
+        """log P_arm − log P_ref of candidates alone, or of the first token of their spelling: ratio_rC."""
         table = self._table
-        ratio_bA = arm_bA - reference_bA
+        ratio_rA = arm_rA - reference_rA
         if len(table.members_M):
-            arm_bP, reference_bP = (self._together(laws_bA) for laws_bA in (arm_bA, reference_bA))
-            ratio_bA[:, table.columns_P.to(ratio_bA.device)] = (arm_bP - reference_bP).to(ratio_bA)
-        return F.pad(ratio_bA.to(self._device), (0, 1)).index_select(1, self._column_V)
+            arm_rP, reference_rP = (self._together(laws_rA) for laws_rA in (arm_rA, reference_rA))
+            ratio_rA[:, table.columns_P.to(ratio_rA.device)] = (arm_rP - reference_rP).to(ratio_rA)
+        return F.pad(ratio_rA.to(self._device), (0, 1)).gather(1, self._column_V[tokens_rC])
 
     def _together(self, laws_bA: Tensor) -> Tensor:
         """The log-probability of each group of the ARM's tokens that belongs to one of the base, logps_bP."""
@@ -277,12 +325,11 @@ class CrossTokenizerSession:
         sums_bP = probs_bM.new_zeros(len(laws_bA), len(table.columns_P))
         return sums_bP.index_add_(1, table.places_M.to(laws_bA.device), probs_bM).log_()
 
-    def _sums(self, base_BV: Tensor) -> list[tuple[_Reach, Tensor]]:
-        """The likely next tokens that are more than one token of the ARM, and log P of each in every lane: sum_K.
+    def _sums(self, reaches: Sequence[_Reach], looks: Sequence[_Look]) -> list[Tensor]:
+        """log P of next tokens that are more than one token of the ARM, in every lane: sum_K.
 
         Less the tail's own log P, which what is said of all other tokens leaves out as well.
         """
-        reaches, looks = self._reaches(base_BV)
         ahead = self._looked(looks)
         sums = []
         for reach in reaches:
@@ -299,7 +346,7 @@ class CrossTokenizerSession:
                     parts.append(before_K + node_KA[:, covers].logsumexp(-1))
                 before_K = before_K + node_KA[:, token]
                 left = left[len(self._arm.pieces[token] or b"") :]
-            sums.append((reach, torch.stack(parts).logsumexp(0) - own_K))
+            sums.append(torch.stack(parts).logsumexp(0) - own_K)
         return sums
 
     def _covers(self, reach: _Reach, left: bytes, alone: bool) -> Tensor:
@@ -308,21 +355,29 @@ class CrossTokenizerSession:
         covers = self._arm.covering(left) if covers is None else covers
         return covers[covers < self._size]
 
-    def _reaches(self, base_BV: Tensor) -> tuple[list[_Reach], list[tuple[int, int, tuple[int, ...]]]]:
-        """What is to be summed up, and what has to be looked at ahead for it: row, known tokens, further ones."""
+    def _candidates(self, base_BV: Tensor) -> tuple[Tensor, Tensor, Tensor, list[tuple[_Reach, int, Tensor]]]:
+        """The candidates, which of them are asked about, the base's mass on other tokens, and what is summed up.
+
+        Returns:
+            tokens_bC, asked_bC, uncovered_b, and per candidate that is more than one token of the ARM its column and
+            log P in every lane, sum_K.
+        """
         rows = self.rows[REFERENCE]
-        logits_bV = base_BV[rows]
-        top_bK, token_bK = _top(logits_bV, min(self._candidates, logits_bV.shape[1]))
+        logits_bV = base_BV if len(rows) == len(base_BV) else base_BV[rows]
+        top_bK, token_bK = _top(logits_bV, min(self._top_k, logits_bV.shape[1]))
         whole_b1 = logits_bV.float().logsumexp(-1, keepdim=True)
         probs_bK = (top_bK.float() - whole_b1).exp()
-        likely_bK, spread_bK = probs_bK >= 2 / self._candidates, self._spread_V[token_bK]
-        judged_bK = torch.where(spread_bK, likely_bK, ~self._mute_V[token_bK])
-        reaches, looks = [], dict[tuple[int, int, tuple[int, ...]], int]()
+        likely_bK, spread_bK = probs_bK >= 2 / self._top_k, self._spread_V[token_bK]
+        asked_bK = torch.where(spread_bK, likely_bK, ~self._mute_V[token_bK])
+        # Ends whatever their rank: else the base alone would say when not to end.
+        ends_E = torch.tensor(self._ends, device=self._device)
+        asked_bK &= ~torch.isin(token_bK, ends_E)
+        reaches, columns, looks = [], [], dict[_Look, int]()
         for place, (row, tokens) in enumerate(zip(rows.tolist(), token_bK.tolist(), strict=True)):
             text = self._texts[row]
-            asked_K = judged_bK[place] & (likely_bK[place] if text.pending else spread_bK[place])
-            for number in asked_K.nonzero()[:, 0].tolist():
-                token = tokens[number]
+            summed_K = asked_bK[place] & (likely_bK[place] if text.pending else spread_bK[place])
+            for column in summed_K.nonzero()[:, 0].tolist():
+                token = tokens[column]
                 piece = self._pieces[token]
                 if piece is None:
                     continue
@@ -332,19 +387,18 @@ class CrossTokenizerSession:
                 known = len(_common(text.tail, path[:-1]))
                 further = (row, known, path[known:-1])
                 if not path or len(further[-1]) > LONGEST:
-                    judged_bK[place, number] = False
+                    asked_bK[place, column] = False
                     continue
                 look = looks.setdefault(further, len(looks)) if further[-1] else None
                 reaches.append(_Reach(row, token, text.pending + piece, path, look, known))
-        judged_bV = torch.zeros_like(logits_bV, dtype=torch.bool).scatter_(1, token_bK, judged_bK)
-        # Ends whatever their rank: else the base alone would say when not to end.
-        ends_bE = (logits_bV[:, self._ends].float() - whole_b1).exp() * ~judged_bV[:, self._ends]
-        judged_bV[:, self._ends] = True
-        self.candidate_mask_BV[rows] = judged_bV
-        self.uncovered_mass_B[rows] = 1 - (probs_bK * judged_bK).sum(-1, dtype=torch.float64) - ends_bE.sum(-1)
-        return reaches, list(looks)
+                columns.append(column)
+        sums = list(zip(reaches, columns, self._sums(reaches, list(looks)), strict=True))
+        ends_bE = (logits_bV[:, self._ends].float() - whole_b1).exp()
+        uncovered_b = 1 - (probs_bK * asked_bK).sum(-1, dtype=torch.float64) - ends_bE.sum(-1)
+        tokens_bC = torch.cat([token_bK, ends_E.expand(len(rows), -1)], dim=1)
+        return tokens_bC, F.pad(asked_bK, (0, len(ends_E)), value=True), uncovered_b, sums
 
-    def _looked(self, looks: Sequence[tuple[int, int, tuple[int, ...]]]) -> list[list[Tensor]]:
+    def _looked(self, looks: Sequence[_Look]) -> list[list[Tensor]]:
         """Per look ahead the laws behind each of its tokens, logps_KA."""
         laws: dict[tuple[int, int, int], Tensor] = {}
         for number, cache in enumerate(self._caches):

@@ -3,6 +3,7 @@
 import json
 from bisect import bisect_left
 from functools import cached_property, lru_cache
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ class Spelling:
         ]
         self._inside = Tokenizer.from_str(json.dumps(_without_beginnings(config)))
         self.spell = lru_cache(maxsize=_ROOM)(self._spell)
+        self.branches = lru_cache(maxsize=_ROOM)(self._branches)
         for probe in _PROBES:
             read = self.joined(self.spell(probe.encode()))
             if read != probe.encode():
@@ -78,14 +80,17 @@ class Spelling:
         return b"".join(self.pieces[token] or b"" for token in tokens)
 
     def _spell(self, text: bytes) -> tuple[int, ...]:
-        """`spell`: the canonical tokens of a text inside another; a character that is not whole, byte by byte."""
-        whole = text.decode("utf-8", errors="ignore").encode()
-        if text.startswith(whole):
-            tokens = tuple(self._inside.encode(whole.decode(), add_special_tokens=False).ids) if whole else ()
-            return tokens + self._bytewise(text[len(whole) :])
-        # The text begins inside a character.
-        start = next((at for at, byte in enumerate(text) if byte & 0xC0 != 0x80), len(text))
-        return self._bytewise(text[:start]) + self._spell(text[start:])
+        """`spell`: the canonical tokens of a text inside another; what is no whole character, byte by byte."""
+        tokens: list[int] = []
+        for broken, characters in groupby(
+            text.decode(errors="surrogateescape"), lambda one: "\udc80" <= one <= "\udcff"
+        ):
+            part = "".join(characters)
+            if broken:
+                tokens += self._bytewise(part.encode(errors="surrogateescape"))
+            else:
+                tokens += self._inside.encode(part, add_special_tokens=False).ids
+        return tuple(tokens)
 
     def _bytewise(self, text: bytes) -> tuple[int, ...]:
         """A token a byte; those that no token spells (they occur in no UTF-8, or hardly) are passed over."""
@@ -106,6 +111,12 @@ class Spelling:
         """The tokens whose bytes begin with a text (not empty), that text itself included: tokens_K."""
         pieces, order = self._sorted
         return order[bisect_left(pieces, text) : bisect_left(pieces, text + b"\xff" * 8)]
+
+    def _branches(self, text: bytes) -> tuple[Tensor, Tensor]:
+        """`branches`: the tokens whose bytes go on behind a text, and the next byte of each: tokens_K, bytes_K."""
+        longer = [(token, self.pieces[token] or b"") for token in self.covering(text).tolist()]
+        longer = [(token, piece) for token, piece in longer if len(piece) > len(text)]
+        return torch.tensor([token for token, _ in longer]), torch.tensor([piece[len(text)] for _, piece in longer])
 
 
 def _kinds(node: Any) -> set[str]:

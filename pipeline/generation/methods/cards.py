@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.decoding.guidance import draw, entropy
+from pipeline.decoding.guidance import draw, entropy, random_generator
 from pipeline.generation.methods.lookahead_cache import TextReward
 from pipeline.generation.methods.search import Found, Search
 from pipeline.models.prompting import Prompter
@@ -53,9 +53,8 @@ class Cards(Search[TextReward]):
 
     def search(self, rows: list[Found]) -> None:
         """Propose, value, and keep or draw again, until all rows have ended."""
-        streams = [
-            np.random.Generator(np.random.Philox(key=int(row.request.stream, 16))) for row in rows
-        ]  # how many numbers a row draws is not known beforehand
+        # How many numbers a row draws is not known beforehand.
+        streams = [random_generator(row.request.stream) for row in rows]
         tries = [0] * len(rows)
         best: list[tuple[float, _Segment] | None] = [None] * len(rows)
         for row in rows:

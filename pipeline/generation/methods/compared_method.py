@@ -5,8 +5,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from pipeline.config.errors import UserError
-from pipeline.config.methods import BestOf, Candidates, GenArm, Method, Policies, Prefixes, Prompting, Segments
-from pipeline.config.points import Mix
+from pipeline.config.methods import (
+    BestOf,
+    Bytes,
+    Candidates,
+    GenArm,
+    Method,
+    Policies,
+    Prefixes,
+    Prompting,
+    Segments,
+    Words,
+)
+from pipeline.config.points import REFERENCE, Mix
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import digest
@@ -16,9 +27,11 @@ from pipeline.decoding.guidance import LAW_VERSION
 from pipeline.generation.methods import Law, Place, conditioned_arm, genarm, mod, morl, prompting, soups
 from pipeline.generation.methods.args import Args
 from pipeline.generation.methods.best_of_n import BestOfN
+from pipeline.generation.methods.byte_proxy_tuning import ByteProxyTuning
 from pipeline.generation.methods.cards import Cards
 from pipeline.generation.methods.controlled_decoding import ControlledDecoding
 from pipeline.generation.methods.lookahead_cache import TextReward
+from pipeline.generation.methods.nudging import Nudging
 from pipeline.generation.methods.transfer_q import TransferQ
 from pipeline.generation.model_set import Decoder, ModelSet
 from pipeline.generation.rows import generate_stored, prompt_tokens, request_key, stored
@@ -50,10 +63,14 @@ class ComparedMethod:
         self._laws: dict[tuple[str, float], Law] = {}
         self._rewards: dict[str, Path] = {}
         self._sentences: dict[str, str | None] = {}
+        self._models: ModelSet | None = None  # where ARMs guide otherwise than by a law of tokens
         if isinstance(method, GenArm | Policies):
             self._laws = {(mix.point, mix.strength): _law(method, mix, place) for mix in mixes}
         elif isinstance(method, Prompting):
             self._sentences = prompting.sentences_of(method, params.objectives)
+        elif isinstance(method, Bytes | Words):
+            named = {name for mix in mixes for name in mix.weights}
+            self._models = ModelSet(params, workspace, params.base, {*named, REFERENCE})
         else:
             kind = "prefix_scorer" if isinstance(method, Prefixes) else "reward_model"
             self._rewards = {name: _reward_of(name, kind, place) for name in params.objectives}
@@ -62,7 +79,8 @@ class ComparedMethod:
     @property
     def trained(self) -> set[Path]:
         """The folders of what had to be trained for all of its mixes."""
-        return {folder for law in self._laws.values() for folder in law.trained} | set(self._rewards.values())
+        arms = set(self._models.arms.values()) if self._models else set()
+        return {folder for law in self._laws.values() for folder in law.trained} | set(self._rewards.values()) | arms
 
     def request(self, mix: Mix, prompt: str, sample: int) -> Request:
         """A prompt at a mix."""
@@ -93,7 +111,9 @@ class ComparedMethod:
         device = resolve_device(self._params.decoding.device)
         origin = [_VERSION, LAW_VERSION, *self._source.identity(device), config]
         others = {name: folder_identity(folder) for name, folder in self._rewards.items()} | self._sentences
-        tokens = prompt_tokens(requests, self._source)
+        others |= self._models.identities(device) if self._models else {}
+        weak = self._models.weak if self._models else None
+        tokens = prompt_tokens(requests, self._source, *([weak] if weak else []))
         return [
             digest([*origin, [others[name] for name in request.arms], request_key(request), tokens[request.prompt]])
             for request in requests
@@ -113,6 +133,11 @@ class ComparedMethod:
         if isinstance(self._method, Prompting):
             return prompting.decoder(self._method, self._source, params.objectives, place, size)
         device = resolve_device(place)
+        if self._models:
+            own, *beside = self._models.backbones(place, size)
+            if isinstance(self._method, Words):
+                return Nudging(own, beside, size, self._method.threshold)
+            return ByteProxyTuning(own, beside, size)
         others = 0 if isinstance(self._method, Prefixes) else len(self._rewards)  # a reward model is the base, adapted
         models = [memory.Loaded.at(self._source, 1)] * (1 + others)
         needs = memory.needs_of(models, size, params.decoding.max_new_tokens, device)
