@@ -82,7 +82,7 @@ def pages_written(folder):
     """What stages would write from the committed tables."""
     metrics = json.loads((ROOT / "results/pareto/metrics.json").read_text(encoding="utf-8"))
     markdown.front_page(csv("pareto/front.csv"), OBJECTIVES, metrics, folder / "pareto.md")
-    for name in ("comparison", "targets"):
+    for name in ("comparison", "targets", "conditioned"):
         tables = {each: csv(f"{name}/{each}.csv") for each in ("table", "fronts", "matched")}
         markdown.comparison_page(tables, OBJECTIVES, "genarm", folder / f"{name}.md")
     markdown.ladder_page(csv("weak_to_strong/table.csv"), ["positivity"], "smollm2-10l", folder / "weak_to_strong.md")
@@ -92,7 +92,7 @@ def pages_written(folder):
 
 def test_result_pages_are_those_that_stages_write_from_the_committed_tables(tmp_path):
     written = pages_written(tmp_path)
-    assert set(written) == {"pareto", "comparison", "targets", "weak_to_strong", "cross_family"}
+    assert set(written) == {"pareto", "comparison", "targets", "conditioned", "weak_to_strong", "cross_family"}
     for folder, text in written.items():
         assert TEXTS[f"results/{folder}/README.md"] == text, folder
 
@@ -246,6 +246,35 @@ def test_the_models_of_the_ladder_are_those_of_its_page():
     assert quotes(sizes, *map(float, rows))
 
 
+def test_what_is_said_of_one_arm_for_all_mixes_is_in_its_tables():
+    text, fronts = prose(RESULTS_PAGE, "One ARM for all mixes"), csv("conditioned/fronts.csv", "method")
+    table = csv("conditioned/table.csv").drop_duplicates(["method", "point"]).set_index(["method", "point"])
+    names = ["parm", "uniarm", "genarm"]
+    assert quotes(re.search(r"PARM has (.*?);", text)[1], *fronts.hypervolume[names])
+    found = re.search(r"differences from GenARM are (.*?) In the", text)[1]
+    columns = ["delta_hv", "delta_ci_low", "delta_ci_high"]
+    assert quotes(found, *(fronts.loc[name, column] for name in names[:2] for column in columns))
+    assert (fronts.delta_ci_low[names[:2]] < 0).all(), "none is certainly ahead"
+    ends = [(name, point) for name in ("genarm", "parm", "uniarm") for point in ("p100_c000", "p000_c100")]
+    turned = re.search(r"to the other (.*?)In between", text)[1]
+    assert quotes(turned, *(table.reward_positivity[end] for end in ends))
+    assert quotes(re.search(r"inner product (.*?)\. \*", text)[1], *fronts.mip[names])
+    genarm = csv("conditioned/table.csv")
+    genarm = genarm[genarm.method == "genarm"].set_index(["point", "alpha_conciseness"]).reward_conciseness
+    steps = [("p000_c100", 1.0), ("p000_c100", 0.5), ("p050_c050", 0.5)]
+    assert quotes(
+        re.search(r"conciseness ARM: (.*?)\. PARM", text)[1].replace("half of it", ""), *(genarm[at] for at in steps)
+    )
+    tried = csv("trials/rivals.csv")
+    assert len(tried[tried.method == "uniarm"]) == 3
+    assert (
+        tried[(tried.method == "parm") & tried.machine.str.startswith("2 CPU cores")][["beta", "lr"]]
+        .drop_duplicates()
+        .shape[0]
+        == 5
+    )
+
+
 def test_each_objective_rises_with_its_weight_along_the_line():
     assert "each objective rises with its α (Spearman 1 and 1, five points)" in prose(
         RESULTS_PAGE, "Across model families"
@@ -275,7 +304,8 @@ def test_what_is_said_of_the_comparison_is_in_its_tables():
     ends = {point: points[points.point == point].set_index("method") for point in ("p100_c000", "p000_c100")}
     tried = csv("trials/rivals.csv").set_index("machine")
     here, there = (
-        tried.loc[name].drop_duplicates("method").set_index("method") for name in ("2 CPU cores", "one NVIDIA H200")
+        tried.loc[name].drop_duplicates("method").set_index("method")
+        for name in ("2 CPU cores, bfloat16", "one NVIDIA H200, bfloat16")
     )
     trials = here.readable_hypervolume
 
@@ -302,7 +332,7 @@ def test_what_is_said_of_the_comparison_is_in_its_tables():
     quoted(r"Its readable hypervolume is ([\d.]+\d)", fronts.readable_hypervolume["log_ratio"])
     strengths = table[table.method == "genarm"]
     assert set(strengths.alpha_positivity) >= {1.0, 0.5} and not strengths.alpha_positivity.between(0.01, 0.24).any()
-    assert "thirteen trials" in text and len(tried.loc["2 CPU cores"].dropna(subset="beta")) == 13
+    assert "thirteen trials" in text and len(tried.loc["2 CPU cores, bfloat16"].dropna(subset="beta")) == 13
     prefix = tried[tried.method.isin(["fudge", "controlled_decoding"])]
     strongest = prefix.sort_values("reward_positivity_p100_c000").iloc[-1]
     quoted(

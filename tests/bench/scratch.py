@@ -15,6 +15,7 @@ import torch
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.generation import comparison
+from pipeline.models.loading import resolve_device, resolve_dtype
 
 
 def workspace_below(folder: Path, base: str) -> Workspace:
@@ -61,7 +62,7 @@ def _generate(params: Params, workspace: Workspace, prompts: Sequence[str]) -> N
 
 
 def machine() -> str:
-    """What it ran on."""
-    if torch.cuda.is_available():
-        return f"one {torch.cuda.get_device_name()}"
-    return f"{os.cpu_count()} CPU cores"
+    """What it ran on, and in which precision models are there: figures of two precisions are those of two runs."""
+    device = resolve_device("auto")
+    name = f"one {torch.cuda.get_device_name()}" if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    return f"{name}, {str(resolve_dtype('auto', device)).removeprefix('torch.')}"

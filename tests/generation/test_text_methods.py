@@ -162,8 +162,13 @@ def test_the_small_model_writes_words_where_the_base_is_unsure_and_the_base_the_
         assert len(word.split()) <= 1
     for rows, _ in (never, always, between):
         for row in rows:
-            assert len(row.tokens) <= 8 and np.isnan([row.kl, row.logp, row.logp_base]).all() and row.forwards > 0
-            assert row.finish in ("eos", "length")
+            assert len(row.tokens) <= 8 and np.isnan([row.kl, row.logp]).all() and row.forwards > 0
+            ended = row.finish == "eos"
+            laws = exact(base, BASE, PROMPTS[0])._next
+            tokens = tuple(row.tokens)
+            logp = sum(float(laws(tokens[:place])[token]) for place, token in enumerate(tokens))
+            assert row.logp_base == pytest.approx(logp, abs=1e-3), "how likely the base finds the text"
+            assert ended == (tokens[-1] in base.ends)
 
 
 def test_a_small_model_left_to_itself_writes_its_own_law(base, small):

@@ -62,8 +62,13 @@ class Nudging(TextSearch):
             self._base_writes(written, readers[0])
             self._small_writes(written, readers)
         for place, row in enumerate(rows):
-            row.logp = row.logp_base = row.kl = math.nan
+            row.logp = row.kl = math.nan
             row.forwards = sum(reader.positions[place] for reader in readers)
+        spelling = self._spellings[0]
+        for read in readers[0].read({place: spelling.joined(tuple(row.tokens)) for place, row in enumerate(rows)}):
+            if read.lane == BASE:
+                row = rows[read.row]
+                row.logp_base = read.logp + (float(read.next_A[self._prompter.eos]) if row.finish == "eos" else 0.0)
 
     def _base_writes(self, written: Sequence[_Written], reader: TextReader) -> None:
         """A token by the base in the rows where it is its turn; where it is unsure, it is so no more."""
