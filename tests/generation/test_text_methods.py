@@ -101,7 +101,7 @@ def generated(decoder, requests):
 def test_byte_proxy_tuning_draws_from_the_product_of_the_models_laws_of_bytes(base, small):
     asked = [
         Request(prompt, weights, max_new_tokens=6, seed=seed)
-        for prompt in PROMPTS for weights in (MIX, {"one": 1.0}, {}) for seed in (0, 1)
+        for prompt in PROMPTS[:2] for weights in (MIX, {"one": 1.0}, {}) for seed in (0, 1)
     ]  # fmt: skip
     rows = generated(ByteProxyTuning(base, [small], 8), asked)
     spelling = spelling_of(base)
@@ -123,7 +123,7 @@ def test_byte_proxy_tuning_draws_from_the_product_of_the_models_laws_of_bytes(ba
             assert row.logp_base == pytest.approx(text_logp(own.byte_law, text), abs=1e-3)
         else:
             assert row.logp == pytest.approx(sum(float(law(text[:at])[byte]) for at, byte in enumerate(text)), abs=1e-3)
-        assert row.kl >= 0 and (row.kl == pytest.approx(0, abs=1e-4)) == (not request.weights)
+        assert (row.kl == pytest.approx(0, abs=1e-4)) == (not request.weights) and row.kl > -1e-6
     alone = generated(ByteProxyTuning(base, [small], 1), asked)
     assert [row.tokens for row in alone] == [row.tokens for row in rows], "what a row draws has to do with the batch"
 

@@ -18,6 +18,7 @@ from pipeline.decoding.backbone import Backbone
 from pipeline.decoding.cross_tokenizer.rewindable_cache import RewindableCache
 from pipeline.decoding.cross_tokenizer.spelling import Spelling
 
+_HELD = 4  # tokens at the end of a text
 END = 256  # the entry of a law of bytes that says that the text ends
 
 
@@ -59,6 +60,8 @@ class TextReader:
         self._cache.admit_rows([], distinct, list(zip(places, served, strict=True)))
         self._tokens: list[tuple[int, ...]] = [()] * len(prompts)  # of what has been read of each row
         self._logps = [[0.0] for _ in self._cache.slots]  # per slot, log P of the first 0, 1, … of them
+        # Per slot, by how many of them, what is said of the next one; of the last few, the ones that may yet change.
+        self._laws = [dict[int, Tensor]() for _ in self._cache.slots]
 
     def read(self, texts: Mapping[int, bytes]) -> Iterator[ReadText]:
         """Read the texts of some rows, in every lane that serves them.
@@ -77,21 +80,33 @@ class TextReader:
             row: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(new, self._tokens[row], strict=False)))
             for row, new in tokens.items()
         }
-        # The last token that stays is read again: what it says of the next one was not kept.
+        # Where what the last token that stays says of the next one was not kept, that token is read again.
+        again = {
+            self._cache.slots[slot][1] for slot in slots if known[self._cache.slots[slot][1]] not in self._laws[slot]
+        }
         reads = {
-            row: [(self._last[row], *new)[known[row]], *new[known[row] :]] for row, new in tokens.items()
-        }  # fmt: skip
-        rows = [self._cache.slots[slot][1] for slot in slots]
-        starts = [self._starts[row] + known[row] for row in rows]
-        laws_STA = self._cache.read(slots, starts, [reads[row] for row in rows])
-        for slot, row, laws_TA in zip(slots, rows, laws_STA, strict=True):
-            logps = self._logps[slot] = self._logps[slot][: known[row] + 1]
-            for law_A, token in zip(laws_TA, reads[row][1:], strict=False):
-                logps.append(logps[-1] + float(law_A[token]))
-            self.positions[row] += len(reads[row])
-            yield ReadText(self._cache.slots[slot][0], row, tokens[row], logps[-1], laws_TA[len(reads[row]) - 1])
+            row: new[known[row] :] if row not in again else ((self._last[row], *new)[known[row]], *new[known[row] :])
+            for row, new in tokens.items()
+        }
+        reading = [slot for slot in slots if reads[self._cache.slots[slot][1]]]
+        rows = [self._cache.slots[slot][1] for slot in reading]
+        starts = [self._starts[row] + known[row] + (row not in again) for row in rows]
+        found_STA = self._cache.read(reading, starts, [reads[row] for row in rows]) if reading else []
+        for slot, row, laws_TA in zip(reading, rows, found_STA, strict=True):
+            first = known[row] + (row not in again)
+            laws = enumerate(laws_TA[: len(reads[row])], start=first)
+            self._laws[slot] = {size: law_A for size, law_A in self._laws[slot].items() if size < first} | dict(laws)
         for row, new in tokens.items():
             self._tokens[row] = new
+            self.positions[row] += len(reads[row]) * sum(of == row for _, of in self._cache.slots)
+        for slot in slots:
+            lane, row = self._cache.slots[slot]
+            new, logps = tokens[row], self._logps[slot][: known[row] + 1]
+            for place in range(known[row], len(new)):
+                logps.append(logps[-1] + float(self._laws[slot][place][new[place]]))
+            self._logps[slot] = logps
+            self._laws[slot] = {size: law_A for size, law_A in self._laws[slot].items() if size > len(new) - _HELD}
+            yield ReadText(lane, row, new, logps[-1], self._laws[slot][len(new)])
 
 
 class ByteReader:
