@@ -288,8 +288,35 @@ def test_each_objective_rises_with_its_weight_along_the_line():
     for objective in OBJECTIVES:
         assert line.sort_values(f"alpha_{objective}")[f"reward_{objective}"].is_monotonic_increasing
     best = table[(table.method == "genarm_log_ratio") & (table.alpha_positivity == 1)].iloc[0]
-    others = table[table.method != "genarm_log_ratio"]
-    assert (best.ci_low_positivity > others.ci_high_positivity).all()
+    others = table[table.method.isin(["control", "sharpened", "best_of_4"])]
+    assert len(others) == 4 and (best.ci_low_positivity > others.ci_high_positivity).all()
+
+
+def test_what_is_said_of_other_ways_across_tokenizers_is_in_the_table():
+    text = prose(RESULTS_PAGE, "Across model families")
+    table = csv("cross_family/table.csv").set_index(["method", "alpha_positivity", "alpha_conciseness"])
+    over_bytes, over_tokens, nudged = (
+        table.loc[name] for name in ("byte_proxy_tuning", "genarm_log_ratio", "nudging")
+    )  # fmt: skip
+    interval = [f"{column}_positivity" for column in ("reward", "ci_low", "ci_high")]
+    half, whole, concise = (0.5, 0.0), (1.0, 0.0), (0.0, 0.2)
+    found = re.search(r"at the same KL: (.*?)\. Its texts", text)[1]
+    laws = (over_bytes.loc[half], over_tokens.loc[half])
+    assert quotes(found, *(law[column] for law in laws for column in (*interval, "kl")))
+    found = re.search(r"are worse: (.*?) under Gemma", text)[1].replace("α = 1", "")
+    ends = over_bytes.loc[half], over_bytes.loc[whole]
+    assert quotes(found, *(end.readable for end in ends), *(end.perplexity for end in ends))
+    found = re.search(r"code has it\) reaches (.*?)\. Most", text)[1].replace("α = 1", "")
+    assert quotes(
+        found, *nudged.loc[whole][interval], nudged.loc[whole].readable, nudged.loc[concise].readable,
+        over_tokens.loc[concise].readable,
+    )  # fmt: skip
+    assert quotes(
+        re.search(r"intervals, and ([\d.]+) .*? readable \(([\d.]+) of", text)[0].replace("α = 1", ""),
+        over_tokens.loc[whole].readable, table.loc["control"].iloc[0].readable,
+    )  # fmt: skip
+    prompts = nudged.prompts.iloc[0], over_bytes.prompts.iloc[0]
+    assert quotes(re.search(r"one base; (.*?)\.$", text.strip())[1], *prompts)
 
 
 def test_what_guidance_across_families_costs_is_that_of_its_bench():

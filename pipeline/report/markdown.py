@@ -186,7 +186,7 @@ def ladder_page(table: pd.DataFrame, objectives: Sequence[str], weak: str, path:
         path: of the page.
     """
     several = [name for name in objectives if f"alpha_{name}" in table]
-    picked = "picked_by" in table and table.picked_by.notna().any()
+    picked = table.picked_by.fillna("") if "picked_by" in table else pd.Series("", index=table.index)
     cut = "left_out" in table and table.left_out.fillna(0).any()
     gaps = table.gap_recovered.notna().any()
     fewer = "prompts" in table and table.prompts.nunique() > 1
@@ -195,8 +195,8 @@ def ladder_page(table: pd.DataFrame, objectives: Sequence[str], weak: str, path:
     head += [*objectives, "KL", *(title for title, _, _ in quality)]
     head += [*(["left out"] if cut else []), *(["gap recovered"] if gaps else []), *(["prompts"] if fewer else [])]
     rows = []
-    for line in table.to_dict("records"):
-        method = line["method"] + (f" by {line['picked_by']}" if picked and pd.notna(line["picked_by"]) else "")
+    for line, by in zip(table.to_dict("records"), picked, strict=True):
+        method = line["method"] + (f" by {by}" if by else "")
         rows.append(
             [
                 f"`{line['base']}`",
