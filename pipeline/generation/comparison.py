@@ -40,7 +40,7 @@ def compared_methods(params: Params, workspace: Workspace) -> dict[str, Compared
     lines = entries_of(params)
     return {
         name: ComparedMethod(
-            method, params, workspace, [line.mix for line in lines if line.method == name and line.mix]
+            method, params, workspace, params.base, [line.mix for line in lines if line.method == name and line.mix]
         )
         for name, method in params.comparison.methods.items()
     }

@@ -51,12 +51,12 @@ def sample(params: Params, workspace: Workspace, base: str, prompts: Sequence[st
 
 def _of_methods(params: Params, workspace: Workspace, base: str, prompts: Sequence[str]) -> list[GeneratedRow]:
     """What the methods of the ladder make of a base at the guided points of the sweep."""
-    params, rows = replace(params, base=base), []
+    rows: list[GeneratedRow] = []
     for entry in entries(params.weak_to_strong.methods, params.sweep.points):
         if entry.mix:
             print(f"weak_to_strong: {entry.name} on {base}")
             method = params.weak_to_strong.methods[entry.method]
-            compared = ComparedMethod(method, params, workspace, [entry.mix])
+            compared = ComparedMethod(method, params, workspace, base, [entry.mix])
             requests = [
                 (entry.mix, compared.request(entry.mix, prompt, sample))
                 for prompt in prompts[: method.prompts]

@@ -26,6 +26,7 @@ _LADDER = {
     "genarm": ("o", GUIDED, "guided, plain"), "genarm_log_ratio": ("D", "#3f7d20", "guided, log-ratio"),
     "arm": ("x", "#6b7280", "the ARM alone"), "dpo": ("*", "#7a3e9d", "base tuned by DPO"),
     "best_of": ("^", "#8a6d00", "best of N, by the judge"),
+    "byte_proxy_tuning": ("v", "#2563a8", "log-ratio over bytes"),
 }  # fmt: skip
 
 
@@ -184,7 +185,7 @@ def ladder(table: pd.DataFrame, objectives: Sequence[str]) -> Drawing:
     for axes, (base, objective) in zip(panels, shown, strict=True):
         rows = table[table.base == base]
         if "picked_by" in rows:
-            rows = rows[rows.picked_by.isin(["", objective])]
+            rows = rows[rows.picked_by.fillna("").isin(["", objective])]
         level = rows[rows.method == "control"][f"reward_{objective}"].iloc[0]
         axes.axhline(level, color=CONTROL, lw=0.8, ls=":", zorder=0)
         for method, (marker, colour, label) in _LADDER.items():

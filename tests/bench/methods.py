@@ -50,7 +50,7 @@ def methods(params: Params, workspace: Workspace, prompts: Sequence[str]) -> lis
     for name, method in params.comparison.methods.items():
         mixes = [line.mix for line in entries_of(params) if line.method == name and line.front and line.mix]
         mix = max(mixes, key=lambda mix: min(mix.shares.values()) if len(mix.shares) > 1 else 0.0)
-        compared = ComparedMethod(method, params, workspace, [mix])
+        compared = ComparedMethod(method, params, workspace, params.base, [mix])
         runs[name] = compared.decoder(ROWS), [compared.request(mix, prompt, 0) for prompt in prompts]
     speeds = tokens_per_second(runs)
     return [{"method": name, "tokens_per_s": round(speed, 1)} for name, speed in speeds.items()]

@@ -247,7 +247,7 @@ def place(smoke_params, workspace, arms):
         target = workspace.rival("tiny", name)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(arms[folder])
-    return Place(params, workspace)
+    return Place(params, workspace, params.base)
 
 
 def test_soups_are_adapters_that_average_updates(place, base):
@@ -270,7 +270,7 @@ def test_soups_are_adapters_that_average_updates(place, base):
 def test_adapters_made_of_others_are_apart_where_those_are(place, arms, tmp_path):
     """Two experiments that run at once share scratch/, and their rivals have the same names."""
     mix = Mix("mixed", {"positivity": 0.5, "conciseness": 0.5}, 1.0)
-    other = Place(place.params, dataclasses.replace(place.workspace, models=tmp_path / "other"))
+    other = Place(place.params, dataclasses.replace(place.workspace, models=tmp_path / "other"), place.base)
     for name, folder in zip(("positivity", "conciseness"), ("one", "one"), strict=True):
         target = other.workspace.rival("tiny", name)
         target.parent.mkdir(parents=True, exist_ok=True)

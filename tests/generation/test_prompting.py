@@ -40,7 +40,7 @@ def params(smoke_params, workspace, tiny):
 )
 def test_a_sentence_is_a_lane_of_the_base_with_another_prompt(params, workspace, tiny, prompter, method, exponents):
     mix = Mix("a150", {"warmth": 1.0}, 1.5)
-    compared = ComparedMethod(method, params, workspace, [mix])
+    compared = ComparedMethod(method, params, workspace, params.base, [mix])
     request = compared.request(mix, "Describe tea.", 0)
     [row] = compared.rows([(mix, request)])
     base, tokens, kl = loading.load_model(tiny, torch.float64, CPU), [], 0.0
@@ -60,16 +60,16 @@ def test_a_sentence_is_a_lane_of_the_base_with_another_prompt(params, workspace,
 
 def test_another_sentence_is_another_row_and_the_same_one_is_not_generated_again(params, workspace, monkeypatch):
     method, mix = Prompting(kind="prompting", form="instruction"), Mix("a100", {"warmth": 1.0}, 1.0)
-    compared = ComparedMethod(method, params, workspace, [mix])
+    compared = ComparedMethod(method, params, workspace, params.base, [mix])
     asked = [(mix, compared.request(mix, "Describe tea.", 0))]
     first = compared.rows(asked)
     other = dataclasses.replace(params, objectives={"warmth": Objective(label="w", wanted=COLD)})
-    assert ComparedMethod(method, other, workspace, [mix]).rows(asked) != first
+    assert ComparedMethod(method, other, workspace, other.base, [mix]).rows(asked) != first
     monkeypatch.setattr(ComparedMethod, "decoder", None)
-    assert ComparedMethod(method, params, workspace, [mix]).rows(asked) == first
+    assert ComparedMethod(method, params, workspace, params.base, [mix]).rows(asked) == first
 
 
 def test_without_a_sentence_there_is_nothing_to_prompt_with(params, workspace):
     scored = dataclasses.replace(params, objectives={"positivity": Objective(label="p", scorer="positivity")})
     with pytest.raises(UserError, match="positivity has no sentence to prompt with"):
-        ComparedMethod(Prompting(kind="prompting", form="contrast"), scored, workspace, [])
+        ComparedMethod(Prompting(kind="prompting", form="contrast"), scored, workspace, scored.base, [])

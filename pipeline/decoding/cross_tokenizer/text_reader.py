@@ -73,40 +73,43 @@ class TextReader:
             UserError: the context is full.
         """
         slots = [slot for slot, (_, row) in enumerate(self._cache.slots) if row in texts]
-        if not slots:
-            return
         tokens = {row: self.spelling.spell(text) for row, text in texts.items()}
-        known = {
-            row: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(new, self._tokens[row], strict=False)))
-            for row, new in tokens.items()
-        }
+        known = {row: _common(new, self._tokens[row]) for row, new in tokens.items()}
         # Where what the last token that stays says of the next one was not kept, that token is read again.
-        again = {
-            self._cache.slots[slot][1] for slot in slots if known[self._cache.slots[slot][1]] not in self._laws[slot]
-        }
-        reads = {
-            row: new[known[row] :] if row not in again else ((self._last[row], *new)[known[row]], *new[known[row] :])
-            for row, new in tokens.items()
-        }
-        reading = [slot for slot in slots if reads[self._cache.slots[slot][1]]]
-        rows = [self._cache.slots[slot][1] for slot in reading]
-        starts = [self._starts[row] + known[row] + (row not in again) for row in rows]
-        found_STA = self._cache.read(reading, starts, [reads[row] for row in rows]) if reading else []
-        for slot, row, laws_TA in zip(reading, rows, found_STA, strict=True):
-            first = known[row] + (row not in again)
-            laws = enumerate(laws_TA[: len(reads[row])], start=first)
-            self._laws[slot] = {size: law_A for size, law_A in self._laws[slot].items() if size < first} | dict(laws)
-        for row, new in tokens.items():
-            self._tokens[row] = new
-            self.positions[row] += len(reads[row]) * sum(of == row for _, of in self._cache.slots)
+        again = {row for slot in slots if known[row := self._row(slot)] not in self._laws[slot]}
+        starts = {row: known[row] + (row not in again) for row in tokens}
+        reads = {row: (self._last[row], *new)[starts[row] :] for row, new in tokens.items()}
+        self._read([slot for slot in slots if reads[self._row(slot)]], starts, reads)
+        self._tokens = [tokens.get(row, new) for row, new in enumerate(self._tokens)]
         for slot in slots:
             lane, row = self._cache.slots[slot]
-            new, logps = tokens[row], self._logps[slot][: known[row] + 1]
+            new, laws, logps = tokens[row], self._laws[slot], self._logps[slot][: known[row] + 1]
             for place in range(known[row], len(new)):
-                logps.append(logps[-1] + float(self._laws[slot][place][new[place]]))
+                logps.append(logps[-1] + float(laws[place][new[place]]))
             self._logps[slot] = logps
-            self._laws[slot] = {size: law_A for size, law_A in self._laws[slot].items() if size > len(new) - _HELD}
-            yield ReadText(lane, row, new, logps[-1], self._laws[slot][len(new)])
+            self._laws[slot] = {size: law_A for size, law_A in laws.items() if size > len(new) - _HELD}
+            yield ReadText(lane, row, new, logps[-1], laws[len(new)])
+
+    def _read(self, slots: Sequence[int], starts: Mapping[int, int], reads: Mapping[int, Sequence[int]]) -> None:
+        """Read tokens of rows, from a place on that is counted from the prompt's last token."""
+        if not slots:
+            return
+        rows = [self._row(slot) for slot in slots]
+        found_STA = self._cache.read(
+            slots, [self._starts[row] + starts[row] for row in rows], [reads[row] for row in rows]
+        )
+        for slot, row, laws_TA in zip(slots, rows, found_STA, strict=True):
+            before = {size: law_A for size, law_A in self._laws[slot].items() if size < starts[row]}
+            self._laws[slot] = before | dict(enumerate(laws_TA[: len(reads[row])], start=starts[row]))
+            self.positions[row] += len(reads[row])
+
+    def _row(self, slot: int) -> int:
+        return self._cache.slots[slot][1]
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 class ByteReader:

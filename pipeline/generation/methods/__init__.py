@@ -20,10 +20,11 @@ class Place:
 
     params: Params
     workspace: Workspace
+    base: str  # the model that is steered
 
     def rival(self, name: str) -> Path:
         """The folder of what was trained for comparison on the base."""
-        return self.workspace.rival(self.params.base, name)
+        return self.workspace.rival(self.base, name)
 
     def derived(
         self, name: str, sources: Iterable[Path], shares: Mapping[str, float], write: Callable[[Path], object]
@@ -40,7 +41,7 @@ class Place:
             write: writes it to a folder, whole or not at all.
         """
         origin = digest([[folder_identity(folder) for folder in sources], dict(shares)])[:16]
-        target = self.workspace.scratch / "adapters" / self.params.base / origin / name
+        target = self.workspace.scratch / "adapters" / self.base / origin / name
         if not target.is_dir():
             write(target)
         return target

@@ -50,16 +50,17 @@ class ComparedMethod:
         method: what it is.
         params: the experiment.
         workspace: where models and stores are.
+        base: the model that is steered.
         mixes: all that its requests will have; adapters that are made of others are written now.
 
     Raises:
         UserError: something it needs is not trained.
     """
 
-    def __init__(self, method: Method, params: Params, workspace: Workspace, mixes: Sequence[Mix]) -> None:
-        self._method, self._params, self._workspace = method, params, workspace
-        self._source = Source.of(params.models, workspace, params.base)
-        place = Place(params, workspace)
+    def __init__(self, method: Method, params: Params, workspace: Workspace, base: str, mixes: Sequence[Mix]) -> None:
+        self._method, self._params, self._workspace, self._base = method, params, workspace, base
+        self._source = Source.of(params.models, workspace, base)
+        place = Place(params, workspace, base)
         self._laws: dict[tuple[str, float], Law] = {}
         self._rewards: dict[str, Path] = {}
         self._sentences: dict[str, str | None] = {}
@@ -70,7 +71,7 @@ class ComparedMethod:
             self._sentences = prompting.sentences_of(method, params.objectives)
         elif isinstance(method, Bytes | Words):
             named = {name for mix in mixes for name in mix.weights}
-            self._models = ModelSet(params, workspace, params.base, {*named, REFERENCE})
+            self._models = ModelSet(params, workspace, base, {*named, REFERENCE})
         else:
             kind = "prefix_scorer" if isinstance(method, Prefixes) else "reward_model"
             self._rewards = {name: _reward_of(name, kind, place) for name in params.objectives}
@@ -103,7 +104,7 @@ class ComparedMethod:
             rows = stored(requests, self._keys(requests), self.decoder, self._workspace, "search")
             return _with_forwards(requests, rows) if self._sentences else rows
         params = self._params
-        rows = generate_stored(requests, params, self._workspace, params.base, "generate", self._adapters)
+        rows = generate_stored(requests, params, self._workspace, self._base, "generate", self._adapters)
         return _with_forwards(requests, rows)
 
     def _keys(self, requests: Sequence[Request]) -> list[str]:
@@ -129,7 +130,7 @@ class ComparedMethod:
         size = batch_size or params.decoding.batch_size
         if self._laws:
             used = {lane for law in self._laws.values() for lane, weight in law.weights.items() if weight}
-            return ModelSet(params, workspace, params.base, used, self._adapters).decoder(place, size, stored=True)
+            return ModelSet(params, workspace, self._base, used, self._adapters).decoder(place, size, stored=True)
         if isinstance(self._method, Prompting):
             return prompting.decoder(self._method, self._source, params.objectives, place, size)
         device = resolve_device(place)

@@ -17,5 +17,5 @@ def law(method: GenArm, mix: Mix, place: Place) -> Law:
         rest = {} if method.form == "plain" else {BASE: 1 - sum(alphas.values())}
         lanes = {policy_lane(name): alpha for name, alpha in alphas.items()}
         return Law({**rest, **lanes}, folders, folders.values())
-    weights = point_weights(Point(alphas, form=method.form), place.params.arm.base == place.params.base)
+    weights = point_weights(Point(alphas, form=method.form), place.params.arm.base == place.base)
     return Law(weights, trained=[place.workspace.arm(name) for name in alphas])
