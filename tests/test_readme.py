@@ -306,7 +306,7 @@ def test_what_is_said_of_other_ways_across_tokenizers_is_in_the_table():
     found = re.search(r"are worse: (.*?) under Gemma", text)[1].replace("α = 1", "")
     ends = over_bytes.loc[half], over_bytes.loc[whole]
     assert quotes(found, *(end.readable for end in ends), *(end.perplexity for end in ends))
-    found = re.search(r"code has it\) reaches (.*?)\. Most", text)[1].replace("α = 1", "")
+    found = re.search(r"code has it\) reaches (.*?)\. Both", text)[1].replace("α = 1", "")
     assert quotes(
         found, *nudged.loc[whole][interval], nudged.loc[whole].readable, nudged.loc[concise].readable,
         over_tokens.loc[concise].readable,

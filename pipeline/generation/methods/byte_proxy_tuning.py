@@ -45,7 +45,8 @@ class ByteProxyTuning(TextSearch):
                 laws |= reader.read({place: written[place].text for place in alive})
             law_B257 = torch.stack([self._law(rows[place], place, laws) for place in alive])
             base_B257 = torch.stack([laws[BASE, place] for place in alive])
-            uniforms_B = torch.tensor([streams[place].random() for place in alive], device=law_B257.device)
+            uniforms = [streams[place].random() for place in alive]
+            uniforms_B = torch.tensor(uniforms, dtype=torch.float64, device=law_B257.device)
             drawn_B = draw(law_B257, uniforms_B)
             logp_B, logp_base_B = (logps.gather(1, drawn_B[:, None])[:, 0] for logps in (law_B257, base_B257))
             sums_B3 = torch.stack([logp_B, logp_base_B, kl_divergence(law_B257, base_B257)], dim=1).tolist()
