@@ -24,7 +24,8 @@ from pipeline.config.workspace import Workspace
 from pipeline.generation.methods import Place
 from pipeline.generation.methods.compared_method import _law
 params = load_params()
-law = _law(params.comparison.methods["half"], Mix("p", {"positivity": 0.5}, 1.0), Place(params, Workspace()))
+place = Place(params, Workspace(), params.base)
+law = _law(params.comparison.methods["half"], Mix("p", {"positivity": 0.5}, 1.0), place)
 assert law.weights == {"positivity": 0.25} and [folder.name for folder in law.trained] == ["positivity"]
 """,
     "Add a judge": """
