@@ -320,8 +320,10 @@ def test_what_is_said_of_other_ways_across_tokenizers_is_in_the_table():
 
 
 def test_what_guidance_across_families_costs_is_that_of_its_bench():
-    quoted = re.search(r"A token takes (.*?) times as long", " ".join(TEXTS[CROSS_PAGE].split()))[1]
-    assert quotes(quoted, *csv("bench/crosstoken.csv", "batch").over)
+    text, table = " ".join(TEXTS[CROSS_PAGE].split()), csv("bench/crosstoken.csv", "batch")
+    assert quotes(re.search(r"A token takes (.*?) times as long", text)[1], *table.over)
+    assert quotes(re.search(r"medians of three, (.*?) at batch", text)[1], *table.loc[32, ["low", "high"]])
+    assert quotes(re.search(r"moved the log-ratio by (.*?) nats", text)[1], table.departing.iloc[0])
 
 
 def test_what_is_said_of_the_comparison_is_in_its_tables():
