@@ -319,6 +319,40 @@ def test_what_is_said_of_other_ways_across_tokenizers_is_in_the_table():
     assert quotes(re.search(r"one base; (.*?)\.$", text.strip())[1], *prompts)
 
 
+def test_what_a_third_objective_does_is_in_its_table():
+    at, text = csv("three_objectives/front.csv", "point"), prose(RESULTS_PAGE, "A third objective")
+    metrics = json.loads((ROOT / "results/three_objectives/metrics.json").read_text(encoding="utf-8"))
+    scores = ["score_positivity", "score_conciseness", "score_first_person"]
+    held_out = ["held_out_first_person", "held_out_first_person_ci_low", "held_out_first_person_ci_high"]
+    control, alone, beside = at.loc["sharpened"], at.loc["f050"], at.loc["p050_f025"]
+    own = ["score_first_person", "ci_low_first_person", "ci_high_first_person"]
+    for pattern, values in {
+        r"The share of sentences .*? of the third": (
+            *at.loc["base", own],
+            *control[own],
+            *alone[own],
+            alone.alpha_first_person,
+        ),
+        r"with as little as .*? readable": (beside.alpha_first_person, beside.score_first_person, beside.readable),
+        r"All three in one .*?\. ": (*at.loc["p033_c033_f017", scores], *at.loc["base", scores]),
+        r"Hypervolume .*?\. ": (metrics["hypervolume"], metrics["hypervolume_controls"]),
+        r"hardly moves with this ARM .*?;": (*alone[held_out], *control[held_out]),
+        r"first person with it .*?:": (at.score_first_person["p100"],),
+    }.items():
+        (found,) = re.findall(pattern, text)
+        assert quotes(found, *values), found
+
+
+def test_relevance_by_words_orders_texts_as_an_encoder_does():
+    table = csv("bench/relevance.csv")
+    alike = [own[["words", "encoder", "cosine"]].corr("spearman").words for _, own in table.groupby("table")]
+    quoted = re.search(
+        r"(on average .*? below).*?(rank correlations of .*? cosine)", prose_of_page("pipeline/evaluation/README.md")
+    )
+    values = [(table.encoder - table.words).mean(), *(one.encoder for one in alike), *(one.cosine for one in alike)]
+    assert quotes(" ".join(quoted.groups()), *values)
+
+
 def test_what_guidance_across_families_costs_is_that_of_its_bench():
     text, table = " ".join(TEXTS[CROSS_PAGE].split()), csv("bench/crosstoken.csv", "batch")
     assert quotes(re.search(r"A token takes (.*?) times as long", text)[1], *table.over)

@@ -16,6 +16,7 @@ from pipeline.config.errors import UserError
 _WORD = re.compile(r"[A-Za-z0-9]+(?:['’][A-Za-z0-9]+)*")
 _SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]*]*(?=\s|$)")
 CONCISENESS_LIMIT = 40  # words at which a reply stops being concise at all
+_FIRST_PERSON = re.compile(r"\b(?:i|me|my|mine|myself|we|us|our|ours|ourselves)\b", re.I)
 FEWEST_WORDS = 3  # distinct ones that make a sentence
 SIMPLICITY_LIMIT = 10.0  # mean letters per word at which a text stops being simple at all
 
@@ -66,6 +67,17 @@ def simplicity(text: str) -> float:
     return max(0.0, 1.0 - sum(map(len, words)) / len(words) / SIMPLICITY_LIMIT)
 
 
+def first_person(text: str) -> float:
+    """The share of a text's sentences that speak in the first person (I, my, we, …), in [0, 1]; 0 without sentences."""
+    sentences = [part for part in _SENTENCE_END.split(text) if _WORD.search(part)]
+    return sum(bool(_FIRST_PERSON.search(part)) for part in sentences) / len(sentences) if sentences else 0.0
+
+
+def subjectivity(text: str) -> float:
+    """TextBlob's subjectivity, in [0, 1]: a mean over words of Pattern's lexicon (De Smedt & Daelemans 2012)."""
+    return float(_text_blob()(text).sentiment.subjectivity)
+
+
 def _words(text: str) -> list[str]:
     return [word.lower() for word in _WORD.findall(text)]
 
@@ -76,6 +88,8 @@ SCORERS: dict[str, Callable[[str], float]] = {
     "conciseness": conciseness,
     "few_sentences": few_sentences,
     "simplicity": simplicity,
+    "first_person": first_person,
+    "subjectivity": subjectivity,
 }
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from pipeline.config.errors import UserError
 from pipeline.config.points import BASE, REFERENCE
 from pipeline.decoding.backbone import Backbone
+from pipeline.decoding.cross_tokenizer.answers import Answers
 from pipeline.decoding.cross_tokenizer.bridge import TokenizerBridge
-from pipeline.decoding.cross_tokenizer.session import Answers, CrossTokenizerSession
+from pipeline.decoding.cross_tokenizer.session import CrossTokenizerSession
 from pipeline.decoding.cuda_graphs import Arriving
 from pipeline.decoding.guidance import (
     cut,

@@ -102,7 +102,7 @@ def _label(line: pd.Series, objectives: Sequence[str]) -> str:
     """Weights of a guided point, the name of an unguided one."""
     if line["method"] == "base":
         return f"{line['point']} (T = {line['temperature']:g})"
-    weights = ", ".join(f"{line[f'alpha_{name}']:g}" for name in objectives)
+    weights = ", ".join(f"{line[f'alpha_{name}']:.2g}" for name in objectives)
     kind = "" if line["method"] == "genarm" else f"{line['method'].removeprefix('genarm_').replace('_', '-')} "
     return f"{kind}α = ({weights})"
 

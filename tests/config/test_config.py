@@ -41,11 +41,12 @@ NEEDED = {
     ("sweep", "pku"): ("objectives=pku", *UNSCORED),
     ("sweep", "dial"): ("objectives=sentence",),
     ("sweep", "sentence_and_scorer"): ("objectives=sentence_and_scorer", COMPARED),
-    ("sweep", "dials"): ("objectives=three",),
-    ("tune", "sentence"): ("objectives=three",),
+    ("sweep", "dials"): ("objectives=[positivity,conciseness,simplicity]",),
+    ("tune", "sentence"): ("objectives=[positivity,conciseness,simplicity]",),
     ("objectives", "positivity"): ONE_POINT,
     ("objectives", "conciseness"): ONE_POINT,
     ("objectives", "simplicity"): ONE_POINT,
+    ("objectives", "first_person"): ONE_POINT,
 }
 WRITTEN = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 STAGES = {name: stage.get("do", stage) for name, stage in WRITTEN.items()}
@@ -102,7 +103,7 @@ def test_smoke_uses_a_local_tiny_base_and_no_tracking(compose_params):
 def test_three_objectives_adds_one_and_leaves_the_default_two_alone(compose_params):
     three, two = compose_params("experiment=three_objectives").objectives, compose_params().objectives
     assert {name: three[name] for name in two} == two
-    assert three.keys() - two.keys() == {"simplicity"}
+    assert three.keys() - two.keys() == {"first_person"}
 
 
 def test_params_yaml_is_the_composed_default():

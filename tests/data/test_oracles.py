@@ -8,10 +8,12 @@ from pipeline.data.oracles import (
     SCORERS,
     conciseness,
     few_sentences,
+    first_person,
     polarity,
     positivity,
     scorer,
     simplicity,
+    subjectivity,
 )
 
 QUICK = settings(max_examples=100, deadline=None, derandomize=True)
@@ -20,7 +22,15 @@ WORDS = st.lists(st.text("abcdefghij", min_size=1, max_size=12), min_size=1, max
 
 @pytest.mark.parametrize(
     ("name", "low"),
-    [("positivity", -1.0), ("polarity", -1.0), ("conciseness", 0.0), ("few_sentences", 0.0), ("simplicity", 0.0)],
+    [
+        ("positivity", -1.0),
+        ("polarity", -1.0),
+        ("conciseness", 0.0),
+        ("few_sentences", 0.0),
+        ("simplicity", 0.0),
+        ("first_person", 0.0),
+        ("subjectivity", 0.0),
+    ],
 )
 @QUICK
 @given(text=st.text(max_size=300))
@@ -106,3 +116,28 @@ def test_simplicity_is_the_mean_length_of_words(text, score):
 @given(words=WORDS)
 def test_simplicity_does_not_depend_on_how_many_words_there_are(words):
     assert simplicity(" ".join(words * 3)) == pytest.approx(simplicity(" ".join(words)))
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("", 0.0),
+        ("?!", 0.0),
+        ("I like tea.", 1.0),
+        ("Tea is good. We drink it", 0.5),
+        ("Minus is it. Mine! 3.5 of US, island I’ve seen?", 2 / 3),
+        ("Tea is good. It is hot. It is mine", 1 / 3),
+    ],
+)
+def test_first_person_is_the_share_of_sentences_that_speak_so(text, score):
+    assert first_person(text) == pytest.approx(score)
+
+
+@QUICK
+@given(words=WORDS)
+def test_first_person_does_not_depend_on_how_long_the_sentences_are(words):
+    assert first_person(f"It {' '.join('x' + word for word in words)}. I do.") == pytest.approx(0.5)
+
+
+def test_subjectivity_tells_opinions_from_facts():
+    assert subjectivity("I love this wonderful tea!") > 0.5 > subjectivity("The table has four legs.")

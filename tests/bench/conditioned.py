@@ -1,0 +1,47 @@
+"""One ARM for all mixes beside an ARM for each objective, over several seeds of sampling, training and generation.
+
+    make params ARGS="experiment=conditioned seed=1" && dvc repro      # in a clone of its own for each seed
+    python -m tests.bench.conditioned results/conditioned ../seed1/results/conditioned ../seed2/results/conditioned
+
+Writes results/conditioned/seeds.csv: the fronts of each run and, as the run `all`, of the means over the runs, each
+with the difference from GenARM and that from PARM. Intervals resample prompts, not runs.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+from hydra import compose, initialize_config_dir
+
+from pipeline.config.load import to_params
+from pipeline.data.files import read_jsonl, replacing
+from pipeline.generation.comparison import standings_of
+from tests.tiny import ROOT
+
+ALL = "all"
+
+
+def main(folders: list[Path]) -> None:
+    """Compare, print, write."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        params = to_params(compose("config", ["experiment=conditioned"]))
+    runs = {}
+    for folder in folders:
+        rows = pd.DataFrame([row for _, row in read_jsonl(folder / "rows.jsonl")])
+        (seed,) = rows.seed.unique()
+        runs[str(seed)] = rows.assign(sample=seed)
+    runs[ALL] = pd.concat(runs.values())
+    parts = []
+    for name, rows in runs.items():
+        for against in ("genarm", "parm"):
+            asked = replace(params, comparison=replace(params.comparison, against=against))
+            parts.append(standings_of(asked, rows).fronts().assign(run=name, against=against))
+    table = pd.concat(parts)[["run", "against", *parts[0].columns.drop(["run", "against"])]]
+    print(table[table.run == ALL].to_string(index=False))
+    with replacing(Path("results/conditioned/seeds.csv")) as stream:
+        table.to_csv(stream, index=False)
+
+
+if __name__ == "__main__":
+    main([Path(argument) for argument in sys.argv[1:]])
