@@ -12,6 +12,9 @@ FLAGS = [
 ]  # fmt: skip
 
 
+_PATIENCE = 120_000  # milliseconds: a loaded machine is not a fault
+
+
 @contextmanager
 def opened(address, width=1200, height=900, scheme="light", **context) -> Iterator:
     """A page at an address, which fails the test if it throws, or asks for anything but files and loopback."""
@@ -25,6 +28,7 @@ def opened(address, width=1200, height=900, scheme="light", **context) -> Iterat
         page = browser.new_context(
             viewport={"width": width, "height": height}, color_scheme=scheme, **context
         ).new_page()
+        page.set_default_timeout(_PATIENCE)
         faults: list[str] = []
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("request", lambda request: None if _ours(request.url) else faults.append(request.url))

@@ -249,22 +249,30 @@ def test_the_models_of_the_ladder_are_those_of_its_page():
 def test_what_is_said_of_one_arm_for_all_mixes_is_in_its_tables():
     text, fronts = prose(RESULTS_PAGE, "One ARM for all mixes"), csv("conditioned/fronts.csv", "method")
     table = csv("conditioned/table.csv").drop_duplicates(["method", "point"]).set_index(["method", "point"])
-    names = ["parm", "uniarm", "genarm"]
-    assert quotes(re.search(r"PARM has (.*?);", text)[1], *fronts.hypervolume[names])
-    found = re.search(r"differences from GenARM are (.*?) In the", text)[1]
-    columns = ["delta_hv", "delta_ci_low", "delta_ci_high"]
-    assert quotes(found, *(fronts.loc[name, column] for name in names[:2] for column in columns))
-    assert (fronts.delta_ci_low[names[:2]] < 0).all(), "none is certainly ahead"
+    seeds = csv("conditioned/seeds.csv").set_index(["run", "against", "method"])
+    names, runs, columns = ["parm", "uniarm", "genarm"], ["0", "1", "2"], ["delta_hv", "delta_ci_low", "delta_ci_high"]
+    pooled, over_parm = seeds.loc["all", "genarm"], seeds.loc["all", "parm"]
+    volumes = [seeds.hypervolume[run, "genarm", name] for name in names for run in runs]
+    assert quotes(re.search(r"PARM's hypervolumes are (.*?)\. Of", text)[1], *volumes)
+    assert quotes(
+        re.search(r"ahead of GenARM's by (.*?);", text)[1], *pooled.loc["parm", columns], *pooled.loc["uniarm", columns]
+    )
+    alone = [fronts.loc[name, column] for name in names[:2] for column in columns]
+    assert quotes(re.search(r"did not show it \((.*?)\)\.", text)[1], *alone)
+    assert quotes(re.search(r"not ahead of PARM\*\*: (.*?)\. Its", text)[1], *over_parm.loc["uniarm", columns])
+    assert (fronts.delta_ci_low[names[:2]] < 0).all() and (pooled.delta_ci_low[names[:2]] > 0).all()
+    assert quotes(re.search(r"inner product of (.*?)\. \*", text)[1], *pooled.mip[names])
+    first = " ".join(section("README.md", "Honest limits").split())
+    assert quotes(re.search(r"hypervolumes are (.*?), for two", first)[1], *pooled.hypervolume[names])
     ends = [(name, point) for name in ("genarm", "parm", "uniarm") for point in ("p100_c000", "p000_c100")]
-    turned = re.search(r"to the other (.*?)In between", text)[1]
+    turned = re.search(r"GenARM's positivity (.*?)In between", text)[1]
     assert quotes(turned, *(table.reward_positivity[end] for end in ends))
-    assert quotes(re.search(r"inner product (.*?)\. \*", text)[1], *fronts.mip[names])
     genarm = csv("conditioned/table.csv")
     genarm = genarm[genarm.method == "genarm"].set_index(["point", "alpha_conciseness"]).reward_conciseness
-    steps = [("p000_c100", 1.0), ("p000_c100", 0.5), ("p050_c050", 0.5)]
-    assert quotes(
-        re.search(r"conciseness ARM: (.*?)\. PARM", text)[1].replace("half of it", ""), *(genarm[at] for at in steps)
-    )
+    ended = [seeds.end_conciseness[run, "genarm", "genarm"] for run in runs]
+    assert quotes(re.search(r"conciseness end: (.*?) there", text)[1], *ended)
+    steps = [("p000_c100", 0.5), ("p050_c050", 0.5)]
+    assert quotes(re.search(r"too much, with (.*?)\. PARM", text)[1], *(genarm[at] for at in steps))
     tried = csv("trials/rivals.csv")
     assert len(tried[tried.method == "uniarm"]) == 3
     assert (

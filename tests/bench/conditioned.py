@@ -4,7 +4,8 @@
     python -m tests.bench.conditioned results/conditioned ../seed1/results/conditioned ../seed2/results/conditioned
 
 Writes results/conditioned/seeds.csv: the fronts of each run and, as the run `all`, of the means over the runs, each
-with the difference from GenARM and that from PARM. Intervals resample prompts, not runs.
+with the difference from GenARM and that from PARM; `end_<objective>` is the score where that objective alone is
+weighed. Intervals resample prompts, not runs.
 """
 
 import sys
@@ -36,7 +37,13 @@ def main(folders: list[Path]) -> None:
     for name, rows in runs.items():
         for against in ("genarm", "parm"):
             asked = replace(params, comparison=replace(params.comparison, against=against))
-            parts.append(standings_of(asked, rows).fronts().assign(run=name, against=against))
+            standings = standings_of(asked, rows)
+            fronts = standings.fronts().assign(run=name, against=against).set_index("method")
+            for entry in standings.entries:
+                for objective in entry.mix.weights if entry.mix and entry.front and len(entry.mix.weights) == 1 else ():
+                    reward = rows[rows.line == entry.name][objective].mean()
+                    fronts.loc[entry.method, f"end_{objective}"] = round(reward, 4)
+            parts.append(fronts.reset_index())
     table = pd.concat(parts)[["run", "against", *parts[0].columns.drop(["run", "against"])]]
     print(table[table.run == ALL].to_string(index=False))
     with replacing(Path("results/conditioned/seeds.csv")) as stream:
