@@ -10,7 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-SECTIONS = ("fetch", "models", "objectives", "judge", "sweep", "tune")  # what the section follows from
+SECTIONS = ("arm", "fetch", "models", "objectives", "judge", "sweep", "tune")  # what the section follows from
+ALL = "all"  # the name of the training that makes one ARM for all mixes
 # A dependency that the stage has anyway, where an entry names no file of its own: DVC needs a path that is there.
 _STAGES = ("fetch", "distil", "prepare", "train", "generate", "explain", "judge", "weak_to_strong", "comparison")
 _NONE = {stage: f"pipeline/stages/{stage}.py" for stage in _STAGES}
@@ -25,7 +26,7 @@ def inputs_of(config: Mapping[str, Any]) -> dict[str, Any]:
         config: the sections of params.yaml, resolved.
 
     Returns:
-        `fetch`, `distil` and `train`: per model and objective, the arguments of the command and what it reads.
+        `fetch`, `distil` and `train`: per model and objective, the arguments of the command, what it reads and writes.
         `judge`: the folder and options of a model of `models` that judges, and where digests of reward models are.
         `prepare`: where digests of the models that label are.
         `generate`, `explain`, `weak_to_strong`, `comparison`: where rivals are, for a sweep that asks DPO policies, and
@@ -42,13 +43,6 @@ def inputs_of(config: Mapping[str, Any]) -> dict[str, Any]:
             distil[name] = {"arguments": {"model": name}, "parent": spec.get("location"), "prompts": prompts}
         else:
             fetch[name] = {"arguments": {"model": name}, "source": _folder(spec) or _NONE["fetch"]}
-    train = {
-        name: {
-            "arguments": {"objective": name},
-            "pretrained": _folder((objective or {}).get("pretrained") or {}) or _NONE["train"],
-        }
-        for name, objective in objectives.items()
-    }
     local = judge.get("model") if judge.get("kind") == "local_llm" else None
     annotators = {name: (objective or {}).get("annotator") for name, objective in objectives.items()}
     identify = {
@@ -62,7 +56,7 @@ def inputs_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "fetch": fetch,
         "distil": distil,
-        "train": train,
+        "train": _trained(config.get("arm") or {}, objectives),
         "prepare": {"digests": "results/identify/annotator" if "annotator" in roles else _NONE["prepare"]},
         "judge": {
             "model": f"models/{local}" if local else _NONE["judge"],
@@ -78,6 +72,29 @@ def inputs_of(config: Mapping[str, Any]) -> dict[str, Any]:
             "rivals": "models/rivals" if tuned else _NONE["comparison"],
             "tuned": "results/tune" if tuned else _NONE["comparison"],
         },
+    }
+
+
+def _trained(arm: Mapping[str, Any], objectives: Mapping[str, Any]) -> dict[str, Any]:
+    """The trainings of ARMs: one for each objective, or one for all of them."""
+    if arm.get("kind", "separate") != "separate":
+        options = {"beta": "objectives", "origin": "objectives"}
+        return {
+            ALL: {
+                "arguments": {"objective": ALL}, "pretrained": _NONE["train"], "pairs": "results/prepare/pairs",
+                "folder": "models/arms", **options,
+            }
+        }  # fmt: skip
+    return {
+        name: {
+            "arguments": {"objective": name},
+            "pretrained": _folder((objective or {}).get("pretrained") or {}) or _NONE["train"],
+            "pairs": f"results/prepare/pairs/{name}.jsonl",
+            "folder": f"models/arms/{name}",
+            "beta": f"objectives.{name}.beta",
+            "origin": f"objectives.{name}.pretrained",
+        }
+        for name, objective in objectives.items()
     }
 
 

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.config.errors import UserError
-from pipeline.config.inputs import inputs_of
+from pipeline.config.inputs import ALL, inputs_of
 from pipeline.config.judges import Annotator, Judge, LocalJudge, RewardJudge
 from pipeline.config.methods import Comparison, Method
 from pipeline.config.schema import Objective, Params
@@ -219,6 +219,8 @@ def _check(params: Params, origin: str) -> None:
         _check_source(name, params, origin)
     if params.loss.kind == "hinge" and params.loss.label_smoothing:
         raise UserError(f"{origin}: the hinge loss knows no label smoothing: set loss.label_smoothing=0.0.")
+    if params.arm.for_all_mixes:
+        _check_for_all_mixes(params, origin)
     if params.arm.tuning == "full" and params.arm.quantisation is not None:
         raise UserError(f"{origin}: a quantised base cannot be trained whole: set arm.quantisation=null or arm=lora.")
     if params.arm.quantisation is not None and params.trainer.strategy == "fsdp":
@@ -236,6 +238,26 @@ def _check(params: Params, origin: str) -> None:
         )
     if params.data.validation_fraction + params.data.test_fraction >= 1:
         raise UserError(f"{origin}: data.validation_fraction and data.test_fraction leave nothing to train on.")
+
+
+def _check_for_all_mixes(params: Params, origin: str) -> None:
+    """Refuse what an ARM for all mixes cannot be, or cannot be used for."""
+    said, objectives = f"{origin}: arm.kind {params.arm.kind} is one ARM for all mixes", params.objectives
+    if len(objectives) < 2:
+        raise UserError(f"{said}, and there is one objective: set arm.kind=separate.")
+    if params.arm.tuning == "full":
+        raise UserError(f"{said}, an adapter: set arm.tuning=lora.")
+    if params.arm.rank < 2:
+        raise UserError(f"{said}, which conditions its ranks: set arm.rank to 2 or more.")
+    if params.trainer.strategy == "fsdp":
+        raise UserError(f"{said}, which cannot be sharded: use trainer=ddp.")
+    if given := [name for name, objective in objectives.items() if objective.pretrained is not None]:
+        raise UserError(f"{said}, trained here: set objectives.{given[0]}.pretrained=null, or arm.kind=separate.")
+    if ALL in objectives:
+        raise UserError(f"{said}, whose training is called {ALL}: call the objective {ALL} otherwise.")
+    if params.comparison.bases or params.weak_to_strong.methods:
+        section = "comparison" if params.comparison.bases else "weak_to_strong.methods"
+        raise UserError(f"{said}, and {section} compares with separate ones: set arm.kind=separate.")
 
 
 def _check_source(name: str, params: Params, origin: str) -> None:

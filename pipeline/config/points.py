@@ -14,6 +14,7 @@ class PointLaw:
     alphas: Mapping[str, float]  # of the objectives
     weights: Mapping[str, float]  # the exponents of the law, by lane
     temperature: float
+    models: int  # that read every token: the base, and an ARM for each objective or one for all
 
 
 def point_laws(params: Params, base: str) -> dict[str, PointLaw]:
@@ -21,14 +22,17 @@ def point_laws(params: Params, base: str) -> dict[str, PointLaw]:
 
     An unguided point's temperature is divided by 1 + Σα of the guidance that it is to be as sharp as.
     """
-    own = params.arm.base == base
-    return {
-        name: PointLaw(
-            point.method, point.weights, point_weights(point, own),
-            round(params.decoding.temperature / (1 + point.sharpen), 4),
-        )
-        for name, point in params.sweep.points.items()
-    }  # fmt: skip
+    own, laws = params.arm.base == base, {}
+    for name, point in params.sweep.points.items():
+        weights, method = point_weights(point, own), point.method
+        lanes = {lane for lane, weight in weights.items() if weight} | {BASE}
+        models = len(lanes)
+        if params.arm.for_all_mixes:
+            method = method.replace("genarm", params.arm.kind)
+            models -= max(0, len(lanes & params.objectives.keys()) - 1)
+        temperature = round(params.decoding.temperature / (1 + point.sharpen), 4)
+        laws[name] = PointLaw(method, point.weights, weights, temperature, models)
+    return laws
 
 
 def point_weights(point: Point, own: bool) -> dict[str, float]:

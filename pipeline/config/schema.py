@@ -108,15 +108,24 @@ class Data(Strict):
 
 @dataclass(frozen=True)
 class Arm(Strict):
-    """What becomes an ARM, and how: by a LoRA adapter (names as in PEFT), or by training all of it."""
+    """What becomes an ARM, and how: by a LoRA adapter (names as in PEFT), or by training all of it.
+
+    `separate`: an ARM for each objective · `parm`, `uniarm`: one for all mixes, an adapter conditioned on the weights.
+    """
 
     base: str  # the model it is made from, of the vocabulary of the base it guides
+    kind: Literal["separate", "parm", "uniarm"] = "separate"
     tuning: Literal["lora", "full"] = "lora"
     rank: Count = 8
     lora_alpha: Count = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: Targets = "q_proj,k_proj,v_proj,o_proj"  # module names, or all-linear
     quantisation: Literal["nf4"] | None = None  # of the frozen base while its adapter trains; needs bitsandbytes
+
+    @property
+    def for_all_mixes(self) -> bool:
+        """Whether one training makes the ARMs of all objectives."""
+        return self.kind != "separate"
 
 
 @dataclass(frozen=True)

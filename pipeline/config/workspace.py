@@ -16,9 +16,14 @@ class Workspace:
         """The folder of a fetched model."""
         return self.models / name
 
+    @property
+    def arms(self) -> Path:
+        """The folder of the objectives' ARMs."""
+        return self.models / "arms"
+
     def arm(self, objective: str) -> Path:
         """The folder of an objective's ARM: a PEFT adapter, or a model of its own."""
-        return self.models / "arms" / objective
+        return self.arms / objective
 
     @property
     def classifiers(self) -> Path:

@@ -1,6 +1,6 @@
 """A causal LM with the LoRA adapters that share it, and which models are loaded beside the base."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from pipeline.config.points import BASE, REFERENCE
 from pipeline.decoding.fused_lora import AdaptedModel, read_adapter
 from pipeline.models.architecture import check_architecture, text_config
 from pipeline.models.loading import Source
+from pipeline.models.mixtures import mixtures_of, shares_of
 from pipeline.models.prompting import Prompter, ends_of
 from pipeline.models.vocabulary import check_adapter_tokenizer
 
@@ -51,6 +52,7 @@ class Backbone:
         config = text_config(model.config)
         self.prompter = prompter
         self.lanes = (*([] if name is None else [name]), *adapters)
+        self.mixtures = mixtures_of(adapters)  # by lane: which adapters are one ARM for all mixes
         self.device = model.device
         self.context = int(config.max_position_embeddings)
         # Whether any layer looks back a window only; some configurations tell one and do not use it.
@@ -64,6 +66,12 @@ class Backbone:
         # Whether rows are kept in fixed shapes, whose steps a GPU replays: see `pipeline.decoding.static_cache`.
         self.static = self.device.type == "cuda" and has_fixed_shapes(model)
         self.idle: list[Any] = []  # sessions of fixed shapes that wait for rows
+
+    def own(self, lanes: Iterable[str]) -> list[str]:
+        """Those of the lanes that run here, in the order of their rows: mixtures of adapters behind all others."""
+        named = set(lanes)
+        mixed = sorted(lane for lane in named - set(self.lanes) if shares_of(lane, self.adapted.lanes))
+        return [lane for lane in self.lanes if lane in named] + mixed
 
 
 def has_fixed_shapes(model: PreTrainedModel) -> bool:

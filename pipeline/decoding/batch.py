@@ -40,6 +40,7 @@ class Row:
     index: int
     request: Request
     prompts: tuple[tuple[int, ...], ...]  # token ids per backbone: each has its own template
+    arms: Mapping[str, float]  # the request's by the lanes that read it: those of one mixture are one
     tokens: list[int] = field(default_factory=list)
     ended: bool = False
     probed_arms: frozenset[str] = frozenset()  # ARMs that read it, whatever their weight
@@ -51,7 +52,7 @@ class Row:
     @property
     def lanes(self) -> set[str]:
         """The models that read it."""
-        return {BASE, *self.request.arms, *self.probed_arms, *([REFERENCE] if self.stand_in else [])}
+        return {BASE, *self.arms, *self.probed_arms, *([REFERENCE] if self.stand_in else [])}
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -118,7 +119,8 @@ class Batch:
         self._sums_BN = torch.cat([self._sums_BN[kept_b], self._sums_BN.new_zeros(len(newcomers), 4)])
         self.rows = [*(self.rows[place] for place in kept), *newcomers]
         requests = [row.request for row in self.rows]
-        self._alpha = {arm: self._tensor([request.arms.get(arm, 0.0) for request in requests]) for arm in self._arms}
+        arms = dict.fromkeys([*self._arms, *(arm for row in self.rows for arm in row.arms)])
+        self._alpha = {arm: self._tensor([row.arms.get(arm, 0.0) for row in self.rows]) for arm in arms}
         weights = [request.base_weight for request in requests]
         self._base_weight_B = None if all(weight == 1.0 for weight in weights) else self._tensor(weights)
         # A greedy row takes the likeliest token of the law at temperature 1, which is the likeliest at any.
@@ -277,7 +279,9 @@ class Batch:
     def _generation(self, row: Row, finish: str, sums: Sequence[float]) -> Generation:
         text = until_stop(self._spell(row.tokens), row.request.stop).strip()
         logp, logp_base, kl, left_out = sums
-        generation = Generation(text, len(row.ids), row.tokens, finish, logp, logp_base, kl)
+        # Only where the request does not tell: it names each ARM of a mixture, and one lane reads for all.
+        forwards = None if len(row.arms) == len(row.request.arms) else (1 + len(row.arms)) * len(row.tokens)
+        generation = Generation(text, len(row.ids), row.tokens, finish, logp, logp_base, kl, forwards)
         return generation if self._across is None else replace(generation, left_out=left_out)
 
     def _reward(self, drawn: Drawn, taking: Sequence[bool]) -> None:

@@ -22,6 +22,7 @@ from pipeline.decoding.request import Generation, Request
 from pipeline.decoding.speculation import DraftLength, SpeculativeBatch
 from pipeline.decoding.trace import GUIDED, Trace
 from pipeline.models.loading import Source, resolve_device
+from pipeline.models.mixtures import lanes_of_weights
 from pipeline.models.vocabulary import same_vocabulary
 
 __all__ = ["Generation", "GuidedDecoder", "PartialGeneration", "Request", "Trace"]
@@ -48,7 +49,8 @@ class GuidedDecoder:
             print(requests[index].prompt, generation.text)
 
     ARMs that are LoRA adapters of the base run with it in one forward; each of `others`, an ARM that is a model of its
-    own or several on a backbone of theirs, is a further forward. Requests may name any of them, in any mix. ARMs of
+    own or several on a backbone of theirs, is a further forward. Requests may name any of them, in any mix. ARMs that
+    were trained as one for all mixes (PARM, UniARM) read a row as one lane, whatever their number. ARMs of
     another tokenizer come with the model that they were made from, as lane `reference`, and guide through
     `pipeline.decoding.cross_tokenizer`: each as if it were an ARM of the base, log π_base + log P_arm − log P_ref.
 
@@ -83,6 +85,7 @@ class GuidedDecoder:
                 f"{names}: another tokenizer than the base's, so guidance is across tokenizers.", stacklevel=2
             )
         self._arms = [lane for backbone in self._backbones for lane in backbone.lanes if lane != BASE]
+        self._mixtures = {lane: of for backbone in self._backbones for lane, of in backbone.mixtures.items()}
         self._batch_size = batch_size
         self._halved = False
         self._draft_length = DraftLength(num_speculative_tokens)
@@ -259,7 +262,10 @@ class GuidedDecoder:
                         f"new ones exceeds the context of {backbone.context} of {', '.join(backbone.lanes)}: shorten "
                         "it or lower decoding.max_new_tokens."
                     )
-        return [Row(index, request, read[request.prompt]) for index, request in enumerate(requests)]
+        return [
+            Row(index, request, read[request.prompt], lanes_of_weights(request.arms, self._mixtures))
+            for index, request in enumerate(requests)
+        ]
 
     def _named(self, requests: Sequence[Request]) -> list[Row]:
         """The rows of requests whose ARMs must all be there, at weight 0 as well."""
@@ -287,7 +293,7 @@ class GuidedDecoder:
                     "set decoding.batch_size to that.",
                     stacklevel=2,
                 )
-                left = {index: Row(index, row.request, row.prompts) for index, row in left.items()}
+                left = {index: Row(index, row.request, row.prompts, row.arms) for index, row in left.items()}
 
     def _run(self, rows: list[Row]) -> Iterator[tuple[Row, Generation]]:
         """Generate rows, as many at once as the batch holds: waiting ones take the places of those that ended."""

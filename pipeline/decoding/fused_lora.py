@@ -1,6 +1,9 @@
 """LoRA adapters that share one backbone: each adds its low-rank update on its own block of rows of one forward.
 
-Shapes: L block rows (all lanes), T time, D input and O output features, R ranks of all adapters at work.
+A lane may be a mixture of adapters (`pipeline.models.mixtures`), whose updates are added at its shares of them.
+
+Shapes: L block rows (all lanes), S slots, T time, D input and O output features, R ranks of all adapters at work, A
+adapters.
 """
 
 import copy
@@ -21,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.config.errors import UserError
 from pipeline.decoding.cuda_graphs import fused, side_by_side
+from pipeline.models.mixtures import shares_of
 
 _UNKNOWN = (  # what PEFT's LoRA can also do and `read_adapter` does not
     "use_dora", "modules_to_save", "alpha_pattern", "trainable_token_indices", "alora_invocation_tokens",
@@ -160,26 +164,29 @@ class AdaptedModel:
 
         Lanes without an adapter come first.
         """
-        for group in self._groups if (tuple(blocks), step) != self._served else ():
-            group.serve(blocks, step)
+        if (tuple(blocks), step) != self._served:
+            shared = [(shares_of(lane, self.lanes), first, last) for lane, first, last in blocks]
+            for group in self._groups:
+                group.serve(shared, step)
         self._served = tuple(blocks), step
 
-    def serve_slots(self, adapter_S: Tensor | None) -> None:
-        """Say which adapter each row of the next forward belongs to: its place in `lanes`, or −1.
+    def serve_slots(self, share_SA: Tensor | None) -> None:
+        """Say how much of each adapter, in the order of `lanes`, each row of the next forward is read by.
 
         The tensor is read while the forward runs, so that a replayed one follows what it holds then. None: no row has
         an adapter.
         """
         self._served, own = None, {}
-        if adapter_S is not None:
-            own = {ranks: adapter_S[:, None] == adapter_R for ranks, adapter_R in self._adapter_R.items()}
+        if share_SA is not None:
+            own = {ranks: share_SA[:, adapter_R] for ranks, adapter_R in self._adapter_R.items()}
         for group in self._groups:
             group.serve_slots(own.get(group.ranks))
 
 
 def _low(x_SD: Tensor, a_DR: Tensor, constant_R: Tensor | None, own_SR: Tensor) -> Tensor:
     """What each row's own adapters make of it: low_SR."""
-    return (x_SD @ a_DR if constant_R is None else torch.addmm(constant_R, x_SD, a_DR)) * own_SR
+    low_SR = x_SD @ a_DR if constant_R is None else torch.addmm(constant_R, x_SD, a_DR)
+    return low_SR.mul_(own_SR)
 
 
 @fused
@@ -257,7 +264,7 @@ class _Group:
         self._step = False
         self._rows = self._first = 0
         self._at_work: tuple[LowRank, LowRank] | None = None  # for a step, for a prompt
-        self._foreign_LR: Tensor | None = None
+        self._share_LR: Tensor | None = None  # None: all ranks at work are all rows' own
         self._input: Tensor | None = None
         self._outputs: tuple[Tensor, ...] = ()
         for place, layer in enumerate(layers):
@@ -288,33 +295,38 @@ class _Group:
                 rank = last
         return LowRank(a_DR, b_RO, _constants(present))
 
-    def serve(self, blocks: Sequence[Block], step: bool) -> None:
+    def serve(self, blocks: Sequence[tuple[Mapping[str, float], int, int]], step: bool) -> None:
         self._input, self._outputs, self._step = None, (), step  # a forward that failed may have left something
         self._own_SR = None
-        served = [(lane, first, last) for lane, first, last in blocks if lane in self._updates and last > first]
-        lanes = tuple(lane for lane, _, _ in served)
-        if lanes != self._served:
-            self._served, self._at_work = lanes, None
-            if lanes:
-                update = _ranks_side_by_side([self._updates[lane] for lane in lanes])
+        served = [
+            (own, first, last)
+            for shares, first, last in blocks
+            if last > first and (own := {name: share for name, share in shares.items() if name in self._updates})
+        ]
+        adapters = tuple(dict.fromkeys(name for own, _, _ in served for name in own))
+        if adapters != self._served:
+            self._served, self._at_work = adapters, None
+            if adapters:
+                update = _ranks_side_by_side([self._updates[name] for name in adapters])
                 # Few rows are multiplied faster in float32, many in the model's own precision. Deciding by step or
                 # prompt, and not by count, leaves a row's numbers alone when others join it.
                 self._at_work = update, update.to(self._dtype)
         if self._at_work is None:
             return
         self._rows, self._first = max(last for _, _, last in blocks), served[0][1]
-        # Rows are multiplied with every adapter's A in one product; what is not their own adapter's is then blanked.
-        foreign_LR = torch.ones(self._rows, self._at_work[0].a_DR.shape[1], dtype=torch.bool)
+        # Rows are multiplied with every adapter's A in one product; of what is not their own adapter's 0 is kept.
+        share_LR = torch.zeros(self._rows, self._at_work[0].a_DR.shape[1])
         rank = 0
-        for lane, first, last in served:
-            width = self._updates[lane].a_DR.shape[1]
-            foreign_LR[first:last, rank : rank + width] = False
+        for name in adapters:
+            width = self._updates[name].a_DR.shape[1]
+            for own, first, last in served:
+                share_LR[first:last, rank : rank + width] = own.get(name, 0.0)
             rank += width
-        foreign_LR = foreign_LR[self._first :]
-        self._foreign_LR = foreign_LR.to(self._at_work[0].a_DR.device) if bool(foreign_LR.any()) else None
+        share_LR = share_LR[self._first :]
+        self._share_LR = None if bool((share_LR == 1).all()) else share_LR.to(self._at_work[0].a_DR.device)
 
     def serve_slots(self, own_SR: Tensor | None) -> None:
-        """As `serve`, with rows in any order: which ranks are each row's own, or None if nothing adapts the layers."""
+        """As `serve`, with rows in any order: how much of each rank is a row's own; None if nothing adapts the layers."""
         self._input, self._outputs, self._own_SR = None, (), own_SR
         if own_SR is None:
             self._at_work, self._served = None, ()
@@ -346,8 +358,8 @@ class _Group:
         low_LTR = x_LTD[self._first :].to(update.a_DR.dtype) @ update.a_DR
         if update.constant_R is not None:
             low_LTR += update.constant_R
-        if self._foreign_LR is not None:
-            low_LTR.masked_fill_(self._foreign_LR[:, None], 0)
+        if self._share_LR is not None:
+            low_LTR.mul_(self._share_LR[:, None])
         y_LTO[self._first :] += low_LTR @ update.b_RO
         return y_LTO
 

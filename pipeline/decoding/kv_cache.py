@@ -1,6 +1,6 @@
 """One causal LM as the decoder sees it: its lanes, their key-value cache, and their next-token logits.
 
-A lane is one model: the backbone itself, or the backbone with one LoRA adapter. The rows of all lanes go through the
+A lane is one model: the backbone itself, or the backbone with a LoRA adapter or a mixture of some. The rows of all lanes go through the
 backbone together, so its weights are read once per step. Shapes: B rows, L block rows over all lanes, T time (padded
 on the left), C columns of the cache, V vocabulary.
 """
@@ -85,7 +85,7 @@ class BackboneSession:
     """
 
     def __init__(self, backbone: Backbone) -> None:
-        self._backbone, self._names, self._device = backbone, backbone.lanes, backbone.device
+        self._backbone, self._device = backbone, backbone.device
         self.rows: dict[str, Tensor] = {}  # per lane, the rows it serves, ascending
         self._seated: list[tuple[str, int]] = []  # lane and row of every block row, lane by lane
         self._blocks: list[Block] = []
@@ -109,21 +109,19 @@ class BackboneSession:
         """
         if not self._seen_LC.equal(self._aligned(self._seen_LC.shape[1])):
             self._close_up()
-        number, rank = {row: new for new, row in enumerate(kept)}, {lane: at for at, lane in enumerate(self._names)}
-        read = sorted({(rank[lane], prompt) for prompt, lanes in newcomers for lane in self._names if lane in lanes})
+        number = {row: new for new, row in enumerate(kept)}
+        new = [self._backbone.own(lanes) for _, lanes in newcomers]
+        names = self._backbone.own({lane for lane, _ in self._seated}.union(*new))
+        rank = {lane: at for at, lane in enumerate(names)}
+        read = sorted(
+            {(rank[lane], prompt) for (prompt, _), lanes in zip(newcomers, new, strict=True) for lane in lanes}
+        )
         # The block rows to be, lane by lane: lane, row, and either the place it has now or the prompt it begins with.
         admitted = sorted(
             [(rank[lane], number[row], place, -1) for place, (lane, row) in enumerate(self._seated) if row in number]
-            + [
-                (rank[lane], len(kept) + row, -1, prompt)
-                for row, (prompt, lanes) in enumerate(newcomers)
-                for lane in self._names
-                if lane in lanes
-            ]
+            + [(rank[lane], len(kept) + row, -1, newcomers[row][0]) for row, lanes in enumerate(new) for lane in lanes]
         )
-        fresh, fresh_length = self._read(
-            [self._names[at] for at, _ in read], [prompts[prompt][:-1] for _, prompt in read]
-        )
+        fresh, fresh_length = self._read([names[at] for at, _ in read], [prompts[prompt][:-1] for _, prompt in read])
         spots = [
             self._index([spot for spot, (_, _, place, _) in enumerate(admitted) if place >= 0]),
             self._index([spot for spot, (_, _, _, prompt) in enumerate(admitted) if prompt >= 0]),
@@ -139,7 +137,7 @@ class BackboneSession:
         self._merge([self._cache, fresh], taken, spots, len(admitted))
         first_L = self._index([prompts[prompt][-1] if prompt >= 0 else -1 for _, _, _, prompt in admitted])
         self._waiting_L = first_L if newcomers else None
-        self._seated = [(self._names[at], row) for at, row, _, _ in admitted]
+        self._seated = [(names[at], row) for at, row, _, _ in admitted]
         self._blocks = blocks_of([lane for lane, _ in self._seated])
         self.rows = {
             lane: self._index([row for _, row in self._seated[first:last]]) for lane, first, last in self._blocks

@@ -20,6 +20,7 @@ from pipeline.decoding.guidance import cut, guided_logps
 from pipeline.decoding.kv_cache import BackboneSession, blocks_of
 from pipeline.decoding.static_cache import StaticSession, lanes_of
 from pipeline.models.loading import Source
+from pipeline.models.mixtures import lanes_of_weights
 from pipeline.models.prompting import Prompter, ends_of
 from pipeline.models.vocabulary import same_vocabulary
 
@@ -62,10 +63,12 @@ class GuidanceLogitsProcessor(LogitsProcessor):
             if name not in (*lanes, BASE):
                 raise UserError(f"weights name {name}, but the ARMs are {', '.join(lanes) or 'none'}.")
         self._base_weight = weights.get(BASE, 1.0)
-        self._weights = {name: alpha for name, alpha in weights.items() if alpha != 0.0 and name != BASE}
+        mixtures = {lane: of for backbone in backbones for lane, of in backbone.mixtures.items()}
+        named = {name: alpha for name, alpha in weights.items() if alpha != 0.0 and name != BASE}
+        self._weights = lanes_of_weights(named, mixtures)
         self._vocab_size = common_vocabulary(prompter, backbones)
         home = [backbone for backbone in backbones if same_vocabulary(prompter.tokenizer, backbone.prompter.tokenizer)]
-        self._backbones = [backbone for backbone in home if self._weights.keys() & set(backbone.lanes)]
+        self._backbones = [backbone for backbone in home if backbone.own(self._weights)]
         self._other_vocabulary = [one for one in backbones if one not in home]
         self._bridge = None
         if self._other_vocabulary:
@@ -154,7 +157,7 @@ class GuidanceLogitsProcessor(LogitsProcessor):
             raise UserError("a text holds a special token that not all models know: leave it out.")
         total_BTV = logits_BTV.float() * self._base_weight
         for backbone in self._backbones:
-            for lane in set(backbone.lanes) & self._weights.keys():
+            for lane in backbone.own(self._weights):
                 backbone.adapted.serve(blocks_of([lane] * len(ids_BT)), step=False)
                 lane_BTV = backbone.adapted.model(ids_BT.to(backbone.device), use_cache=False).logits
                 kept_BTV = cut(total_BTV, self._vocab_size)

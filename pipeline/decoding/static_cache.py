@@ -2,8 +2,8 @@
 
 `StaticSession` does what `kv_cache.BackboneSession` does. There rows lie lane by lane, aligned on the right, and
 everything moves when rows come and go; here a row keeps its slot in each of its lanes, and a token's keys and values
-lie at its position. Shapes: B rows, S slots (a lane of a row, or free), C columns of the cache, T tokens of a step, V
-vocabulary.
+lie at its position. Shapes: B rows, S slots (a lane of a row, or free), C columns of the cache, T tokens of a step, A
+adapters, V vocabulary.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -18,6 +18,7 @@ from transformers import Cache, DynamicLayer
 from pipeline.decoding.backbone import Backbone
 from pipeline.decoding.cuda_graphs import ReplayedStep, fused, fused_elementwise
 from pipeline.decoding.kv_cache import BackboneSession, blocks_of
+from pipeline.models.mixtures import shares_of
 
 _FEW = 32  # slots that cost next to nothing beside the weights, which a step reads anyway
 _AHEAD = 32  # columns that new rows find behind their prompts
@@ -65,8 +66,9 @@ class StaticSession:
         self._lengths: list[int] = []  # tokens that each slot has read
         self._layers: list[_SlotLayer] = []
         self._columns = 0
-        # What a step reads and where it stays: its tokens, tokens read so far, place of the adapter or −1.
-        self._length_S, self._adapter_S = self._index([]), self._index([])
+        # What a step reads and where it stays: its tokens, tokens read so far, how much of each adapter.
+        self._length_S = self._index([])
+        self._share_SA = torch.zeros(0, len(backbone.adapted.lanes), device=self._device)
         self._token_ST: dict[int, Tensor] = {}  # by T
         self._row_S = self._index([])
         self._adapted = False  # whether any slot has an adapter: else none is multiplied with
@@ -82,7 +84,7 @@ class StaticSession:
         self._slots = [(one[0], number[one[1]]) if one and one[1] in number else None for one in self._slots]
         new = [
             (lane, len(kept) + row, tuple(prompts[prompt]))
-            for lane in self.backbone.lanes
+            for lane in self.backbone.own(set().union(*(lanes for _, lanes in newcomers)))
             for row, (prompt, lanes) in enumerate(newcomers)
             if lane in lanes
         ]
@@ -141,7 +143,7 @@ class StaticSession:
         mask_STC.masked_fill_(hidden_STC, torch.finfo(mask_STC.dtype).min)
         for layer in self._layers:
             layer.column_ST = column_ST
-        adapted.serve_slots(self._adapter_S if self._adapted else None)
+        adapted.serve_slots(self._share_SA if self._adapted else None)
         with fused_elementwise(adapted.model) if self._device.type == "cuda" else nullcontext():
             logits_STV: Tensor = adapted.model(
                 input_ids=token_ST,
@@ -175,8 +177,9 @@ class StaticSession:
             self._layers[place] = _SlotLayer(keys, values)
         self._slots = [*(self._slots[slot] for slot in taken), *[None] * behind]
         self._lengths = [*(self._lengths[slot] for slot in taken), *[0] * behind]
-        self._length_S, self._adapter_S = (
-            torch.cat([held[from_b], held.new_zeros(behind)]) for held in (self._length_S, self._adapter_S)
+        self._length_S, self._share_SA = (
+            torch.cat([held[from_b], held.new_zeros(behind, *held.shape[1:])])
+            for held in (self._length_S, self._share_SA)
         )
         self._columns, self._steps, self._token_ST, self._logits_STV = columns, {}, {}, None
 
@@ -197,7 +200,9 @@ class StaticSession:
                 layer.keys[at_b, :, :length], layer.values[at_b, :, :length] = keys[from_b], values[from_b]
         at_b, adapters = self._index(slots), self.backbone.adapted.lanes
         self._length_S[at_b] = self._index([len(prompt) - 1 for _, prompt in prompts])
-        self._adapter_S[at_b] = self._index([adapters.index(lane) if lane in adapters else -1 for lane, _ in prompts])
+        shares = [shares_of(lane, adapters) for lane, _ in prompts]
+        share_bA = [[of.get(name, 0.0) for name in adapters] for of in shares]
+        self._share_SA[at_b] = torch.tensor(share_bA, device=self._device)
         self._waiting_S = torch.full_like(self._length_S, -1)
         self._waiting_S[at_b] = self._index([prompt[-1] for _, prompt in prompts])
 
@@ -218,9 +223,10 @@ class StaticSession:
 
     def _index_rows(self) -> None:
         self._row_S = self._index([one[1] if one else 0 for one in self._slots])
-        self._adapted = any(one and one[0] in self.backbone.adapted.lanes for one in self._slots)
+        lanes = {one[0] for one in self._slots if one}
+        self._adapted = any(shares_of(lane, self.backbone.adapted.lanes) for lane in lanes)
         self.rows, self._places = {}, {}
-        for lane in self.backbone.lanes:
+        for lane in self.backbone.own(lanes):
             served = sorted((one[1], slot) for slot, one in enumerate(self._slots) if one and one[0] == lane)
             if served:
                 self.rows[lane], self._places[lane] = (self._index(list(each)) for each in zip(*served, strict=True))

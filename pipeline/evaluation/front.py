@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from pipeline.config.points import BASE, PointLaw
+from pipeline.config.points import PointLaw
 from pipeline.config.schema import Objective
 from pipeline.evaluation.statistics import Bootstrap, bootstrap_mean, hypervolume, prompt_means
 from pipeline.evaluation.text_quality import quality_columns
@@ -98,7 +98,7 @@ def front_table(
         line |= {f"win_rate_{objective}": won[objective] for objective in objectives}
         line |= quality_columns(rows, objectives, bootstrap)
         line["n_tokens"] = rows.n_tokens.mean()
-        line["forwards_per_token"] = 1 + sum(weight != 0 for lane, weight in law.weights.items() if lane != BASE)
+        line["forwards_per_token"] = law.models
         lines.append(line)
     table = pd.DataFrame(lines)
     table["on_front"] = non_dominated(table[[f"score_{objective}" for objective in objectives]].to_numpy())

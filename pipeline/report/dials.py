@@ -65,6 +65,7 @@ def dial_params(params: Params, name: str, wanted: str, unwanted: str) -> Params
             "sampling": {"responses_per_prompt": _RESPONSES, "max_new_tokens": tokens},
             "columns": dict(params.data.columns) if sampled else {},
         },
+        "arm": asdict(params.arm) | {"kind": "separate"},
         "loss": {"kind": "simpo", "margin": _MARGIN},
         "trainer": asdict(params.trainer) | {"lr": _LR},
         "sweep": {"control": "base", "points": {"base": {}}},

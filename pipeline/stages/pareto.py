@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from pipeline.config.inputs import ALL
 from pipeline.config.points import point_laws
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
-from pipeline.data.files import replacing, write_json
+from pipeline.data.files import Row, replacing, write_json
 from pipeline.data.responses import read_generated
 from pipeline.evaluation.front import front_metrics, front_table, long_scores
 from pipeline.evaluation.judging import scored_frame
@@ -32,8 +33,7 @@ def run(params: Params, workspace: Workspace, trained: Path | None = None) -> No
     bootstrap = Bootstrap.of(params.judge, params.seed)
     front = front_table(params.base, point_laws(params, params.base), params.objectives, scored, wins, bootstrap)
     card = json.loads((results / "judge" / "card.json").read_text())
-    arms = {name: json.loads((trained / name / "metrics.json").read_text()) for name in params.objectives}
-    curves = pd.concat([pd.read_csv(trained / name / "curve.csv").assign(objective=name) for name in arms])
+    arms, curves = _trainings(params, trained)
     metrics = {**front_metrics(params.objectives, front), "arms": arms, "judge": card}
     tables = {
         "front.csv": front,
@@ -59,3 +59,14 @@ def run(params: Params, workspace: Workspace, trained: Path | None = None) -> No
     tracking.log_points(params, workspace, group, front.to_dict("records"), scored)
     terminal.front(front, objectives, metrics)
     print(f"pareto: open {page}")
+
+
+def _trainings(params: Params, folder: Path) -> tuple[dict[str, Row], pd.DataFrame]:
+    """What training measured of each objective's ARM, and the curves, of which one for all mixes has one."""
+    names = [ALL] if params.arm.for_all_mixes else list(params.objectives)
+    metrics = {name: json.loads((folder / name / "metrics.json").read_text()) for name in names}
+    curves = pd.concat([pd.read_csv(folder / name / "curve.csv").assign(objective=name) for name in names])
+    if params.arm.for_all_mixes:
+        whole = metrics[ALL]
+        metrics = {name: whole | end for name, end in whole.pop("objectives").items()}
+    return metrics, curves

@@ -208,9 +208,11 @@ def _training(params: Params, workspace: Workspace, console: Console) -> bool:
     wanted, free = memory.training_bytes(shape, dtype, packed, whole, shards), memory.available_bytes(device, False)
     how = "all weights, with gradients and optimizer" if whole else f"LoRA of rank {params.arm.rank}, weights"
     over = f" on each of {shards} devices" if shards > 1 else ""
+    number = f"{len(params.objectives)} ARMs one after the other"
+    if params.arm.for_all_mixes:
+        number = "one ARM for all mixes"
     console.print(
-        f"training: {len(params.objectives)} ARMs of {name} one after the other, {how}: {_size(wanted)}{over} beside "
-        f"activations, {_size(free)} free on {device}"
+        f"training: {number} of {name}, {how}: {_size(wanted)}{over} beside activations, {_size(free)} free on {device}"
     )
     return wanted <= free
 
@@ -220,7 +222,8 @@ def _decoding(params: Params, workspace: Workspace, console: Console, rows: Rows
     tokens = PROMPT + decoding.max_new_tokens
     forms = {point.form for point in params.sweep.points.values() if point.guided}
     policies = len(params.objectives) if "dpo" in forms else 0
-    models = planned_models(params, workspace, params.base, len(params.objectives), policies, "log_ratio" in forms)
+    arms = 1 if params.arm.for_all_mixes else len(params.objectives)
+    models = planned_models(params, workspace, params.base, arms, policies, "log_ratio" in forms)
     needs = memory.needs_of(models, decoding.batch_size, decoding.max_new_tokens, device)
     console.print(_table(params, needs, f"{decoding.batch_size} rows of {tokens} tokens ({PROMPT} of them prompt)"))
     spread = params.models[params.base].device_map is not None

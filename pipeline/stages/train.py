@@ -1,6 +1,7 @@
 """train: one ARM per objective as a PEFT folder or a model of its own, its held-out accuracy and its curve.
 
 python -m pipeline train --objective positivity
+python -m pipeline train --objective all         # with arm.kind parm or uniarm: one ARM for all mixes
 """
 
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline.config.errors import UserError
+from pipeline.config.inputs import ALL
 from pipeline.config.schema import Params
 from pipeline.config.workspace import Workspace
 from pipeline.data.files import digest, file_digest, read_jsonl, replacing, write_json
@@ -24,9 +26,13 @@ from pipeline.training.fit import Job, train
 
 def run(params: Params, workspace: Workspace, objective: str) -> None:
     """Train the ARM of one objective; write models/arms/<objective> and results/train/<objective>/."""
-    if objective not in params.objectives:
-        raise UserError(f"there is no objective {objective}: choose one of {', '.join(params.objectives)}.")
+    objectives = [ALL] if params.arm.for_all_mixes else list(params.objectives)
+    if objective not in objectives:
+        raise UserError(f"there is no objective {objective}: choose one of {', '.join(objectives)}.")
     job, out = arm_job(params, workspace, objective), workspace.results / "train" / objective
+    if params.arm.for_all_mixes:
+        produce(params, workspace, job, "train", workspace.arms, out)
+        return
     pretrained = params.objectives[objective].pretrained
     if pretrained is None:
         produce(params, workspace, job, "train", workspace.arm(objective), out)
@@ -40,13 +46,15 @@ def run(params: Params, workspace: Workspace, objective: str) -> None:
 
 
 def arm_job(params: Params, workspace: Workspace, objective: str) -> Job:
-    """The training of an objective's ARM."""
+    """The training of an objective's ARM, or of the one for all mixes."""
     source = Source.of(params.models, workspace, params.arm.base)
     if params.arm.quantisation is not None:
         source = replace(source, quantisation=params.arm.quantisation)
-    terms = {objective: (params.objectives[objective].beta, 1.0)}
+    own = params.objectives if params.arm.for_all_mixes else [objective]
+    terms = {name: (params.objectives[name].beta, 1.0) for name in own}
+    kind = "arm" if params.arm.kind == "separate" else params.arm.kind
     return Job(
-        objective, "arm", terms, params.arm.base, source, params.arm, params.loss, params.trainer, params.seed,
+        objective, kind, terms, params.arm.base, source, params.arm, params.loss, params.trainer, params.seed,
         Bootstrap.of(params.judge, params.seed),
     )  # fmt: skip
 

@@ -3,29 +3,59 @@
 PARM (Lin et al., ICML 2025): its update is B · C(w) · A with a core C(w) = diag(I, Σ_i w_i M_i): half of the ranks
 serve every mix, half depend on the weights linearly (the paper's bilinear adaptation, its fixed core folded into A).
 UniARM (Xie et al., arXiv 2602.09538): all ranks serve every mix, and the weights scale and shift what they read,
-B · (γ(w) ⊙ A x + δ(w)), with γ and δ linear in the weights. Both learn by Σ_i w_i L_i. For given weights each is an
-ordinary LoRA adapter (a UniARM with PEFT's `lora_bias`), and that is what decoding runs.
+B · (γ(w) ⊙ A x + δ(w)), with γ and δ linear in the weights. Both learn by Σ_i w_i L_i. At given weights, which sum to
+1, each is Σ_i w_i of what it is at objective i alone: an ordinary LoRA adapter (a UniARM with PEFT's `lora_bias`). So
+one for each objective is written, and decoding mixes them (`pipeline.models.mixtures`).
 
 Shapes: O objectives, R rank, C conditioned ranks, D input features.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
-from safetensors.torch import save_file
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.config.errors import UserError
-from pipeline.models.conditioned_arm import CONDITIONED, conditioned
+from pipeline.models.mixtures import HEADER
 from pipeline.training.arm import ARM, ResponseModel
 
 Kind = Literal["parm", "uniarm"]
+
+
+def collapse(factor_RD: Tensor, cores_OCC: Tensor, weights_O: Tensor) -> Tensor:
+    """PARM's LoRA factor A at given weights: its last C ranks are mixed by Σ_i w_i M_i: factor_RD."""
+    core_CC = torch.einsum("o,ocd->cd", weights_O, cores_OCC)
+    fixed = len(factor_RD) - len(core_CC)
+    return torch.cat([factor_RD[:fixed], core_CC @ factor_RD[fixed:]])
+
+
+def modulate(factor_RD: Tensor, scales_OR: Tensor, shifts_OR: Tensor, weights_O: Tensor) -> tuple[Tensor, Tensor]:
+    """UniARM's LoRA factor A at given weights, and what is added behind it: factor_RD, shift_R.
+
+    The features A x, shared by all mixes, undergo an affine map that is linear in the weights, rank by rank:
+    (1 + Σ_i w_i s_i) ⊙ A x + Σ_i w_i t_i.
+    """
+    return factor_RD * (1 + weights_O @ scales_OR)[:, None], weights_O @ shifts_OR
+
+
+def conditioned(parts: Mapping[str, Tensor], weights_O: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A and its shift, if it has one, of a layer at given weights.
+
+    Args:
+        parts: `factor` and `cores` of a PARM; `factor`, `scales` and `shifts` of a UniARM.
+        weights_O: of the objectives; they sum to 1.
+    """
+    weights_O = weights_O.to(parts["factor"])
+    if "cores" in parts:
+        return collapse(parts["factor"], parts["cores"], weights_O), None
+    return modulate(parts["factor"], parts["scales"], parts["shifts"], weights_O)
 
 
 def _start(kind: Kind, objectives: int, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -86,28 +116,37 @@ class ConditionedModel(ResponseModel):
         for factor in self._factors.values():
             weights_O = factor.weights_O = weights_O.to(factor.weight)  # copied once, not for every layer
 
-    def write(self, folder: Path, base: str) -> None:
-        """The adapter at equal weights as PEFT writes it, and what it becomes at others."""
+    def alone(self, objective: int) -> Tensor:
+        """The weights that give one objective, by its place, all the weight: weights_O."""
+        return F.one_hot(torch.tensor(objective), len(self.objectives)).float()
+
+    @torch.no_grad()
+    def write(self, folder: Path, base: str) -> list[Path]:
+        """A plain LoRA adapter for each objective, as PEFT writes it, in a folder of its name; returns the folders."""
         adapted: Any = self.model
         config = adapted.peft_config["default"]
-        self.condition(torch.full((len(self.objectives),), 1 / len(self.objectives)))
-        kept: dict[str, Tensor] = {}
+        config.base_model_name_or_path, config.target_modules = base, sorted(config.target_modules)
+        written = {name: self._adapter(place) for place, name in enumerate(self.objectives)}
+        config.lora_bias = any(key.endswith(".lora_B.bias") for key in next(iter(written.values())))
+        mixture = sha256(b"".join(save(tensors) for tensors in written.values())).hexdigest()[:32]
+        for name, tensors in written.items():
+            config.save_pretrained(str(folder / name))
+            header = {"format": "pt", HEADER: mixture}
+            save_file(tensors, folder / name / "adapter_model.safetensors", metadata=header)
+        return [folder / name for name in written]
+
+    def _adapter(self, objective: int) -> dict[str, Tensor]:
+        """The adapter's weights where this objective has all the weight, by PEFT's names."""
+        weights_O = self.alone(objective)
+        state = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        tensors = {key: value for key, value in state.items() if ".acting." not in key}
         for name, factor in self._factors.items():
             stem = name.removesuffix(".lora_A.default")
-            kept |= {f"{stem}.{part}": value.detach() for part, value in factor.parts.items()}
-            factor_RD, shift_R = conditioned(factor.parts, factor.weights_O)
-            plain = nn.Linear(factor.in_features, factor.out_features, bias=False, device="meta")
-            plain.weight = nn.Parameter(factor_RD.detach())
-            adapted.get_submodule(name.removesuffix(".default"))["default"] = plain
+            factor_RD, shift_R = conditioned(factor.parts, weights_O)
+            tensors[f"{stem}.lora_A.weight"] = factor_RD
             if shift_R is not None:
-                other = adapted.get_submodule(f"{stem}.lora_B.default")
-                other.bias = nn.Parameter((other.weight @ shift_R).detach())
-                config.lora_bias = True
-        config.base_model_name_or_path, config.target_modules = base, sorted(config.target_modules)
-        adapted.save_pretrained(str(folder), save_embedding_layers=False)
-        header = {"format": "pt", "objectives": json.dumps(self.objectives)}
-        tensors = {name: value.contiguous().cpu() for name, value in kept.items()}
-        save_file(tensors, folder / CONDITIONED, metadata=header)
+                tensors[f"{stem}.lora_B.bias"] = tensors[f"{stem}.lora_B.weight"] @ shift_R
+        return {key: value.detach().contiguous().cpu() for key, value in sorted(tensors.items())}
 
 
 class ConditionedARM(ARM):

@@ -24,13 +24,15 @@ _KINDS = {  # what a folder holds: a title, a tag, and what it is for
     "dpo": ("Policy", "dpo", "tuned by DPO (arXiv 2305.18290) for {aims}: a policy, to be sampled from by itself."),
     "parm": (
         "Preference-aware autoregressive reward model", "reward-model",
-        "conditioned on the weights of {aims} (PARM, Lin et al. 2025): as loaded it is what it is at equal weights; "
-        "`pipeline.models.conditioned_arm.adapter_at` writes it at others.",
+        "conditioned on the weights of {aims} (PARM, Lin et al. 2025). This is what it is where one of them has all the "
+        "weight; `GuidedDecoder` and `VllmDecoder` mix it with those of the others, since at any weights it is their sum "
+        "by the weights.",
     ),
     "uniarm": (
         "Unified autoregressive reward model", "reward-model",
-        "conditioned on the weights of {aims} (UniARM, arXiv 2602.09538): as loaded it is what it is at equal weights; "
-        "`pipeline.models.conditioned_arm.adapter_at` writes it at others.",
+        "conditioned on the weights of {aims} (UniARM, arXiv 2602.09538). This is what it is where one of them has all "
+        "the weight; `GuidedDecoder` mixes it with those of the others, since at any weights it is their sum by the "
+        "weights.",
     ),
     "reward_model": (
         "Reward model", "reward-model",
@@ -48,12 +50,18 @@ _KINDS = {  # what a folder holds: a title, a tag, and what it is for
 def save(
     model: ResponseModel, tokenizer: PreTrainedTokenizerBase, folder: Path, base: str, card: str, held_out: HeldOut
 ) -> None:
-    """Write safetensors, tokenizer and model card, whole or not at all; a whole model in its computing dtype."""
+    """Write safetensors, tokenizer and model card, whole or not at all; a whole model in its computing dtype.
+
+    An ARM for all mixes is a folder for each of its objectives.
+    """
     trained: Any = model.model
     with replacing_folder(folder) as unfinished:
+        folders = [unfinished]
         if isinstance(model, RewardModel):
             model.write(unfinished, base, held_out.reward_mean, held_out.reward_std)
-        elif isinstance(model, ConditionedModel | PrefixScorer):
+        elif isinstance(model, ConditionedModel):
+            folders = model.write(unfinished, base)
+        elif isinstance(model, PrefixScorer):
             model.write(unfinished, base)
         elif isinstance(trained, PeftModel):
             config: Any = trained.peft_config["default"]
@@ -62,26 +70,37 @@ def save(
             trained.save_pretrained(str(unfinished), save_embedding_layers=False)  # "auto" would ask the hub
         else:
             trained.to(model.dtype).save_pretrained(str(unfinished))
-        tokenizer.save_pretrained(str(unfinished))
-        (unfinished / "README.md").write_text(card, encoding="utf-8")
+        for each in folders:
+            tokenizer.save_pretrained(str(each))
+            (each / "README.md").write_text(card, encoding="utf-8")
 
 
 def metrics(held_out: HeldOut, trained: Trained | None = None, epochs: int = 0) -> Row:
     """metrics.json of an ARM; tokens are those that its training computed, prompts included, each time.
 
-    Without a training run, of an ARM that came from elsewhere, what training counts is 0.
+    Without a training run, of an ARM that came from elsewhere, what training counts is 0. Of an ARM for all mixes
+    `objectives` holds what it does where each of them has all the weight.
     """
-    share, splits = held_out.accuracy, {} if trained is None else trained.splits
+    splits = {} if trained is None else trained.splits
+    ends = {} if trained is None else trained.ends
     return {
-        "accuracy": share.value, "ci_low": share.ci_low, "ci_high": share.ci_high, "pairs": share.pairs,
-        "prompts": share.prompts,
-        "length_matched": asdict(held_out.length_matched), "chosen_longer": asdict(held_out.chosen_longer),
-        "length_correlation": held_out.length_correlation,
+        **_measured(held_out),
         "dropped_pairs": {split: part.dropped for split, part in splits.items()},
         "truncated_prompts": {split: part.truncated for split, part in splits.items()},
         "tokens": epochs * sum(len(group) for group in splits["train"].groups) if splits else 0,
         "padding": round(trained.padding, 4) if trained else 0.0,
         "steps": trained.steps if trained else 0,
+        **({"objectives": {name: _measured(end) for name, end in ends.items()}} if ends else {}),
+    }
+
+
+def _measured(held_out: HeldOut) -> Row:
+    share = held_out.accuracy
+    return {
+        "accuracy": share.value, "ci_low": share.ci_low, "ci_high": share.ci_high, "pairs": share.pairs,
+        "prompts": share.prompts,
+        "length_matched": asdict(held_out.length_matched), "chosen_longer": asdict(held_out.chosen_longer),
+        "length_correlation": held_out.length_correlation,
     }  # fmt: skip
 
 

@@ -40,7 +40,7 @@ from pipeline.training.reward_model import RewardModel
 class Job:
     """What is to be trained, and how."""
 
-    name: str  # of an ARM its objective's
+    name: str  # of an ARM its objective's, or `all`
     kind: Literal["arm", "dpo", "parm", "uniarm", "reward_model", "prefix_scorer", "rloo"]
     terms: Mapping[str, tuple[float, float]]  # for each objective that pairs are of: β, and how much the pairs count
     start: str  # the name of the model that it starts from
@@ -67,6 +67,7 @@ class Trained:
     history: list[dict[str, float]]
     padding: float  # the share of computed positions that held no token
     held_out: HeldOut
+    ends: Mapping[str, HeldOut]  # of an ARM for all mixes, where one objective has all the weight: on its own pairs
     splits: dict[str, Tokenised]
     steps: int
     checkpoints: Path  # of no use any more once the ARM is saved
@@ -133,8 +134,15 @@ def train(job: Job, rows: Sequence[Row], identity: str, scratch: Path, logger: L
     if sharded:
         module.model = model = untrained(dtype, device)
     load_trained(module, best)
-    held_out = evaluate(model, job.loss, test, device, job.bootstrap)
-    return Trained(model, module.history, module.padding, held_out, splits, trainer.global_step, checkpoints)
+    held_out, ends = evaluate(model, job.loss, test, device, job.bootstrap), dict[str, HeldOut]()
+    if isinstance(model, ConditionedModel):
+        for place, objective in enumerate(job.terms):
+            model.condition(model.alone(place))
+            own = [row for row in rows if row["split"] == "test" and row["objective"] == place]
+            groups = tokenise(own, prompter, max_length, f"{job.name}, test of {objective}").groups
+            loader = eval_loader(groups, size, prompter.eos)
+            ends[objective] = evaluate(model, job.loss, loader, device, job.bootstrap)
+    return Trained(model, module.history, module.padding, held_out, ends, splits, trainer.global_step, checkpoints)
 
 
 def longest(reach: Any, config: Trainer) -> int:

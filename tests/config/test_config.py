@@ -273,6 +273,8 @@ def test_all_that_dvc_reads_is_known():
     read = {path for path in re.findall(r"\$\{([^}]+)\}", text) if not path.startswith(computed)}
     for stage in STAGES.values():
         read |= {re.sub(r"\$\{[^}]+\}", "*", path) for path in paths_of(stage["params"])}
+    for name, training in default()["inputs"]["train"].items():
+        read |= {training[option].replace(name, "*") for option in ("beta", "origin")}
     assert {path for path in read if "." in path and not path.endswith("*")} == set(READ_BY_DVC)
 
 
@@ -471,8 +473,10 @@ def test_dvc_names_the_folders_of_the_workspace():
     facts = str(space.results / "models" / "${key}.json")
     assert outs_of("fetch") == outs_of("distil") == [str(space.model("${key}")), facts]
     assert outs_of("prepare") == [str(space.results / "prepare"), str(space.classifiers)]
+    trained = {key: item["folder"] for key, item in default()["inputs"]["train"].items()}
+    assert trained == {name: str(space.arm(name)) for name in ("positivity", "conciseness")}
     assert set(outs_of("train")) == {
-        str(space.arm("${key}")),
+        "${item.folder}",
         str(space.results / "train" / "${key}" / "curve.csv"),
         str(space.results / "train" / "${key}" / "metrics.json"),
     }
@@ -505,7 +509,7 @@ def test_every_dvc_dependency_is_a_file_of_the_project_or_an_earlier_output():
             # Fetch makes all models, and what `inputs` and `data` name the user has.
             named = dep.startswith(("${data.", "${item.", "${inputs.", "models/${"))
             assert written or named or (ROOT / dep).is_file() or (ROOT / dep).is_dir(), f"{stage}: {dep}"
-        made |= set(outs_of(stage))
+        made |= set(outs_of(stage)) | ({str(Workspace().arms)} if stage == "train" else set())
 
 
 def test_dvc_stages_list_only_known_sections_and_never_tracking():

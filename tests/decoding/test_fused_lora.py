@@ -109,7 +109,7 @@ def test_a_bias_of_an_adapter_is_its_own_rows_alone_as_in_peft(tiny, base, arms,
         found = model.model(ids).logits
         for rows, expected in ((slice(0, 1), plain), (slice(1, 3), other), (slice(3, 5), wanted)):
             torch.testing.assert_close(found[rows], expected[rows], atol=1e-4, rtol=1e-4)
-    model.serve_slots(torch.tensor([1, -1, 0, 1, 0]))
+    model.serve_slots(torch.tensor([[0.0, 1], [0, 0], [1, 0], [0, 1], [1, 0]]))
     found = model.model(ids).logits
     for rows, expected in (([0, 3], wanted), ([1], plain), ([2, 4], other)):
         torch.testing.assert_close(found[rows], expected[rows], atol=1e-4, rtol=1e-4)

@@ -60,6 +60,11 @@ class TokenizerBridge:
         self.pieces = [None if token in ends else piece for token, piece in enumerate(self.base.pieces)]
         self.path = lru_cache(maxsize=_ROOM)(self._spelled)
 
+    def serving(self, lanes: Collection[str]) -> list[str]:
+        """Those of the lanes that run here, and with any of them the reference."""
+        own = [lane for backbone in self.backbones for lane in backbone.own(lanes)]
+        return [*dict.fromkeys([*own, REFERENCE])] if own else []
+
     def _spelled(
         self, pending: bytes, written: tuple[int, ...], tail: tuple[int, ...], token: int
     ) -> tuple[tuple[int, ...], bool]:

@@ -98,7 +98,8 @@ class RewindableCache:
             prompts: token ids, at least one each.
             newcomers: per new row, its place in `prompts` and the lanes that serve it.
         """
-        lanes, number = self.backbone.lanes, {row: new for new, row in enumerate(kept)}
+        number = {row: new for new, row in enumerate(kept)}
+        lanes = self.backbone.own({lane for lane, _ in self.slots}.union(*(served for _, served in newcomers)))
         read = [
             (lane, prompt)
             for lane in lanes

@@ -75,7 +75,7 @@ class CrossTokenizerSession:
     """
 
     def __init__(self, bridge: TokenizerBridge, device: torch.device) -> None:
-        self.lanes, self._device, self._table = bridge.lanes, device, bridge.table
+        self._serving, self._device, self._table = bridge.serving, device, bridge.table
         self._column_V, self._spread_V = self._table.column_V.to(device), self._table.spread_V.to(device)
         self._mute_V, self._top_k = self._column_V == bridge.arm_size, bridge.candidates
         self._base, self._arm, self._pieces = bridge.base, bridge.arm, bridge.pieces
@@ -99,7 +99,7 @@ class CrossTokenizerSession:
             prompts: per new row and backbone, token ids.
             served: per new row, the lanes that serve it; the reference serves with any.
         """
-        lanes = [{*named, REFERENCE} & set(self.lanes) if set(named) & set(self.lanes) else set() for named in served]
+        lanes = [self._serving(named) for named in served]
         stay = set(kept)
         old = [[place for place, (_, row) in enumerate(cache.slots) if row in stay] for cache in self._caches]
         for number, cache in enumerate(self._caches):
@@ -124,8 +124,7 @@ class CrossTokenizerSession:
             self._raw[number] = raw
         self.rows = {
             lane: torch.tensor([row for row, named in enumerate(self._named) if lane in named], device=self._device)
-            for lane in self.lanes
-            if any(lane in named for named in self._named)
+            for lane in dict.fromkeys(lane for named in self._named for lane in named)
         }
 
     def step(self, tokens_B: Tensor, alive: Sequence[bool]) -> None:

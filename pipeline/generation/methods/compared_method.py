@@ -163,7 +163,7 @@ class ComparedMethod:
 
 def _with_forwards(requests: Sequence[Request], rows: Sequence[GeneratedRow]) -> list[GeneratedRow]:
     return [
-        replace(row, forwards=(1 + len(request.arms)) * row.n_tokens)
+        replace(row, forwards=row.forwards or (1 + len(request.arms)) * row.n_tokens)
         for request, row in zip(requests, rows, strict=True)
     ]
 

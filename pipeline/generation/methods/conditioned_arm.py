@@ -3,11 +3,10 @@
 from pipeline.config.errors import UserError
 from pipeline.config.points import Mix, policy_lane
 from pipeline.generation.methods import Law, Place
-from pipeline.models.conditioned_arm import adapter_at
 
 
 def law(kind: str, mix: Mix, place: Place) -> Law:
-    """log π_base + Σα · log π_r(w), with the ARM at the mix's shares and the sum of the weights in the place of α.
+    """log π_base + Σα · log π_r(w): its adapters are of one mixture, which decoding knows how to read.
 
     Raises:
         UserError: none of the kind is trained.
@@ -17,10 +16,9 @@ def law(kind: str, mix: Mix, place: Place) -> Law:
     if name is None:
         raise UserError(f"no {kind} is trained: add one to tune.rivals, with kind: {kind}.")
     source = place.rival(name)
-    point = f"{name}-{mix.point}"
-    folder = place.derived(point, [source], mix.shares, lambda target: adapter_at(source, mix.shares, target))
+    lanes = {objective: policy_lane(f"{name}-{objective}") for objective in mix.weights}
     return Law(
-        {policy_lane(folder.name): mix.strength * sum(mix.weights.values())},
-        {policy_lane(folder.name): folder},
+        {lanes[objective]: mix.strength * weight for objective, weight in mix.weights.items()},
+        {lane: source / objective for objective, lane in lanes.items()},
         {source},
     )
