@@ -326,7 +326,7 @@ class _Group:
         self._share_LR = None if bool((share_LR == 1).all()) else share_LR.to(self._at_work[0].a_DR.device)
 
     def serve_slots(self, own_SR: Tensor | None) -> None:
-        """As `serve`, with rows in any order: how much of each rank is a row's own; None if nothing adapts the layers."""
+        """As `serve`, with rows in any order: how much of each rank is a row's own; None: nothing adapts the layers."""
         self._input, self._outputs, self._own_SR = None, (), own_SR
         if own_SR is None:
             self._at_work, self._served = None, ()

@@ -1,8 +1,8 @@
 """One causal LM as the decoder sees it: its lanes, their key-value cache, and their next-token logits.
 
-A lane is one model: the backbone itself, or the backbone with a LoRA adapter or a mixture of some. The rows of all lanes go through the
-backbone together, so its weights are read once per step. Shapes: B rows, L block rows over all lanes, T time (padded
-on the left), C columns of the cache, V vocabulary.
+A lane is one model: the backbone itself, or the backbone with a LoRA adapter or a mixture of some. The rows of all
+lanes go through the backbone together, so its weights are read once per step. Shapes: B rows, L block rows over all
+lanes, T time (padded on the left), C columns of the cache, V vocabulary.
 """
 
 from collections.abc import Collection, Sequence

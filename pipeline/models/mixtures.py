@@ -6,12 +6,16 @@ they are of one mixture. A row is then read by one lane whose update is theirs a
 lane for each, and log π_r(w) counts by the sum of the weights.
 """
 
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from pipeline.config.errors import UserError
+from pipeline.data.files import replacing_folder
 
 HEADER = "mixture"  # in the metadata of adapter_model.safetensors: a digest that the adapters of a mixture share
 
@@ -68,3 +72,34 @@ def shares_of(lane: str, adapters: Collection[str]) -> dict[str, float]:
     if len(parts) == 1 or not all(name in adapters for _, _, name in parts):
         return {}
     return {name: float(share) for share, _, name in parts}
+
+
+def merge(shares: Mapping[Path, float], target: Path) -> Path:
+    """Write the one adapter that some of a mixture are together, of their rank; returns its folder.
+
+    Their updates are B · A_i with the same B, so the factors A are averaged.
+
+    Args:
+        shares: folder of each adapter, and its share; they sum to 1.
+        target: folder that is written, whole or not at all.
+
+    Raises:
+        UserError: the adapters are of no common B.
+    """
+    states, (first, *_) = [load_file(folder / "adapter_model.safetensors") for folder in shares], shares
+    factors = [name for name in states[0] if name.endswith(".lora_B.weight")]
+    if any(
+        state.keys() != states[0].keys() or not all(torch.equal(state[name], states[0][name]) for name in factors)
+        for state in states
+    ):
+        raise UserError(
+            f"{', '.join(map(str, shares))} are marked as one ARM for all mixes and are not: train it anew."
+        )
+    merged = {
+        name: torch.stack([state[name] * share for state, share in zip(states, shares.values(), strict=True)]).sum(0)
+        for name in states[0]
+    }
+    with replacing_folder(target) as unfinished:
+        save_file(merged, unfinished / "adapter_model.safetensors", metadata={"format": "pt"})
+        shutil.copyfile(first / "adapter_config.json", unfinished / "adapter_config.json")
+    return target

@@ -24,9 +24,9 @@ _KINDS = {  # what a folder holds: a title, a tag, and what it is for
     "dpo": ("Policy", "dpo", "tuned by DPO (arXiv 2305.18290) for {aims}: a policy, to be sampled from by itself."),
     "parm": (
         "Preference-aware autoregressive reward model", "reward-model",
-        "conditioned on the weights of {aims} (PARM, Lin et al. 2025). This is what it is where one of them has all the "
-        "weight; `GuidedDecoder` and `VllmDecoder` mix it with those of the others, since at any weights it is their sum "
-        "by the weights.",
+        "conditioned on the weights of {aims} (PARM, Lin et al. 2025). This is what it is where one of them has all "
+        "the weight; `GuidedDecoder` mixes it with those of the others, since at any weights it is their sum by the "
+        "weights.",
     ),
     "uniarm": (
         "Unified autoregressive reward model", "reward-model",

@@ -138,9 +138,9 @@ def train(job: Job, rows: Sequence[Row], identity: str, scratch: Path, logger: L
     if isinstance(model, ConditionedModel):
         for place, objective in enumerate(job.terms):
             model.condition(model.alone(place))
-            own = [row for row in rows if row["split"] == "test" and row["objective"] == place]
-            groups = tokenise(own, prompter, max_length, f"{job.name}, test of {objective}").groups
-            loader = eval_loader(groups, size, prompter.eos)
+            pairs = [row for row in rows if row["split"] == "test" and row["objective"] == place]
+            of_objective = tokenise(pairs, prompter, max_length, f"{job.name}, test of {objective}")
+            loader = eval_loader(of_objective.groups, size, prompter.eos)
             ends[objective] = evaluate(model, job.loss, loader, device, job.bootstrap)
     return Trained(model, module.history, module.padding, held_out, ends, splits, trainer.global_step, checkpoints)
 

@@ -25,6 +25,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make vllm")
 import xgrammar
 from openai import AsyncOpenAI, BadRequestError, OpenAI
 from vllm.exceptions import VLLMValidationError
+from vllm.lora.request import LoRARequest
 
 from pipeline.config.errors import UserError
 from pipeline.data.files import replacing_folder
@@ -32,6 +33,7 @@ from pipeline.decoding.backbone import SideBackbone
 from pipeline.decoding.decoder import GuidedDecoder
 from pipeline.decoding.request import Request, until_stop
 from pipeline.decoding.vllm import compilation, guides
+from pipeline.decoding.vllm.adapters import Adapters
 from pipeline.decoding.vllm.answers import Answer
 from pipeline.decoding.vllm.requests import GuidedChat, Models, read_jobs
 from pipeline.decoding.vllm.response import Delta, Responder
@@ -250,7 +252,7 @@ def models_of(base, beside=()):
     """What the server knows of a base and of models beside it."""
     ends, marks = ends_and_marks(base)
     described = {
-        "base": "tiny", "folder": str(base.folder), "groups": 2, "adapters": ["positivity"], "ends": ends,
+        "base": "tiny", "folder": str(base.folder), "groups": 2, "adapters": {"positivity": "nowhere"}, "ends": ends,
         "guides": guides.to_json(beside), "marks": marks, "template": base.template,
     }  # fmt: skip
     config = SimpleNamespace(
@@ -275,7 +277,8 @@ def test_when_a_lane_is_refused_the_answer_does_not_wait_for_it(source):  # noqa
 
     models = models_of(source)
     [job] = read_jobs(chat(**guidance({"positivity": 1.0})), models)
-    responder = Responder(Engine(), {"positivity": object()}, models.tokenizer, 1)
+    lanes = Adapters({"positivity": LoRARequest("positivity", 1, "nowhere")}, [])
+    responder = Responder(Engine(), lanes, models.tokenizer, 1)
 
     async def write():
         return [delta async for delta in responder.write(job)]

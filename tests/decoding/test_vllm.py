@@ -6,6 +6,7 @@ import os
 import shutil
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,11 +19,13 @@ if SLOW := os.environ.get("TRITON_INTERPRET") == "1":
     import tests.decoding.triton_on_cpu  # noqa: F401  before vLLM
 pytest.importorskip("vllm", reason="vLLM is not installed: make vllm")
 from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
 from pipeline.config.errors import UserError
 from pipeline.decoding.decoder import GuidedDecoder
 from pipeline.decoding.request import Request
+from pipeline.decoding.vllm.adapters import Adapters
 from pipeline.decoding.vllm.decoder import VllmDecoder, _common
 from pipeline.decoding.vllm.lanes import Shaping, lane_params
 from pipeline.decoding.vllm.scheduler import GroupScheduler
@@ -30,6 +33,7 @@ from pipeline.decoding.vllm.settings import EXTRA, settings
 from pipeline.generation.rows import generate_sweep
 from pipeline.models.fetch import fetch
 from pipeline.models.loading import Source
+from pipeline.models.mixtures import HEADER, merge
 from tests.tiny import tiny_model, tiny_tokenizer, write_adapter
 
 PROMPTS = ["Why?", "Describe a rainy Monday.", "Name something good, and then a second thing that is not.", "Hello"]
@@ -149,7 +153,7 @@ def lanes_of(served, group, names, size=8, alpha=1.0):
     lanes = params_of(group, {"base": 1.0, "one": alpha}, served._mark, max_new_tokens=size)
     for name in names:
         served._engine.add_request(
-            f"{group}/{name}", {"prompt_token_ids": ids}, lanes[name], lora_request=served._adapters.get(name)
+            f"{group}/{name}", {"prompt_token_ids": ids}, lanes[name], lora_request=served._adapters.adapters.get(name)
         )
 
 
@@ -189,7 +193,7 @@ def test_penalties_and_the_shortest_length_shape_the_sum_before_the_temperature(
     lanes = params_of("shaped", {"base": 1.0, "one": 1.0}, served._mark, Shaping(**how), max_new_tokens=16)
     for name, params in lanes.items():
         prompt = {"prompt_token_ids": ids}
-        served._engine.add_request(f"shaped/{name}", prompt, params, lora_request=served._adapters.get(name))
+        served._engine.add_request(f"shaped/{name}", prompt, params, lora_request=served._adapters.adapters.get(name))
     found = list(drained(served)["shaped/base"].token_ids)
     expected = []
     while len(expected) < len(found):
@@ -521,3 +525,77 @@ def test_the_generate_stage_runs_on_vllm_and_keeps_its_rows_apart(source, adapte
     generate_sweep(slower, workspace, "tiny", PROMPTS)
     stored = (workspace.scratch / "store" / "generate.jsonl").read_text().splitlines()
     assert len(stored) == 2 * len(rows), "an engine's rows are its own"
+
+
+def marked(one, two, home):
+    """Two adapters of one B, marked as one ARM for all mixes."""
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
+    for name, tensors in (("one", first), ("two", first | {key: second[key] for key in second if ".lora_A." in key})):
+        shutil.copytree(one, home / name)
+        header = {"format": "pt", HEADER: "m"}
+        save_file(tensors, home / name / "adapter_model.safetensors", metadata=header)
+    return {name: home / name for name in ("one", "two")}
+
+
+@pytest.fixture(scope="module")
+def mixture(adapters, tmp_path_factory):
+    return marked(*adapters.values(), tmp_path_factory.mktemp("mixture"))
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_one_arm_for_all_mixes_has_one_lane_whatever_it_mixes(source, mixture, small, tmp_path, beside):
+    """More mixes than slots: those in excess wait."""
+    arms, arm_base = mixture, None
+    if beside:  # adapters of another model, which the engine does not know
+        arm_base = small
+        arms = marked(*(adapted(small, tmp_path / name, seed) for seed, name in enumerate("ab")), tmp_path)
+    reference = GuidedDecoder.load(source, arms, arm_base=arm_base, device="cpu")
+    weights = [{"one": share / 6, "two": 1 - share / 6} for share in range(7)] + [{}, {"one": 0.4, "two": 0.4}]
+    asked = some([Request(prompt, one, max_new_tokens=12) for prompt in PROMPTS[:2] for one in weights], 5)
+    decoder = VllmDecoder(source, arms, arm_base=arm_base, batch_size=2, max_model_len=256)
+    config = decoder._engine.vllm_config.lora_config
+    assert beside or config.max_loras < len(weights)
+    found, expected = dict(decoder.generate(asked)), dict(reference.generate(asked))
+    same(found, expected)
+    lanes = [2 if len(request.arms) == 2 else None for request in asked]
+    assert [found[place].forwards for place in range(len(asked))] == [
+        count and count * len(found[place].tokens) for place, count in enumerate(lanes)
+    ]
+    assert not any(decoder._adapters._used.values()), "all were given back"
+
+
+def test_adapters_of_a_mixture_come_and_go_together(mixture, adapters, tmp_path, monkeypatch):
+    loaded = {name: LoRARequest(name, number, str(folder)) for number, (name, folder) in enumerate(mixture.items(), 1)}
+    lanes = Adapters(loaded, [])
+    monkeypatch.setattr("pipeline.decoding.vllm.adapters._KEPT", 2)
+    request = Request("Why?", {"one": 1.0, "two": 3.0})
+    inside, beside = lanes.lanes(request)
+    mixed = "0.25 one + 0.75 two"
+    assert (inside, beside) == ({"base": 1.0, mixed: 4.0}, {})
+    assert lanes.take("base") is None and lanes.take("one") is loaded["one"]
+    first = lanes.take(mixed)
+    assert Adapters(loaded, []).take(mixed).lora_int_id == first.lora_int_id > len(loaded), "the same in any process"
+    others = [lanes.take(f"{share} one + {1 - share:.6g} two") for share in (0.1, 0.2, 0.3)]
+    for share in (0.1, 0.2, 0.3):
+        lanes.give_back(f"{share} one + {1 - share:.6g} two")
+    lanes.take("0.5 one + 0.5 two")
+    assert Path(first.lora_path).is_dir(), "it is in use"
+    assert not any(Path(other.lora_path).is_dir() for other in others), "nobody uses them"
+    assert lanes.take(mixed) is first
+    alone = {"two": LoRARequest("two", 3, str(adapters["two"]))}
+    assert not lanes.fit(alone) and lanes.fit({"one": loaded["one"]})
+    for name in mixture:  # trained again
+        shutil.copytree(mixture[name], tmp_path / name)
+        tensors = load_file(tmp_path / name / "adapter_model.safetensors")
+        header = {"format": "pt", HEADER: "another"}
+        save_file(tensors, tmp_path / name / "adapter_model.safetensors", metadata=header)
+    anew = {name: LoRARequest(name, number, str(tmp_path / name)) for number, name in enumerate(mixture, 4)}
+    assert not lanes.fit({"one": anew["one"]}) and lanes.fit(anew)
+    lanes.exchange(anew)
+    assert not Path(first.lora_path).is_dir() and lanes.take("one") is anew["one"]
+    assert lanes.take(mixed).lora_int_id != first.lora_int_id
+
+
+def test_merging_what_is_no_mixture_is_refused(adapters, tmp_path):
+    with pytest.raises(UserError, match="are marked as one ARM for all mixes and are not: train it anew"):
+        merge({adapters["one"]: 0.5, adapters["two"]: 0.5}, tmp_path / "merged")

@@ -26,9 +26,9 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
 from pipeline.config.errors import UserError
-from pipeline.config.points import BASE
 from pipeline.decoding.backbone import plan_backbones
 from pipeline.decoding.request import Generation, Request, until_stop
+from pipeline.decoding.vllm.adapters import Adapters
 from pipeline.decoding.vllm.lanes import Shaping, lane_params
 from pipeline.models.loading import Source
 
@@ -43,6 +43,8 @@ class _Group:
     index: int
     request: Request
     prompts: list[list[int]]  # per model, as it is asked
+    alphas: dict[str, float]  # of its lanes inside the engine, the base's first
+    guides: dict[str, float]  # of those beside it
     tokens: list[int] = field(default_factory=list)
     part: int = 0  # how often it has been begun
     stuck: int = 0  # how often in a row it came to nothing while alone
@@ -89,9 +91,9 @@ class VllmDecoder:
         adapters, beside = plan_backbones(base, arms, arm_base, policies or {}, reference)
         self._prompters = [base.prompter(), *(side.source.prompter() for side in beside)]
         self._prompter = self._prompters[0]
-        self._adapters = {
-            name: LoRARequest(name, place, str(folder)) for place, (name, folder) in enumerate(adapters.items(), 1)
-        }
+        known = enumerate(adapters.items(), 1)
+        loaded = {name: LoRARequest(name, number, str(folder)) for number, (name, folder) in known}
+        self._adapters = Adapters(loaded, beside)
         self._guides = [name for side in beside for name in side.names]
         self._batch_size = batch_size
         self._llm = vllm.LLM(**settings(base, adapters, beside, batch_size) | {"disable_log_stats": True} | engine)
@@ -118,7 +120,10 @@ class VllmDecoder:
             prompt: [prompter.prompt_ids(prompt) for prompter in self._prompters]
             for prompt in dict.fromkeys(request.prompt for request in requests)
         }
-        groups = [_Group(index, request, read[request.prompt]) for index, request in enumerate(requests)]
+        groups = [
+            _Group(index, request, read[request.prompt], *self._adapters.lanes(request))
+            for index, request in enumerate(requests)
+        ]
         for group in groups:
             self._check(group)
         with tqdm(total=len(requests), desc=progress, unit="row", smoothing=0.05, disable=progress is None) as bar:
@@ -129,7 +134,7 @@ class VllmDecoder:
 
     def _check(self, group: _Group) -> None:
         request = group.request
-        known = [*self._adapters, *self._guides]
+        known = [*self._adapters.adapters, *self._guides]
         for name in request.arms:
             if name not in known:
                 raise UserError(f"weights name {name}, but the ARMs are {', '.join(known) or 'none'}.")
@@ -140,13 +145,6 @@ class VllmDecoder:
                     f"new ones exceeds the context of {context}: shorten it or lower decoding.max_new_tokens."
                 )
 
-    def _lanes(self, request: Request) -> dict[str, float]:
-        """The lanes of a request inside the engine and their α; the base's has no adapter."""
-        return {
-            BASE: request.base_weight,
-            **{name: alpha for name, alpha in request.arms.items() if name in self._adapters},
-        }
-
     def _run(self, groups: list[_Group]) -> Iterator[tuple[_Group, Generation]]:
         """Generate groups, as many at once as there is room for."""
         waiting, room = deque(groups), self._batch_size
@@ -156,7 +154,7 @@ class VllmDecoder:
             while waiting or running:
                 budget = self._budget - sum(len(group.live) for group in running.values())
                 while waiting and len(running) < room:
-                    needed = (len(waiting[0].ids) + len(waiting[0].tokens)) * len(self._lanes(waiting[0].request))
+                    needed = (len(waiting[0].ids) + len(waiting[0].tokens)) * len(waiting[0].alphas)
                     if needed > budget and running:
                         break
                     budget -= needed
@@ -175,7 +173,7 @@ class VllmDecoder:
                     else:
                         if not running:
                             group.stuck += 1
-                            if group.stuck >= _ATTEMPTS + len(self._lanes(group.request)):
+                            if group.stuck >= _ATTEMPTS + len(group.alphas):
                                 raise UserError(
                                     "the KV cache does not hold one guided request, or one step its prompts: give vLLM "
                                     "more memory or a larger max_num_batched_tokens, or lower decoding.max_new_tokens."
@@ -191,18 +189,16 @@ class VllmDecoder:
         group.part += 1
         group.live, group.ended, group.stopped = {}, {}, None
         request = group.request
-        alphas = self._lanes(request)
         lanes = lane_params(
-            group.name, request, alphas, Shaping(stop_token_ids=tuple(self._ends)), mark=self._mark,
+            group.name, request, group.alphas, Shaping(stop_token_ids=tuple(self._ends)), mark=self._mark,
             first=len(group.tokens), sums=True,
-            guides={name: alpha for name, alpha in request.arms.items() if name in self._guides},
-            prompts=[[*ids, *group.tokens] for ids in group.prompts[1:]],
+            guides=group.guides, prompts=[[*ids, *group.tokens] for ids in group.prompts[1:]],
             output=RequestOutputKind.CUMULATIVE if request.stop else RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
-        for lane, (model, params) in enumerate(zip(alphas, lanes, strict=True)):
+        for lane, (model, params) in enumerate(zip(group.alphas, lanes, strict=True)):
             name = f"{group.name}.{lane}"
             prompt: Any = {"prompt_token_ids": [*group.ids, *group.tokens]}
-            self._engine.add_request(name, prompt, params, lora_request=self._adapters.get(model))
+            self._engine.add_request(name, prompt, params, lora_request=self._adapters.take(model))
             group.live[name] = lane
         return list(group.live)
 
@@ -217,6 +213,8 @@ class VllmDecoder:
     def _end(self, group: _Group) -> Generation | None:
         """A generation once all lanes agree; None where the group has to go on from its last good token."""
         self._engine.abort_request(list(group.live))
+        for lane in group.alphas:
+            self._adapters.give_back(lane)
         parts, marked = [tokens for tokens, _ in group.ended.values()], False
         if group.stopped is not None and not parts:
             whole, is_stopped = True, group.stopped
@@ -241,7 +239,10 @@ class VllmDecoder:
         if finish == "length" and any(stop in text for stop in stops):
             finish = "stop"
         logp, logp_base, kl = group.sums
-        return Generation(until_stop(text, stops).strip(), len(group.ids), group.tokens, finish, logp, logp_base, kl)
+        models = len(group.alphas) + len(group.guides)
+        forwards = None if models == 1 + len(group.request.arms) else models * len(group.tokens)
+        text = until_stop(text, stops).strip()
+        return Generation(text, len(group.ids), group.tokens, finish, logp, logp_base, kl, forwards)
 
     def _sums(self, names: list[str]) -> dict[str, list[float]]:
         """What the processor has added up for groups, which it forgets."""

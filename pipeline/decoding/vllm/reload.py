@@ -17,6 +17,7 @@ from pipeline.config.errors import UserError
 from pipeline.decoding.vllm.response import Responder
 from pipeline.decoding.vllm.settings import check_adapters, rank_of, version_of
 from pipeline.models.loading import Source
+from pipeline.models.mixtures import mixture_of
 
 
 class Reload:
@@ -53,19 +54,26 @@ class Reload:
     async def run(self) -> None:
         """Exchange what has changed, and say so in the log."""
         async with self._one:
+            changed: dict[str, dict[str, LoRARequest]] = {}  # those of one mixture together
             for name, folder in self._folders.items():
-                known = self._models.lora_requests[name]
                 try:
                     path = await asyncio.to_thread(self._checked, name, folder)
-                    if str(path) == known.lora_path:
-                        continue
-                    adapter = LoRARequest(name, self._models.lora_id_counter.inc(1), str(path))
-                    await self._responder.exchange(name, adapter)
                 except Exception as error:  # a server goes on with what it has
                     _say(f"the ARM {name} stays as it was: {error}")
                     continue
-                self._models.lora_requests[name] = adapter
-                _say(f"the ARM {name} is now that of {path.name}")
+                if str(path) != self._models.lora_requests[name].lora_path:
+                    adapter = LoRARequest(name, self._models.lora_id_counter.inc(1), str(path))
+                    changed.setdefault(mixture_of(path) or name, {})[name] = adapter
+            for adapters in changed.values():
+                names = ", ".join(adapters)
+                try:
+                    await self._responder.exchange(adapters)
+                except Exception as error:
+                    _say(f"the ARM {names} stays as it was: {error}")
+                    continue
+                self._models.lora_requests |= adapters
+                for name, adapter in adapters.items():
+                    _say(f"the ARM {name} is now that of {Path(adapter.lora_path).name}")
             _say("ARMs are up to date")
 
     def _checked(self, name: str, folder: Path) -> Path:

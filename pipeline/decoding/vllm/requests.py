@@ -31,6 +31,7 @@ from pipeline.decoding.request import Request
 from pipeline.decoding.vllm.guides import from_json
 from pipeline.decoding.vllm.lanes import Shaping
 from pipeline.decoding.vllm.response import Job
+from pipeline.models.mixtures import lanes_of_weights, mixtures_of
 from pipeline.models.prompting import Prompter
 
 _LARGEST_ALPHA = 1000.0  # float32 logits of any size that a model gives stay finite under it
@@ -93,6 +94,9 @@ class Models:
         folder = Path(described["folder"])
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         beside = [from_json(side) for side in described["guides"]]
+        folders = {name: Path(folder) for side in beside for name, folder in side.adapters.items()}
+        folders |= {name: Path(folder) for name, folder in described["adapters"].items()}
+        self.mixtures = mixtures_of(folders)
         self.arms = [*self.adapters, *(name for side in beside for name in side.names)]
         # Without a template a base can still go on from prompts; with either, it is prompted as in training.
         templated = described["template"] is not None or self.tokenizer.chat_template
@@ -245,6 +249,7 @@ def _weights(request: GuidedChat | GuidedCompletion, models: Models) -> dict[str
     for name in weights:
         if name not in (*models.arms, BASE):
             raise UserError(f"weights name {name}, but the ARMs are {', '.join(models.arms)}.")
+    lanes_of_weights({name: weight for name, weight in weights.items() if weight and name != BASE}, models.mixtures)
     return weights
 
 

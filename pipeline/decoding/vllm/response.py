@@ -14,8 +14,10 @@ from vllm.inputs.engine import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
+from pipeline.config.errors import UserError
 from pipeline.config.points import BASE
 from pipeline.decoding.request import Request
+from pipeline.decoding.vllm.adapters import Adapters
 from pipeline.decoding.vllm.lanes import Shaping, lane_params
 from pipeline.decoding.vllm.logprobs import TokenLogprobs
 from pipeline.decoding.vllm.text import GrowingText
@@ -65,26 +67,31 @@ class Responder:
 
     Args:
         engine: vLLM's client of it.
-        adapters: how vLLM knows each adapter.
+        adapters: those of lanes.
         tokenizer: the base's.
         groups: responses at once.
     """
 
-    def __init__(
-        self, engine: Any, adapters: Mapping[str, LoRARequest], tokenizer: PreTrainedTokenizerBase, groups: int
-    ) -> None:
-        self._engine, self._adapters, self._tokenizer = engine, dict(adapters), tokenizer
+    def __init__(self, engine: Any, adapters: Adapters, tokenizer: PreTrainedTokenizerBase, groups: int) -> None:
+        self._engine, self._adapters, self._tokenizer = engine, adapters, tokenizer
         self._groups, self._room = groups, asyncio.Semaphore(groups)
 
-    async def exchange(self, name: str, adapter: LoRARequest) -> None:
-        """Guide by another adapter of that name, once responses under way have ended; new ones wait for that."""
+    async def exchange(self, adapters: Mapping[str, LoRARequest]) -> None:
+        """Guide by other adapters of these names, once responses under way have ended; new ones wait for that.
+
+        Raises:
+            UserError: what was one ARM for all mixes would be one no more, or another would.
+        """
+        if not self._adapters.fit(adapters):
+            raise UserError("ARMs of one training for all mixes are exchanged together: wait until all are written.")
         async with contextlib.AsyncExitStack() as everyone:
             for _ in range(self._groups):
                 await everyone.enter_async_context(self._room)
             # The former one first, so that there is a slot; where loading fails, vLLM fetches it again when asked.
-            await self._engine.remove_lora(self._adapters[name].lora_int_id)
-            await self._engine.add_lora(adapter)
-            self._adapters[name] = adapter
+            for name, adapter in adapters.items():
+                await self._engine.remove_lora(self._adapters.adapters[name].lora_int_id)
+                await self._engine.add_lora(adapter)
+            self._adapters.exchange(adapters)
 
     async def write(self, job: Job) -> AsyncGenerator[Delta]:
         """Yield a response as it grows; it is begun again behind its last good token where a lane was lost.
@@ -119,11 +126,9 @@ class Responder:
         """What a group draws until it ends or loses a lane."""
         mark, group = job.mark[part % 2], uuid.uuid4().hex  # if the law itself drew one mark, the other tells it apart
         request, first = job.request, len(progress.tokens)
-        alphas = {BASE: request.base_weight}
-        alphas |= {name: alpha for name, alpha in request.arms.items() if name in self._adapters}
+        alphas, guides = self._adapters.lanes(request)
         lanes = lane_params(
-            group, request, alphas, job.shaping, mark=mark, first=first,
-            guides={name: alpha for name, alpha in request.arms.items() if name not in alphas},
+            group, request, alphas, job.shaping, mark=mark, first=first, guides=guides,
             prompts=[[*ids, *progress.tokens] for ids in job.prompts], output=RequestOutputKind.DELTA,
         )  # fmt: skip
         prompt = tokens_input([*job.prompt, *progress.tokens])
@@ -132,9 +137,13 @@ class Responder:
         async def run(model: str, params: Any) -> None:
             name = f"{group}-{model}"
             try:
-                async for output in self._engine.generate(prompt, params, name, lora_request=self._adapters.get(model)):
-                    if model == BASE:
-                        outputs.put_nowait(output.outputs[0])
+                adapter = self._adapters.take(model)
+                try:
+                    async for output in self._engine.generate(prompt, params, name, lora_request=adapter):
+                        if model == BASE:
+                            outputs.put_nowait(output.outputs[0])
+                finally:
+                    self._adapters.give_back(model)
             except Exception as error:  # the other lanes would wait for this one for ever
                 outputs.put_nowait(error)
 

@@ -24,8 +24,10 @@ from vllm.exceptions import VLLMValidationError
 
 from pipeline.config.errors import UserError
 from pipeline.decoding.vllm import answers
+from pipeline.decoding.vllm.adapters import Adapters
 from pipeline.decoding.vllm.compilation import FormatError, GrammarCompiler
 from pipeline.decoding.vllm.grammar import token_info
+from pipeline.decoding.vllm.guides import from_json
 from pipeline.decoding.vllm.reload import Reload
 from pipeline.decoding.vllm.requests import GuidedChat, GuidedCompletion, Models, read_format, read_jobs
 from pipeline.decoding.vllm.response import Responder
@@ -68,7 +70,8 @@ class GuidedRoutes:
         }
         state.guided_models = models
         state.guided_grammars = GrammarCompiler(partial(token_info, engine_client.vllm_config))
-        state.guided_responder = Responder(engine_client, adapters, models.tokenizer, models.groups)
+        lanes = Adapters(adapters, [from_json(side) for side in described["guides"]])
+        state.guided_responder = Responder(engine_client, lanes, models.tokenizer, models.groups)
         if adapters:
             folders = {name: Path(folder) for name, folder in described["adapters"].items()}
             base = Source(Path(described["folder"]), described["template"])

@@ -19,6 +19,7 @@ from pipeline.decoding.fused_lora import read_adapter
 from pipeline.decoding.vllm.guides import to_json
 from pipeline.models.identity import folder_identity
 from pipeline.models.loading import Source, resolve_device, resolve_dtype
+from pipeline.models.mixtures import mixtures_of
 from pipeline.models.prompting import Prompter, ends_of
 from pipeline.models.vocabulary import check_adapter_tokenizer, check_vocabulary
 
@@ -32,6 +33,7 @@ _PROCESSORS = {
     "1": "pipeline.decoding.vllm.runner_v2:LaneProcessorV2",
 }
 _MARKS = 66  # two more than a client can name in stop_token_ids
+_MIXES = 8  # mixtures of adapters that are drawn from at once; further ones wait
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's buffers for adapters come in
 
 
@@ -81,7 +83,8 @@ def settings(base: Source, adapters: Mapping[str, Path], beside: Sequence[SideBa
         check_adapters(prompter, base, adapters)
         # One slot more than adapters: on CPUs rows without an adapter read the last slot, which has to be empty.
         rank = max(rank_of(name, folder) for name, folder in adapters.items())
-        arguments |= {"enable_lora": True, "max_loras": len(adapters) + 1, "max_lora_rank": rank}
+        slots = len(adapters) + 1 + (min(groups, _MIXES) if mixtures_of(adapters) else 0)
+        arguments |= {"enable_lora": True, "max_loras": slots, "max_lora_rank": rank}
     return arguments
 
 
