@@ -37,7 +37,7 @@ TOOLS = {
     "lm_eval": ("pipeline.generation.harness", "the guided law on the tasks of lm-evaluation-harness"),
     "rewardbench": ("pipeline.stages.rewardbench", "an ARM's accuracy as a reward model, on RewardBench's columns"),
     "report": ("pipeline.report.overview", "where the results are; the report in W&B"),
-    "push": ("pipeline.stages.push", "upload an ARM to the Hugging Face Hub"),
+    "push": ("pipeline.stages.push", "upload an ARM, or all, to the Hugging Face Hub"),
     "gc": ("pipeline.data.stale_rows", "remove stored rows that no recent run used"),
 }
 

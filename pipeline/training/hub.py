@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -40,7 +40,7 @@ from pipeline import GuidanceLogitsProcessor
 
 base, arm = Path(snapshot_download("{base}")), Path(snapshot_download("{repository}"))
 model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
-guidance = GuidanceLogitsProcessor.load(model, base, {{"{name}": arm}}, {{"{name}": 1.0}})
+guidance = GuidanceLogitsProcessor.load(model, base, {arms}, {weights})
 chat = [{{"role": "user", "content": "Describe a rainy Monday morning."}}]
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 tokens = model.generate(**inputs, do_sample=True, max_new_tokens=48, logits_processor=[guidance])
@@ -97,23 +97,26 @@ def load_arm(
     return model
 
 
-def release(folder: Path, repository: str, base: str, out: Path) -> list[Path]:
-    """Write an ARM as others fetch it: its files, the base by its name on the Hub, a card with code that runs.
+def release(arms: Mapping[str, Path], repository: str, base: str, out: Path) -> list[Path]:
+    """Write ARMs as others fetch them: their files, the base by its name on the Hub, a card with code that runs.
+
+    Several are in a folder each, such as those of one ARM for all mixes.
 
     Args:
-        folder: the ARM's, as training wrote it.
-        repository: owner/name that it will have.
-        base: owner/name of the model it was made from.
+        arms: the folder of each, as training wrote it, by its objective.
+        repository: owner/name that they will have.
+        base: owner/name of the model they were made from.
         out: the folder that is written, whole or not at all.
 
     Returns:
         The files in it.
 
     Raises:
-        UserError: there is no such ARM, or a name is not one of the Hub.
+        UserError: an ARM is missing, or a name is not one of the Hub.
     """
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} holds no ARM: train it with `dvc repro train`.")
+    for folder in arms.values():
+        if not any(folder.glob("*.safetensors")):
+            raise UserError(f"{folder} holds no ARM: train it with `dvc repro train`.")
     for name in (repository, base):
         try:
             validate_repo_id(name)
@@ -121,20 +124,29 @@ def release(folder: Path, repository: str, base: str, out: Path) -> list[Path]:
         except ValueError as error:
             raise UserError(f"{name} is not a name on the Hub: write owner/name.") from error
     with replacing_folder(out) as unfinished:
-        for file in filter_repo_objects(sorted(folder.iterdir()), allow_patterns=_FILES, key=lambda file: file.name):
-            shutil.copyfile(file, unfinished / file.name)
-        for name, key in (("adapter_config.json", "base_model_name_or_path"), ("config.json", "_name_or_path")):
-            if (unfinished / name).is_file():
-                config = json.loads((unfinished / name).read_text(encoding="utf-8"))
-                (unfinished / name).write_text(json.dumps(config | {key: base}, indent=2) + "\n", encoding="utf-8")
-        card = unfinished / "README.md"
-        text = (
-            card.read_text(encoding="utf-8") if card.is_file() else f"---\nbase_model: {base}\n---\n# {folder.name}\n"
-        )
-        text = re.sub(r"^base_model: .*$", f"base_model: {base}", text, count=1, flags=re.MULTILINE)
-        use = _USE.format(base=base, repository=repository, name=folder.name)
-        card.write_text(text.rstrip() + "\n" + use, encoding="utf-8")
-    return sorted(out.iterdir())
+        places = {name: unfinished / name if len(arms) > 1 else unfinished for name in arms}
+        cards = [_release(folder, base, places[name]) for name, folder in arms.items()]
+        found = ", ".join(f'"{name}": ' + (f'arm / "{name}"' if len(arms) > 1 else "arm") for name in arms)
+        weights = json.dumps(dict.fromkeys(arms, round(1 / len(arms), 2)))
+        use = _USE.format(base=base, repository=repository, arms=f"{{{found}}}", weights=weights)
+        (unfinished / "README.md").write_text(cards[0].rstrip() + "\n" + use, encoding="utf-8")
+    return sorted(path for path in out.rglob("*") if path.is_file())
+
+
+def _release(folder: Path, base: str, out: Path) -> str:
+    """Copy the files of one ARM and name its base; its card."""
+    out.mkdir(exist_ok=True)
+    for file in filter_repo_objects(sorted(folder.iterdir()), allow_patterns=_FILES, key=lambda file: file.name):
+        shutil.copyfile(file, out / file.name)
+    for name, key in (("adapter_config.json", "base_model_name_or_path"), ("config.json", "_name_or_path")):
+        if (out / name).is_file():
+            config = json.loads((out / name).read_text(encoding="utf-8"))
+            (out / name).write_text(json.dumps(config | {key: base}, indent=2) + "\n", encoding="utf-8")
+    card = out / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else f"---\nbase_model: {base}\n---\n# {folder.name}\n"
+    text = re.sub(r"^base_model: .*$", f"base_model: {base}", text, count=1, flags=re.MULTILINE)
+    card.write_text(text, encoding="utf-8")
+    return text
 
 
 def push(folder: Path, repository: str, private: bool) -> str:

@@ -144,7 +144,7 @@ def test_a_hub_that_refuses_and_an_arm_that_is_not_there_are_one_sentence(server
     )  # fmt: skip
     assert "UserError: me/arm could not be written (" in refused.stderr and "HF_TOKEN may write" in refused.stderr
     with pytest.raises(UserError, match="holds no ARM: train it with"):
-        hub.release(tmp_path, "me/arm", "owner/tiny", tmp_path / "out")
+        hub.release({"one": tmp_path}, "me/arm", "owner/tiny", tmp_path / "out")
 
 
 def test_the_card_of_a_release_has_code_that_runs(tiny, arms, tmp_path, capsys, monkeypatch):
@@ -169,12 +169,29 @@ def test_the_card_of_a_release_has_code_that_runs(tiny, arms, tmp_path, capsys, 
     assert row.text.strip() and row.text.strip() in capsys.readouterr().out
 
 
+def test_all_arms_are_released_together_with_code_that_mixes_them(project, tiny, arms, capsys, monkeypatch):
+    push.main(["all", "me/arms", "--base", "owner/tiny", "--dry-run", "out"])
+    out = project / "out"
+    assert "positivity/adapter_model.safetensors" in capsys.readouterr().out
+    monkeypatch.setattr("huggingface_hub.snapshot_download", {"owner/tiny": str(tiny), "me/arms": str(out)}.__getitem__)
+    [code] = re.findall(r"```python\n(.+?)```", (out / "README.md").read_text(), flags=re.DOTALL)
+    exec(code.replace("do_sample=True", "do_sample=False").replace("max_new_tokens=48", "max_new_tokens=12"), {})
+    weights = {"positivity": 0.5, "conciseness": 0.5}
+    for name in weights:
+        config = json.loads((out / name / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "owner/tiny"
+    decoder = GuidedDecoder.load(Source(tiny, dtype="float32"), {name: out / name for name in weights}, device="cpu")
+    request = Request("Describe a rainy Monday morning.", weights, temperature=0.0, max_new_tokens=12)
+    [(_, row)] = decoder.generate([request])
+    assert row.text.strip() and row.text.strip() in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("repository", "base"), [("arm", "owner/tiny"), ("me/arm", "tiny"), ("me/a r", "owner/tiny"), ("me/arm", "a/b/c")]
 )
 def test_a_name_that_the_hub_has_not_is_refused_and_nothing_is_written(arms, tmp_path, repository, base):
     with pytest.raises(UserError, match="is not a name on the Hub: write owner/name"):
-        hub.release(arms["one"], repository, base, tmp_path / "out")
+        hub.release({"one": arms["one"]}, repository, base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
