@@ -572,16 +572,21 @@ def test_adapters_of_a_mixture_come_and_go_together(mixture, adapters, tmp_path,
     inside, beside = lanes.lanes(request)
     mixed = "0.25 one + 0.75 two"
     assert (inside, beside) == ({"base": 1.0, mixed: 4.0}, {})
-    assert lanes.take("base") is None and lanes.take("one") is loaded["one"]
-    first = lanes.take(mixed)
-    assert Adapters(loaded, []).take(mixed).lora_int_id == first.lora_int_id > len(loaded), "the same in any process"
-    others = [lanes.take(f"{share} one + {1 - share:.6g} two") for share in (0.1, 0.2, 0.3)]
-    for share in (0.1, 0.2, 0.3):
-        lanes.give_back(f"{share} one + {1 - share:.6g} two")
-    lanes.take("0.5 one + 0.5 two")
+
+    def taken(lane):
+        lanes.take(lane)
+        return lanes.find(lane)
+
+    assert taken("base") is None and taken("one") is loaded["one"]
+    first = taken(mixed)
+    assert Adapters(loaded, []).find(mixed).lora_int_id == first.lora_int_id > len(loaded), "the same in any process"
+    names = [f"{share} one + {1 - share:.6g} two" for share in (0.1, 0.2, 0.3)]
+    others = [taken(name) for name in names]
+    for name in names:
+        lanes.give_back(name)
+    assert [Path(other.lora_path).is_dir() for other in others] == [False, True, True], "the newest two that are idle"
     assert Path(first.lora_path).is_dir(), "it is in use"
-    assert not any(Path(other.lora_path).is_dir() for other in others), "nobody uses them"
-    assert lanes.take(mixed) is first
+    assert taken(mixed) is first
     alone = {"two": LoRARequest("two", 3, str(adapters["two"]))}
     assert not lanes.fit(alone) and lanes.fit({"one": loaded["one"]})
     for name in mixture:  # trained again
@@ -592,8 +597,8 @@ def test_adapters_of_a_mixture_come_and_go_together(mixture, adapters, tmp_path,
     anew = {name: LoRARequest(name, number, str(tmp_path / name)) for number, name in enumerate(mixture, 4)}
     assert not lanes.fit({"one": anew["one"]}) and lanes.fit(anew)
     lanes.exchange(anew)
-    assert not Path(first.lora_path).is_dir() and lanes.take("one") is anew["one"]
-    assert lanes.take(mixed).lora_int_id != first.lora_int_id
+    assert not Path(first.lora_path).is_dir() and taken("one") is anew["one"]
+    assert taken(mixed).lora_int_id != first.lora_int_id
 
 
 def test_merging_what_is_no_mixture_is_refused(adapters, tmp_path):

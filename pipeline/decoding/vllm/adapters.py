@@ -37,7 +37,7 @@ class Adapters:
         self.adapters = dict(adapters)
         self._beside = {name: mixture for side in beside for name, mixture in mixtures_of(side.adapters).items()}
         self._folder = TemporaryDirectory(prefix="mixtures-")
-        self._merged: dict[str, LoRARequest] = {}  # by lane, the one asked for last at the end
+        self._merged: dict[str, LoRARequest] = {}  # by lane
         self._used: Counter[str] = Counter()
         self._mixtures = self._own_mixtures()
 
@@ -51,28 +51,32 @@ class Adapters:
         beside = {lane: alpha for lane, alpha in lanes.items() if lane not in inside}
         return {BASE: request.base_weight, **inside}, beside
 
-    def take(self, lane: str) -> LoRARequest | None:
-        """The adapter of a lane, to be given back; None of the base's."""
+    def take(self, lane: str) -> None:
+        """Say that a lane begins: what is found for it stays until it is given back."""
+        self._used[lane] += 1
+
+    def find(self, lane: str) -> LoRARequest | None:
+        """The adapter of a lane that was taken, merged if it is a mixture that is not there yet; None of the base's.
+
+        Merging takes a tenth of a second or more; another thread may do it.
+        """
         if lane == BASE or lane in self.adapters:
             return self.adapters.get(lane)
-        adapter = self._merged.pop(lane, None)
-        if adapter is None:
-            shares = {
-                Path(self.adapters[name].lora_path): share for name, share in shares_of(lane, self.adapters).items()
-            }
-            content = digest([[folder_identity(folder), share] for folder, share in shares.items()])
-            folder = merge(shares, Path(self._folder.name) / content)
-            adapter = LoRARequest(lane, _MERGED | int(content[:7], 16), str(folder))
-        self._merged[lane] = adapter
-        self._used[lane] += 1
-        for idle in [name for name in self._merged if not self._used[name]][: max(0, len(self._merged) - _KEPT)]:
-            shutil.rmtree(self._merged.pop(idle).lora_path)
-        return adapter
+        if (known := self._merged.get(lane)) is not None:
+            return known
+        shares = {Path(self.adapters[name].lora_path): share for name, share in shares_of(lane, self.adapters).items()}
+        content = digest([[folder_identity(folder), share] for folder, share in shares.items()])
+        folder = merge(shares, Path(self._folder.name) / content)
+        self._merged[lane] = LoRARequest(lane, _MERGED | int(content[:7], 16), str(folder))
+        return self._merged[lane]
 
     def give_back(self, lane: str) -> None:
-        """Say that a lane has ended."""
-        if lane in self._merged:
-            self._used[lane] -= 1
+        """Say that a lane has ended; of merged adapters that nobody uses the newest are kept."""
+        self._used[lane] -= 1
+        idle = [name for name in list(self._merged) if not self._used[name]]
+        for name in idle[: max(0, len(idle) - _KEPT)]:
+            shutil.rmtree(self._merged.pop(name).lora_path)
+        self._used += Counter()  # without those at 0
 
     def fit(self, adapters: Mapping[str, LoRARequest]) -> bool:
         """Whether, with these in the place of those of their names, the same ones are of one mixture as before."""

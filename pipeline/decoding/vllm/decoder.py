@@ -182,6 +182,8 @@ class VllmDecoder:
                         waiting.appendleft(group)
         finally:
             self._engine.abort_request([name for group in running.values() for name in group.live])
+            for lane in [lane for group in running.values() for lane in group.alphas]:
+                self._adapters.give_back(lane)
             self._sums([group.name for group in running.values()])  # another `generate` uses the names again
 
     def _begin(self, group: _Group) -> list[str]:
@@ -198,7 +200,8 @@ class VllmDecoder:
         for lane, (model, params) in enumerate(zip(group.alphas, lanes, strict=True)):
             name = f"{group.name}.{lane}"
             prompt: Any = {"prompt_token_ids": [*group.ids, *group.tokens]}
-            self._engine.add_request(name, prompt, params, lora_request=self._adapters.take(model))
+            self._adapters.take(model)
+            self._engine.add_request(name, prompt, params, lora_request=self._adapters.find(model))
             group.live[name] = lane
         return list(group.live)
 

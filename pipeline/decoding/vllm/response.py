@@ -136,16 +136,16 @@ class Responder:
 
         async def run(model: str, params: Any) -> None:
             name = f"{group}-{model}"
+            self._adapters.take(model)
             try:
-                adapter = self._adapters.take(model)
-                try:
-                    async for output in self._engine.generate(prompt, params, name, lora_request=adapter):
-                        if model == BASE:
-                            outputs.put_nowait(output.outputs[0])
-                finally:
-                    self._adapters.give_back(model)
+                adapter = await asyncio.to_thread(self._adapters.find, model)
+                async for output in self._engine.generate(prompt, params, name, lora_request=adapter):
+                    if model == BASE:
+                        outputs.put_nowait(output.outputs[0])
             except Exception as error:  # the other lanes would wait for this one for ever
                 outputs.put_nowait(error)
+            finally:
+                self._adapters.give_back(model)
 
         LANES.inc(len(lanes))
         tasks = [asyncio.create_task(run(model, params)) for model, params in zip(alphas, lanes, strict=True)]
