@@ -650,6 +650,21 @@ def test_what_guidance_costs_is_that_of_its_bench():
     assert quotes(figures[1], precision.mean_kl["all"]) and quotes(figures[2], points.p99_kl.min(), points.p99_kl.max())
 
 
+MIXED = {"two": 2, "three": 3, "five": 5}
+
+
+def test_what_one_arm_for_all_mixes_costs_is_that_of_its_bench():
+    table, lines = (
+        csv("bench/mixtures.csv", "arms", "objectives", "batch"),
+        lines_of(BENCH_PAGE, "One ARM for all mixes"),
+    )
+    kinds = {"separate ARMs": "separate", "one ARM": "for all mixes"}
+    for title, (word, kind) in {f"{word} objectives, {kind}": (word, kind) for word in MIXED for kind in kinds}.items():
+        wanted = [table.ratio_to_unguided[kinds[kind], MIXED[word], batch] for batch in (1, 8, 32)]
+        assert all(quotes(figures, value) for figures, value in zip(lines[title], wanted, strict=True)), title
+    assert set(table.dtype) == {"float32"}
+
+
 DRAFTED = {
     "one ARM, plain, α = 0.5": (1, "plain", 0.5), "one ARM, plain, α = 1": (1, "plain", 1.0),
     "one ARM, plain, α = 2": (1, "plain", 2.0), "two ARMs, plain, α = 0.5 each": (2, "plain", 1.0),

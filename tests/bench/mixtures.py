@@ -1,6 +1,6 @@
 """What a mix of several objectives costs: an ARM for each, and one ARM for all mixes.
 
-    python -m tests.bench.mixtures            # needs models/ from `dvc repro`; ten minutes on two cores
+    python -m tests.bench.mixtures            # needs models/ from `dvc repro`; a quarter of an hour on two cores
 
 Writes results/bench/mixtures.csv: time per token over that of the unguided base in the same decoder, repetitions of all
 interleaved. The adapters are random, of the default shape: speed does not depend on their values.
@@ -23,7 +23,7 @@ from pipeline.models.mixtures import HEADER
 from pipeline.models.prompting import Prompter
 from tests.bench.decoding import BASE, DEVICE, OUT, PROMPTS, SPEC, TOKENS, adapters, interleaved, line
 
-OBJECTIVES, BATCHES, REPETITIONS = (2, 3, 5), (1, 8, 32), 5
+OBJECTIVES, BATCHES, REPETITIONS = (2, 3, 5), (1, 8, 32), 3
 
 
 def marked(folders: list[Path], home: Path) -> list[Path]:
