@@ -25,10 +25,10 @@ from pipeline.config.values import Column
 
 # What DVC reads of params.yaml by itself: it fails where a key is missing, though a default stands in `params`.
 READ_BY_DVC = (
-    "arm.base", "arm.tuning", "comparison.bases", "comparison.name", "data.download", "data.path", "data.prompts",
-    "data.sampler", "decoding.device", "decoding.engine", "decoding.max_new_tokens", "decoding.temperature",
-    "judge.confidence", "judge.resamples", "objectives.*.beta", "objectives.*.pretrained", "sweep.control",
-    "tune.bases", "tune.rivals", "weak_to_strong.name", "weak_to_strong.weak",
+    "arm.base", "arm.kind", "arm.tuning", "comparison.bases", "comparison.name", "data.download", "data.path",
+    "data.prompts", "data.sampler", "decoding.device", "decoding.engine", "decoding.max_new_tokens",
+    "decoding.temperature", "judge.confidence", "judge.resamples", "objectives.*.beta", "objectives.*.pretrained",
+    "sweep.control", "tune.bases", "tune.rivals", "weak_to_strong.name", "weak_to_strong.weak",
 )  # fmt: skip
 # Columns of the tables that scores stand in under their objectives' names, and `base`, the lane of the base.
 COLUMNS = (

@@ -114,13 +114,13 @@ class Arm(Strict):
     """
 
     base: str  # the model it is made from, of the vocabulary of the base it guides
-    kind: Literal["separate", "parm", "uniarm"] = "separate"
     tuning: Literal["lora", "full"] = "lora"
     rank: Count = 8
     lora_alpha: Count = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: Targets = "q_proj,k_proj,v_proj,o_proj"  # module names, or all-linear
     quantisation: Literal["nf4"] | None = None  # of the frozen base while its adapter trains; needs bitsandbytes
+    kind: Literal["separate", "parm", "uniarm"] = "separate"
 
     @property
     def for_all_mixes(self) -> bool:

@@ -208,12 +208,10 @@ def _training(params: Params, workspace: Workspace, console: Console) -> bool:
     wanted, free = memory.training_bytes(shape, dtype, packed, whole, shards), memory.available_bytes(device, False)
     how = "all weights, with gradients and optimizer" if whole else f"LoRA of rank {params.arm.rank}, weights"
     over = f" on each of {shards} devices" if shards > 1 else ""
-    number = f"{len(params.objectives)} ARMs one after the other"
+    arms = f"{len(params.objectives)} ARMs of {name} one after the other"
     if params.arm.for_all_mixes:
-        number = "one ARM for all mixes"
-    console.print(
-        f"training: {number} of {name}, {how}: {_size(wanted)}{over} beside activations, {_size(free)} free on {device}"
-    )
+        arms = f"one ARM of {name} for all mixes"
+    console.print(f"training: {arms}, {how}: {_size(wanted)}{over} beside activations, {_size(free)} free on {device}")
     return wanted <= free
 
 

@@ -26,9 +26,10 @@ from pipeline.training.fit import Job, train
 
 def run(params: Params, workspace: Workspace, objective: str) -> None:
     """Train the ARM of one objective; write models/arms/<objective> and results/train/<objective>/."""
-    objectives = [ALL] if params.arm.for_all_mixes else list(params.objectives)
-    if objective not in objectives:
-        raise UserError(f"there is no objective {objective}: choose one of {', '.join(objectives)}.")
+    if params.arm.for_all_mixes and objective != ALL:
+        raise UserError(f"arm.kind {params.arm.kind} trains all objectives together: train --objective {ALL}.")
+    if not params.arm.for_all_mixes and objective not in params.objectives:
+        raise UserError(f"there is no objective {objective}: choose one of {', '.join(params.objectives)}.")
     job, out = arm_job(params, workspace, objective), workspace.results / "train" / objective
     if params.arm.for_all_mixes:
         produce(params, workspace, job, "train", workspace.arms, out)

@@ -4,7 +4,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -67,10 +67,11 @@ class Trained:
     history: list[dict[str, float]]
     padding: float  # the share of computed positions that held no token
     held_out: HeldOut
-    ends: Mapping[str, HeldOut]  # of an ARM for all mixes, where one objective has all the weight: on its own pairs
     splits: dict[str, Tokenised]
     steps: int
     checkpoints: Path  # of no use any more once the ARM is saved
+    # Of an ARM for all mixes: where one objective has all the weight, on that one's pairs.
+    ends: Mapping[str, HeldOut] = field(default_factory=dict)
 
 
 def train(job: Job, rows: Sequence[Row], identity: str, scratch: Path, logger: Logger | bool) -> Trained | None:
@@ -142,7 +143,7 @@ def train(job: Job, rows: Sequence[Row], identity: str, scratch: Path, logger: L
             of_objective = tokenise(pairs, prompter, max_length, f"{job.name}, test of {objective}")
             loader = eval_loader(of_objective.groups, size, prompter.eos)
             ends[objective] = evaluate(model, job.loss, loader, device, job.bootstrap)
-    return Trained(model, module.history, module.padding, held_out, ends, splits, trainer.global_step, checkpoints)
+    return Trained(model, module.history, module.padding, held_out, splits, trainer.global_step, checkpoints, ends)
 
 
 def longest(reach: Any, config: Trainer) -> int:

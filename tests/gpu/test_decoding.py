@@ -51,6 +51,21 @@ def test_rows_that_take_the_places_of_others_are_what_they_are_alone(backbone_of
     assert changed(together, alone, "eight at once and one at a time") <= 1
 
 
+def test_a_mixture_draws_the_same_tokens_as_on_the_cpu_whatever_each_row_mixes(backbone_of, static):
+    """Shares change from row to row and in a slot from row to row, while the step is replayed."""
+    mixes = [{"one": share / 4, "two": 1 - share / 4} for share in range(5)]
+    wanted = [
+        Request(prompt, {name: 0.7 * share for name, share in mix.items() if share}, max_new_tokens=6 + 3 * place)
+        for prompt in PROMPTS for place, mix in enumerate(mixes)
+    ]  # fmt: skip
+    found = []
+    for backbone in (backbone_of(static=static), backbone_of(CPU)):
+        backbone.mixtures = {"one": "m", "two": "m"}
+        found.append(run(GuidedDecoder(backbone, batch_size=4), wanted))
+    assert {row.forwards for row, request in zip(found[0], wanted, strict=True) if len(request.arms) == 1} == {None}
+    assert changed(found[0], found[1], "a mixture, device and CPU") <= 1
+
+
 @pytest.mark.parametrize("candidates", [64, 10**9])
 @pytest.mark.filterwarnings("ignore:.*another tokenizer")
 def test_arms_of_another_tokenizer_guide_as_on_the_cpu(backbone_of, device, static, candidates):

@@ -28,7 +28,7 @@ def test_one_training_serves_every_mix_at_two_forwards(composed, workspace, kind
     params = composed(f"arm={kind}", "objectives.conciseness.tie=0.0")
     fetch.run(params, workspace, "tiny")
     prepare.run(params, workspace)
-    with pytest.raises(UserError, match="there is no objective positivity: choose one of all"):
+    with pytest.raises(UserError, match="trains all objectives together: train --objective all"):
         train.run(params, workspace, "positivity")
     train.run(params, workspace, "all")
     for stage in (generate, explain, judge, pareto):

@@ -89,17 +89,6 @@ def test_a_new_point_and_a_third_objective_retrain_nothing(copy):
     assert "Running stage 'train@simplicity'" in printed and "42 of 42 rows" in printed
 
 
-def test_one_arm_for_all_mixes_is_one_training_and_separate_ones_come_back_from_the_cache(copy):
-    separate = (copy / "models/arms/positivity/adapter_model.safetensors").read_bytes()
-    compose(copy, "experiment=smoke", "arm=parm")
-    assert "Running stage 'train@all'" in run(copy, "dvc", "repro", "generate")
-    assert (copy / "models/arms/positivity/adapter_model.safetensors").read_bytes() != separate
-    compose(copy, "experiment=smoke")
-    printed = run(copy, "dvc", "repro", "generate")
-    assert "Running stage 'train@" not in printed, "both are in the cache"
-    assert (copy / "models/arms/positivity/adapter_model.safetensors").read_bytes() == separate
-
-
 def test_a_remote_brings_back_what_a_lost_cache_held(copy, tmp_path):
     run(copy, "dvc", "remote", "add", "-d", "store", str(tmp_path / "remote"))
     compose(copy, "experiment=smoke")
@@ -161,3 +150,16 @@ def test_an_experiment_composes_runs_and_shows(copy):
     shown = run(copy, "dvc", "exp", "show", "--csv", "--only-changed")
     assert "hypervolume" in shown and "decoding.temperature" in shown
     assert "decoding.temperature" in run(copy, "dvc", "params", "diff")
+
+
+def test_one_arm_for_all_mixes_is_one_training_and_separate_ones_come_back_from_the_cache(copy):
+    compose(copy, "experiment=smoke")
+    run(copy, "dvc", "repro", "-q", "generate")
+    separate = (copy / "models/arms/positivity/adapter_model.safetensors").read_bytes()
+    compose(copy, "experiment=smoke", "arm=parm")
+    assert "Running stage 'train@all'" in run(copy, "dvc", "repro", "generate")
+    assert (copy / "models/arms/positivity/adapter_model.safetensors").read_bytes() != separate
+    compose(copy, "experiment=smoke")
+    printed = run(copy, "dvc", "repro", "generate")
+    assert "Running stage 'train@" not in printed, "both are in the cache"
+    assert (copy / "models/arms/positivity/adapter_model.safetensors").read_bytes() == separate

@@ -53,6 +53,7 @@ EXPERIMENTS = {
         "objectives.conciseness.annotator.models.conciseness.location=scratch/rewards",
     ],
     "endpoint": ["experiment=smoke", "judge=llm", "judge.card_pairs=2"],
+    "one ARM for all mixes": ["experiment=smoke", "arm=parm"],
     "own rows and ARM": [
         "experiment=smoke", "data=own", "data.path=scratch/mine.jsonl", "data.sampling=null",
         "objectives.positivity.pretrained={source: path, location: scratch/arm}",
