@@ -29,7 +29,7 @@ def point_laws(params: Params, base: str) -> dict[str, PointLaw]:
         models = len(lanes)
         if params.arm.for_all_mixes:
             method = method.replace("genarm", params.arm.kind)
-            models -= max(0, len(lanes & params.objectives.keys()) - 1)
+            models -= max(0, len(lanes & point.weights.keys()) - 1)
         temperature = round(params.decoding.temperature / (1 + point.sharpen), 4)
         laws[name] = PointLaw(method, point.weights, weights, temperature, models)
     return laws
