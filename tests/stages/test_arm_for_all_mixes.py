@@ -1,6 +1,5 @@
 """`arm=parm`: one training makes the ARMs of all objectives, and every mix of them costs two forwards per token."""
 
-import dataclasses
 import json
 
 import pandas as pd
@@ -10,21 +9,11 @@ from pipeline.config.errors import UserError
 from pipeline.data.files import read_jsonl
 from pipeline.stages import explain, fetch, generate, judge, pareto, prepare, train
 from tests.config.test_config import ONE_POINT
-from tests.stages.test_sentence import SMALL
-
-
-@pytest.fixture
-def composed(compose_params, tiny):
-    def run(*overrides):
-        params = compose_params(*SMALL, *overrides)
-        spec = dataclasses.replace(params.models["tiny"], location=str(tiny))
-        return dataclasses.replace(params, models={"tiny": spec})
-
-    return run
+from tests.stages.test_sentence import composed  # noqa: F401
 
 
 @pytest.mark.parametrize("kind", ["parm", "uniarm"])
-def test_one_training_serves_every_mix_at_two_forwards(composed, workspace, kind):
+def test_one_training_serves_every_mix_at_two_forwards(composed, workspace, kind):  # noqa: F811
     params = composed(f"arm={kind}", "objectives.conciseness.tie=0.0")
     fetch.run(params, workspace, "tiny")
     prepare.run(params, workspace)
