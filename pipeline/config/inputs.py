@@ -78,11 +78,10 @@ def inputs_of(config: Mapping[str, Any]) -> dict[str, Any]:
 def _trained(arm: Mapping[str, Any], objectives: Mapping[str, Any]) -> dict[str, Any]:
     """The trainings of ARMs: one for each objective, or one for all of them."""
     if arm.get("kind", "separate") != "separate":
-        options = {"beta": "objectives", "origin": "objectives"}
         return {
             ALL: {
                 "arguments": {"objective": ALL}, "pretrained": _NONE["train"], "pairs": "results/prepare/pairs",
-                "folder": "models/arms", **options,
+                "folder": "models/arms", "beta": "objectives", "origin": "objectives",
             }
         }  # fmt: skip
     return {

@@ -242,22 +242,22 @@ def _check(params: Params, origin: str) -> None:
 
 def _check_for_all_mixes(params: Params, origin: str) -> None:
     """Refuse what an ARM for all mixes cannot be, or cannot be used for."""
-    said, objectives = f"{origin}: arm.kind {params.arm.kind} is one ARM for all mixes", params.objectives
+    subject, objectives = f"{origin}: arm.kind {params.arm.kind} is one ARM for all mixes", params.objectives
     if len(objectives) < 2:
-        raise UserError(f"{said}, and there is one objective: set arm.kind=separate.")
+        raise UserError(f"{subject}, and there is one objective: set arm.kind=separate.")
     if params.arm.tuning == "full":
-        raise UserError(f"{said}, an adapter: set arm.tuning=lora.")
+        raise UserError(f"{subject}, an adapter: set arm.tuning=lora.")
     if params.arm.rank < 2:
-        raise UserError(f"{said}, which conditions its ranks: set arm.rank to 2 or more.")
+        raise UserError(f"{subject}, which conditions its ranks: set arm.rank to 2 or more.")
     if params.trainer.strategy == "fsdp":
-        raise UserError(f"{said}, which cannot be sharded: use trainer=ddp.")
+        raise UserError(f"{subject}, which cannot be sharded: use trainer=ddp.")
     if given := [name for name, objective in objectives.items() if objective.pretrained is not None]:
-        raise UserError(f"{said}, trained here: set objectives.{given[0]}.pretrained=null, or arm.kind=separate.")
+        raise UserError(f"{subject}, trained here: set objectives.{given[0]}.pretrained=null, or arm.kind=separate.")
     if ALL in objectives:
-        raise UserError(f"{said}, whose training is called {ALL}: call the objective {ALL} otherwise.")
+        raise UserError(f"{subject}, whose training is called {ALL}: call the objective {ALL} otherwise.")
     if params.comparison.bases or params.weak_to_strong.methods:
         section = "comparison" if params.comparison.bases else "weak_to_strong.methods"
-        raise UserError(f"{said}, and {section} compares with separate ones: set arm.kind=separate.")
+        raise UserError(f"{subject}, and {section} compares with separate ones: set arm.kind=separate.")
 
 
 def _check_source(name: str, params: Params, origin: str) -> None:

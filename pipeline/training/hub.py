@@ -126,9 +126,9 @@ def release(arms: Mapping[str, Path], repository: str, base: str, out: Path) -> 
     with replacing_folder(out) as unfinished:
         places = {name: unfinished / name if len(arms) > 1 else unfinished for name in arms}
         cards = [_release(folder, base, places[name]) for name, folder in arms.items()]
-        found = ", ".join(f'"{name}": ' + (f'arm / "{name}"' if len(arms) > 1 else "arm") for name in arms)
+        folders = ", ".join(f'"{name}": ' + (f'arm / "{name}"' if len(arms) > 1 else "arm") for name in arms)
         weights = json.dumps(dict.fromkeys(arms, round(1 / len(arms), 2)))
-        use = _USE.format(base=base, repository=repository, arms=f"{{{found}}}", weights=weights)
+        use = _USE.format(base=base, repository=repository, arms=f"{{{folders}}}", weights=weights)
         (unfinished / "README.md").write_text(cards[0].rstrip() + "\n" + use, encoding="utf-8")
     return sorted(path for path in out.rglob("*") if path.is_file())
 

@@ -58,7 +58,7 @@ class Adapters:
     def find(self, lane: str) -> LoRARequest | None:
         """The adapter of a lane that was taken, merged if it is a mixture that is not there yet; None of the base's.
 
-        Merging takes a tenth of a second or more; another thread may do it.
+        Merging reads and writes whole adapters; another thread may do it.
         """
         if lane == BASE or lane in self.adapters:
             return self.adapters.get(lane)
