@@ -379,49 +379,49 @@ def test_what_guidance_across_families_costs_is_that_of_its_bench():
 
 def test_what_is_said_of_the_comparison_is_in_its_tables():
     text, table = prose(RESULTS_PAGE, "Comparison of methods"), csv("comparison/table.csv")
-    fronts = csv("comparison/fronts.csv", "method")
+    fronts, matched = csv("comparison/fronts.csv", "method"), csv("comparison/matched.csv", "objective", "method", "kl")
     columns, points = ["hypervolume", "readable_hypervolume"], table.drop_duplicates(["method", "point"])
     ends = {point: points[points.point == point].set_index("method") for point in ("p100_c000", "p000_c100")}
-    tried = csv("trials/rivals.csv").set_index("machine")
-    here, there = (
-        tried.loc[name].drop_duplicates("method").set_index("method")
-        for name in ("2 CPU cores, bfloat16", "one NVIDIA H200, bfloat16")
-    )
-    trials = here.readable_hypervolume
 
     def quoted(pattern, *values):
         found = re.search(pattern, text)
         assert quotes(" ".join(found.groups()), *values), (found[0], values)
 
-    assert len(fronts) == 1 + 13 and (fronts[columns].idxmax() == "genarm").all()
-    quoted(
-        r"largest hypervolume\*\*, ([\d.]+), and the largest readable one, ([\d.]+\d)", *fronts.loc["genarm", columns]
-    )
-    parm = fronts.loc["parm"]
-    delta = parm[["delta_hv", "delta_ci_low", "delta_ci_high", "p_holm"]]
-    quoted(r"next\*\*: ([\d.]+), readable ([\d.]+\d)", *parm[columns])
-    quoted(r"difference is (.*?), and p is ([\d.]+) once", *delta)
-    quoted(r"was ahead, ([\d.]+) against ([\d.]+):", trials["parm"], trials["genarm"])
+    assert len(fronts) == 1 + 12 and list(fronts.hypervolume.nlargest(3).index) == ["uniarm", "parm", "genarm"]
+    one, parm, genarm = (fronts.loc[name] for name in ("uniarm", "parm", "genarm"))
+    quoted(r"UniARM has a hypervolume of (\S+), readable (\S+), PARM (\S+) and (\S+), GenARM (\S+) and (\S+\d)\.",
+           *one[columns], *parm[columns], *genarm[columns])  # fmt: skip
+    delta = ["delta_hv", "delta_ci_low", "delta_ci_high"]
+    quoted(r"differences are (.*?), p = (\S+) each", *one[delta], *parm[delta], one.p_holm)
+    assert one.p_holm == parm.p_holm and table.prompts.eq(100).all()
+    short = table[(table.method == "genarm") & (table.point == "p000_c100")].set_index("alpha_conciseness")
+    quoted(r"conciseness end, (\S+); a quarter of that strength has (\S+\d)\.", *short.reward_conciseness[[1.0, 0.25]])
     along = [ends[point].reward_positivity for point in ends]
-    quoted(r"from ([\d.]+) to ([\d.]+) along", *(reward["parm"] for reward in along))
+    quoted(r"PARM's positivity goes from ([\d.]+) to ([\d.]+) along", *(reward["parm"] for reward in along))
     quoted(r"GenARM's from ([\d.]+) to ([\d.]+\d)", *(reward["genarm"] for reward in along))
-    of_dpo = [name for name in fronts.index if name in ("mod", "morl", "soup", "soup_factors", "genarm_dpo")]
-    assert len(of_dpo) == 5 and fronts.hypervolume[of_dpo].between(0.2, 0.3).all()
+    of_dpo = fronts.hypervolume[["mod", "morl", "soup", "soup_factors", "genarm_dpo"]]
+    quoted(r"about half, (\S+) to (\S+\d)\.", of_dpo.min(), of_dpo.max())
     readable = ends["p000_c100"].readable
     quoted(r"unlikely: ([\d.]+) of DPO's.*? readable, ([\d.]+) of", readable["mod"], readable["genarm"])
-    quoted(r"Its readable hypervolume is ([\d.]+\d)", fronts.readable_hypervolume["log_ratio"])
-    strengths = table[table.method == "genarm"]
-    assert set(strengths.alpha_positivity) >= {1.0, 0.5} and not strengths.alpha_positivity.between(0.01, 0.24).any()
-    assert "thirteen trials" in text and len(tried.loc["2 CPU cores, bfloat16"].dropna(subset="beta")) == 13
+    quoted(r"Its hypervolume is (\S+), its readable one (\S+\d)\.", *fronts.loc["log_ratio", columns])
+    warm, terse = (
+        matched.loc[name].xs(8.0, level="kl").loc[["genarm", "mod"]] for name in ("positivity", "conciseness")
+    )
+    quoted(r"a positivity of (\S+) and (\S+), a conciseness of (\S+) and (\S+), with (\S+) and (\S+) of the texts",
+           *warm.reward, *terse.reward, *terse.readable)  # fmt: skip
+    assert set(table[table.method == "parm"].groupby("point").size()) == {1, 2}
+    head = table[table.method.isin(["fudge", "controlled_decoding"])]
+    quoted(r"below the base's (\S+), within", fronts.hypervolume["base"])
+    assert head.kl.max() < 2 and fronts.hypervolume[head.method.unique()].max() < fronts.hypervolume["base"]
+    tried = csv("trials/rivals.csv")
     prefix = tried[tried.method.isin(["fudge", "controlled_decoding"])]
     strongest = prefix.sort_values("reward_positivity_p100_c000").iloc[-1]
-    quoted(
-        r"FUDGE's best .*? is ([\d.]+) where GenARM has ([\d.]+) on",
-        *there.readable_hypervolume[["fudge", "genarm"]],
-    )
-    quoted(r"moves positivity, to ([\d.]+) at (\d+) nats", *strongest[["reward_positivity_p100_c000", "kl_p100_c000"]])
-    assert (prefix.reward_conciseness_p000_c100 < 0.06).all() and (prefix.method[:1] == "fudge").all()
-    assert (fronts.hypervolume[["best_of_n", "args", "transfer_q", "cards"]] < 0.1).all()
+    quoted(r"moved positivity, to ([\d.]+) at (\d+) nats", *strongest[["reward_positivity_p100_c000", "kl_p100_c000"]])
+    assert (prefix.reward_conciseness_p000_c100 < 0.06).all() and strongest.method == "fudge"
+    there = tried[tried.machine == "2 CPU cores, bfloat16"]
+    assert len(there.dropna(subset="beta")) == 13 and len(prefix) == 10 and (tried.method == "uniarm").sum() == 3
+    quoted(r"Best of 4\*\* has (\S+), for (\d+) forwards", fronts.hypervolume["best_of_n"],
+           points.set_index(["method", "point"]).forwards_per_token["best_of_n", "p050_c050"])  # fmt: skip
 
 
 def test_what_is_said_of_dials_and_sentences_is_in_their_table():
