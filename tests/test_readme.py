@@ -404,12 +404,21 @@ def test_what_is_said_of_the_comparison_is_in_its_tables():
     readable = ends["p000_c100"].readable
     quoted(r"unlikely: ([\d.]+) of DPO's.*? readable, ([\d.]+) of", readable["mod"], readable["genarm"])
     quoted(r"Its hypervolume is (\S+), its readable one (\S+\d)\.", *fronts.loc["log_ratio", columns])
-    warm, terse = (
-        matched.loc[name].xs(8.0, level="kl").loc[["genarm", "mod"]] for name in ("positivity", "conciseness")
+    warm, terse = (matched.loc[name].xs(8.0, level="kl") for name in ("positivity", "conciseness"))
+    less = ["difference", "difference_ci_high", "difference_ci_low"]
+    for name, words in {"parm": "PARM has", "uniarm": "UniARM"}.items():
+        assert max(warm.p_holm[name], terse.p_holm[name]) < 0.05
+        quoted(words + r" (\S+ \[\S+, \S+\]) and (\S+ \[\S+, \S+\])", *-warm.loc[name, less], *-terse.loc[name, less])
+    quoted(
+        r"nats GenARM has a positivity of (\S+) and a conciseness of (\S+); PARM",
+        warm.reward["genarm"],
+        terse.reward["genarm"],
     )
-    quoted(r"a positivity of (\S+) and (\S+), a conciseness of (\S+) and (\S+), with (\S+) and (\S+) of the texts",
-           *warm.reward, *terse.reward, *terse.readable)  # fmt: skip
-    assert set(table[table.method == "parm"].groupby("point").size()) == {1, 2}
+    far = matched.loc["conciseness"].xs(16.0, level="kl").reward
+    quoted(r"PARM is ahead, (\S+) against (\S+\d)\.", far["parm"], far["genarm"])
+    quoted(r"DPO has (\S+) and (\S+) at 8 nats", warm.reward["mod"], terse.reward["mod"])
+    quoted(r"but (\S+) of its short texts are readable, (\S+) of GenARM's\.", *terse.readable[["mod", "genarm"]])
+    assert (pd.concat([warm, terse]).loc["mod"].p_holm > 0.5).all()
     head = table[table.method.isin(["fudge", "controlled_decoding"])]
     quoted(r"below the base's (\S+), within", fronts.hypervolume["base"])
     assert head.kl.max() < 2 and fronts.hypervolume[head.method.unique()].max() < fronts.hypervolume["base"]
