@@ -62,7 +62,7 @@ def write_tasks(archive: Path, folder: Path, items: int) -> None:
         for member in opened:
             for end, name in wanted.items():
                 if member.isfile() and member.name.endswith(end):
-                    part = questions(json.load(opened.extractfile(member)))
+                    part = questions(json.loads(opened.extractfile(member).read()))
                     rows[name] += part[: items if len(TASKS[name]) == 1 else None]
     for name, asked in rows.items():
         file = folder / f"{name}.jsonl"

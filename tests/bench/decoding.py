@@ -27,13 +27,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from tqdm import tqdm
-from transformers import DynamicCache, LogitsProcessor
+from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
 
 from pipeline.config.load import load_params
 from pipeline.config.schema import Params
@@ -61,7 +62,7 @@ PROMPTS = [row["prompt"] for row in read_prompts(PARAMS.data, PARAMS.seed) if ro
 class Naive(LogitsProcessor):
     """The ARMs as models of their own, one forward each; what a user would write first."""
 
-    def __init__(self, arms: list[torch.nn.Module], alpha: float, mask_BT: torch.Tensor) -> None:
+    def __init__(self, arms: list[PreTrainedModel], alpha: float, mask_BT: torch.Tensor) -> None:
         self.arms, self.alpha, self.mask_BT = arms, alpha, mask_BT
         self.caches = [DynamicCache(config=arm.config) for arm in arms]
 
@@ -186,7 +187,7 @@ def measure_peak(method: str, k: int, batch: int, dtype: str, folder: str) -> No
 
 def decoder_of(folders: dict[str, Path], dtype: str) -> GuidedDecoder:
     """The default experiment's decoder in a given precision."""
-    how = {"device": PARAMS.decoding.device, "batch_size": PARAMS.decoding.batch_size}
+    how: Any = {"device": PARAMS.decoding.device, "batch_size": PARAMS.decoding.batch_size}
     return GuidedDecoder.load(Source(BASE, SPEC.template, dtype), folders, **how)
 
 

@@ -54,7 +54,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList, PreTrainedTokenizerFast
 
 from pipeline.data.files import replacing, write_json
 from pipeline.decoding.backbone import Backbone
@@ -72,10 +72,12 @@ SHARES = {
     "training": 0.22,
 }  # of the time; what a part leaves goes to the next
 FILES = {"decoding": "gpu.csv", "profile": "gpu_profile.txt", "training": "gpu_training.csv"}
-LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 STEPS, WARM = 6, 2  # of training, and how many of them are not counted
 _SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-SHAPES = {"7b": (4096, 32, 32, 32, 11008), "1b": (2048, 16, 32, 8, 8192), "13b": (5120, 40, 40, 40, 13824)}
+SHAPES: dict[str, tuple[int, ...]] = {
+    "7b": (4096, 32, 32, 32, 11008), "1b": (2048, 16, 32, 8, 8192), "13b": (5120, 40, 40, 40, 13824)
+}  # fmt: skip
 Cell = tuple[str, int]  # a method and its k
 QUICK: list[Cell] = [("ours", 0), ("ours", 1), ("ours", 2)]
 OWN, GENERATE, EAGER, NAIVE = ("own", 1), ("unguided", 0), ("eager", 2), ("naive", 2)
@@ -126,8 +128,9 @@ def need(deadline: float, seconds: float) -> None:
 def build(name: str) -> LlamaForCausalLM:
     """A random frozen model of that shape, made where it stays."""
     torch.manual_seed(0)
+    shape: dict[str, Any] = dict(zip(_SHAPE, scale.shapes[name], strict=True))
     config = LlamaConfig(
-        **dict(zip(_SHAPE, scale.shapes[name], strict=True)), tie_word_embeddings=name == "1b",
+        **shape, tie_word_embeddings=name == "1b",
         vocab_size=scale.vocabulary, max_position_embeddings=4096, bos_token_id=None,
         pad_token_id=scale.vocabulary - 2, eos_token_id=scale.vocabulary - 1,
     )  # fmt: skip
@@ -241,7 +244,7 @@ class Models:
         return (small := build("1b")), Backbone(small, self.prompter, name="own")
 
     @cached_property
-    def merged(self) -> list[nn.Module]:
+    def merged(self) -> list[Any]:
         """The ARMs of `naive`, each a copy of the base."""
         return [
             PeftModel.from_pretrained(build(self.name), str(folder)).merge_and_unload().eval()
@@ -276,12 +279,12 @@ class Models:
 
         return generate
 
-    def processors(self, method: str, k: int, mask_BT: torch.Tensor) -> list[Any]:
+    def processors(self, method: str, k: int, mask_BT: torch.Tensor) -> LogitsProcessorList:
         if method != "naive":
-            return []
+            return LogitsProcessorList()
         from tests.bench.decoding import Naive
 
-        return [Naive(self.merged[:k], 1 / k, mask_BT)]
+        return LogitsProcessorList([Naive(self.merged[:k], 1 / k, mask_BT)])
 
     def timed(self, cell: Cell, prompts: list[str], new: int, deadline: float) -> tuple[float, float]:
         """Seconds of one run, and its peak in GB; a warning that a step could not be captured is an error."""

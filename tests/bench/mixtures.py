@@ -68,8 +68,8 @@ def main() -> None:
         runs |= {(kind, count): partial(decode, kind, count, batch) for count in OBJECTIVES for kind in kinds}
         seconds = interleaved(runs, REPETITIONS, f"batch {batch}")
         floor = seconds["unguided", 0]
-        for (kind, count), own in seconds.items():
-            measured = line(kind, count, batch, str(dtype).removeprefix("torch."), own, floor, None)
+        for (kind, count), spent in seconds.items():
+            measured = line(kind, count, batch, str(dtype).removeprefix("torch."), spent, floor, None)
             rows.append({"arms": measured.pop("method"), "objectives": measured.pop("k"), **measured})
     with replacing(OUT / "mixtures.csv") as stream:
         pd.DataFrame(rows).drop(columns="peak_mb").to_csv(stream, index=False)

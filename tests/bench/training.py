@@ -90,7 +90,7 @@ def ours(kind: str, dtype: torch.dtype, loss: Loss) -> tuple[float, float]:
     groups: list[PromptGroup] = tokenise(pairs, prompter, 1024, "bench").groups
     model = ResponseModel(trainable(load_model(BASE, dtype, CPU), PARAMS.arm, 0, CPU), dtype)
     config = Trainer(batch_size=len(groups) // STEPS, evaluations_per_epoch=1, checkpoint_every=1000, accelerator="cpu")
-    module, spent = Timed(model, 0.1, loss, config, STEPS, 0), 0.0
+    module, spent = Timed(model, [(0.1, 1.0)], loss, config, STEPS, 0), 0.0
     module.ends = []
     with tempfile.TemporaryDirectory() as folder:
         if loss.kind == "dpo":

@@ -80,7 +80,7 @@ def measured(engine: str) -> dict[str, tuple[float, float]]:
     else:
         from pipeline.decoding.vllm.decoder import VllmDecoder
 
-        room = {"max_model_len": 256, "max_num_batched_tokens": 16384}
+        room: Any = {"max_model_len": 256, "max_num_batched_tokens": 16384}
         decoder = VllmDecoder(source, {} if engine == "unguided" else arms, batch_size=max(BATCHES), **room)
         decoder._ends = []
     spent: list[float] = []

@@ -1,5 +1,7 @@
 """The guided decoder on a GPU: the same law, the same rows as on the CPU, whatever stands around them."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -75,7 +77,8 @@ def test_arms_of_another_tokenizer_guide_as_on_the_cpu(backbone_of, device, stat
         for prompt in PROMPTS for weights in ({"one": 1.0}, {"one": 0.5, "two": 0.7}) for seed in (0, 1)
     ]  # fmt: skip
     for place, fixed in ((device, static), (CPU, False)):
-        base = Backbone(foreign_model(len(tokenizer)).to(place), Prompter(tokenizer, None))
+        model: Any = foreign_model(len(tokenizer))
+        base = Backbone(model.to(place), Prompter(tokenizer, None))
         base.static = fixed
         decoder = GuidedDecoder(base, backbone_of(place, static=fixed, name=REFERENCE), batch_size=8)
         decoder._bridge.candidates = candidates
