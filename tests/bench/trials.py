@@ -76,11 +76,11 @@ def lines_of(name: str, overrides: list[str], params: Params, rows: pd.DataFrame
     return pd.DataFrame(lines).round(3)
 
 
-def keep(name: str, found: pd.DataFrame, file: Path) -> None:
+def keep(name: str, found: pd.DataFrame, file: Path, column: str = "trial") -> None:
     """Put the lines of a trial in the place of those of an earlier one."""
-    before = pd.read_csv(file) if file.exists() else pd.DataFrame({"trial": []})
+    before = pd.read_csv(file) if file.exists() else pd.DataFrame({column: []})
     with replacing(file) as stream:
-        pd.concat([before[before.trial != name], found]).to_csv(stream, index=False)
+        pd.concat([before[before[column] != name], found]).to_csv(stream, index=False)
 
 
 def page(table: pd.DataFrame) -> str:
