@@ -16,9 +16,9 @@ KL_LABEL = "KL to the base, nats per response"
 _SERIES = ("#0b6e99", "#c2540a", "#3f7d20", "#7a3e9d", "#8a6d00")
 _COLOURS = (
     "#0b6e99", "#3f7d20", "#14a3a3", "#7a3e9d", "#c2540a", "#8a6d00", "#d1437a", "#e39bb8", "#6b7280", "#b91c1c",
-    "#9a7b4f", "#5b6ee1", "#22c55e", "#f59e0b",
+    "#9a7b4f", "#5b6ee1", "#22c55e", "#f59e0b", "#38bdf8",
 )  # fmt: skip
-_MARKERS = "oDvPsX*hd^<>p8"
+_MARKERS = "oDvPsX*hd^<>p8"  # one fewer than colours, so that a look comes back after 210 methods only
 _SMALLEST, _LARGEST = 2.0, 7.5  # sizes of a point of which nothing is readable, and of one of which all is
 _WINDOW = 5  # training steps averaged in a curve
 _LADDER = {

@@ -179,6 +179,12 @@ def test_the_least_kl_that_reaches_an_outcome_is_found(page):
         assert "α: positivity 0.5, conciseness 0.5" in place.inner_text()
 
 
+def test_no_two_methods_of_a_comparison_look_alike(compose_params):
+    methods = compose_params("experiment=comparison").comparison.methods
+    styles = figures._styles(pd.DataFrame({"method": ["base", *methods]}))
+    assert len(methods) == 15 and len({tuple(look.values()) for look in styles.values()}) == 1 + len(methods)
+
+
 def test_figures_are_the_same_file_when_drawn_again(front, tmp_path):
     for name in ("one", "two"):
         figures.reward_kl(front, ["positivity", "conciseness"]).save(tmp_path / f"{name}.png")
