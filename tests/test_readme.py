@@ -219,21 +219,34 @@ def test_what_is_said_of_the_trials_is_in_their_table():
 
 def test_what_is_said_of_the_ladder_is_in_its_table():
     text, table = prose(RESULTS_PAGE, "Weak to strong"), csv("weak_to_strong/table.csv")
-    table = table[table.alpha.isin([0.0, 1.0])].set_index(["base", "method"])
-    plain = re.findall(r"([\d.]+ \[[^]]*\])(?: of the gap)? on `([^`]*)`", text)
-    assert [base for _, base in plain] == ["smollm2-10l", "smollm2-20l", "smollm2-135m"]
-    for quoted, base in plain:
-        assert quotes(quoted, *table.loc[(base, "genarm"), ["gap_recovered", "gap_ci_low", "gap_ci_high"]])
-    ratios = re.search(r"It recovers (.*?) of the gap", text)[1]
-    assert quotes(ratios, *(table.gap_recovered[base, "genarm_log_ratio"] for _, base in plain))
-    share = table.xs("genarm_log_ratio", level=1).kl / table.xs("genarm", level=1).kl
-    assert "a third of the KL" in text and share.between(0.28, 0.38).all()
-    distinct = table.distinct_2.loc["smollm2-135m"]
-    quoted = re.search(r"distinct-2 stays at (.*?) where the plain form falls to ([\d.]+\d)", text)
-    assert quotes(f"{quoted[1]} {quoted[2]}", distinct["genarm_log_ratio"], distinct["control"], distinct["genarm"])
-    dpo = csv("weak_to_strong/table.csv", "method").loc["dpo"].set_index("base")
-    assert "DPO ends lowest on the 20-layer base" in text and dpo.reward_positivity.idxmin() == "smollm2-20l"
-    assert table.reward_positivity["smollm2-20l", "genarm"] >= dpo.reward_positivity["smollm2-20l"]
+    tried = csv("weak_to_strong/trials.csv", "lr", "point")
+
+    def quoted(pattern, *values):
+        found = re.search(pattern, text)
+        assert quotes(" ".join(found.groups()), *values), (found[0], values)
+
+    at = table.assign(alpha=table.alpha.fillna(1.0)).set_index(["base", "method", "alpha"])
+    ours, gap = at.loc["smollm2-135m"], ["gap_recovered", "gap_ci_low", "gap_ci_high"]
+    plain, ratio, base = ours.loc["genarm", 1.0], ours.loc["genarm_log_ratio", 0.5], ours.loc["control", 0.0]
+    best = table[table.method == "best_of_4"].set_index("base").loc["smollm2-135m"]
+    quoted(r"recovers (.*?) of what DPO on .*? or more, (.*?), without", *plain[gap], *best[gap])
+    quoted(r"oracle\. (\S+) of its responses are readable, (\S+) of the base's, .*? falls from (\S+) to (\S+\d)\.",
+           plain.readable, base.readable, base.distinct_2, plain.distinct_2)  # fmt: skip
+    scored, half = ["reward_positivity", "kl"], ours.loc["genarm", 0.5]
+    quoted(r"it has (\S+) at (\S+) nats, the plain form (\S+) at (\S+),", *ratio[scored], *half[scored])
+    quoted(r"base; (\S+) of its responses are readable. At α = 1 it is too much: (\S+) are",
+           ratio.readable, ours.readable["genarm_log_ratio", 1.0])  # fmt: skip
+    assert abs(ratio.distinct_2 - base.distinct_2) < 0.02
+    small, middle = at.loc["smollm2-10l"], at.loc["smollm2-20l"]
+    pairs = [own.reward_positivity[name, 1.0] for own in (small, middle) for name in ("genarm", "dpo")]
+    quoted(r"above DPO, (\S+) against (\S+) on \S+ and (\S+) against (\S+) on", *pairs)
+    quoted(r"moves these by (\S+) and (\S+) nats", small.kl["dpo", 1.0], middle.kl["dpo", 1.0])
+    quoted(r"responses (\S+) and (\S+) are readable\. \*", *(own.readable["control", 0.0] for own in (small, middle)))
+    default = csv("weak_to_strong/default_lr.csv", "base", "method", "alpha").reward_positivity
+    quoted(r"choice: (\S+) on .*? has (\S+)", default["smollm2-135m", "genarm", 1.0], plain.reward_positivity)
+    steps = [tried.positivity[lr, "p100"] for lr in (0.0005, 0.001, 0.002)]
+    quoted(r"had (\S+) there, at twice that (\S+), at four times (\S+) with (\S+) readable",
+           *steps, tried.readable[0.002, "p100"])  # fmt: skip
 
 
 def test_the_models_of_the_ladder_are_those_of_its_page():
