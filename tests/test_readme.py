@@ -428,6 +428,12 @@ def test_what_is_said_of_the_comparison_is_in_its_tables():
            *fronts.loc["log_ratio", columns], *single.loc["log_ratio", columns])  # fmt: skip
     assert fronts.delta_ci_low["log_ratio"] < 0 < fronts.delta_ci_high["log_ratio"]
     dpo = ["mod", "morl", "soup", "soup_factors", "genarm_dpo"]
+    lower = table.set_index("point", append=True).assign(least=lambda t: t.filter(like="reward_").min(axis=1))
+    worst = lower.groupby("method").least.max()
+    quoted(r"highest has (\S+) with UniARM, (\S+) with PARM, (\S+) in the log-ratio .*?, (\S+) with GenARM, (\S+) with",
+           *worst[["uniarm", "parm", "log_ratio", "genarm"]], worst[dpo].max())  # fmt: skip
+    best = [lower.least[lower.method == name].idxmax()[1] for name in ("uniarm", "parm", "log_ratio", "genarm")]
+    assert set(best) == {"p050_c050", "p025_c075"}
     spread = [end for run in (fronts, single) for end in run.hypervolume[dpo].agg(["min", "max"])]
     quoted(r"place of ARMs\) have (\S+) to (\S+), in float32 (\S+) to (\S+\d)\.", *spread)
     readable = ends["p000_c100"].readable
