@@ -762,7 +762,7 @@ def test_what_drafts_gain_is_that_of_the_bench():
 TRAINED = {
     "one pair of each embedded prompt": "short",
     "the same behind two earlier turns (65 % of tokens are prompt)": "long",
-    "all pairs among four responses, as the pipeline trains": "embedded",
+    "four pairs among the four responses of a prompt": "embedded",
 }  # fmt: skip
 
 

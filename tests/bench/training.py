@@ -13,7 +13,7 @@ what else the machine does falls on all of them alike. The first step is warm-up
 
     short       the embedded prompts, one pair of each
     long        the same behind two earlier turns, so that most tokens are of the prompt, as in HH-RLHF's dialogues
-    embedded    the embedded prompts with all pairs among their four responses, as the pipeline trains on them
+    embedded    the embedded prompts with four pairs among their four responses, those of both objectives
 """
 
 import argparse
@@ -47,21 +47,22 @@ from pipeline.training.reference_logps import attach_reference
 
 PARAMS, CPU = load_params(), torch.device("cpu")
 BASE, OUT = Workspace().model(PARAMS.arm.base), Path("results/bench")
-PAIRS = Path("results/prepare/pairs/positivity.jsonl")
+PAIRS = Path("results/prepare/pairs")
 BATCH, STEPS, REPETITIONS = 8, 4, 3  # pairs of a step; steps, the first of them warm-up
 COLUMNS = ["trainer", "prompts", "dtype", "pairs_per_s", "ratio_to_trl", "peak_mb", "low", "high", "repetitions"]
 
 
 def rows(kind: str) -> list[dict]:
     """Pairs for all steps; neighbours in length, so that no trainer pads much."""
-    prepared = [row for _, row in read_jsonl(PAIRS) if row["split"] == "train"]
-    by_prompt: dict[str, list[dict]] = {}
-    for row in prepared:
-        by_prompt.setdefault(row["prompt"], []).append(row)
+    prepared, others = (
+        [row for _, row in read_jsonl(PAIRS / f"{name}.jsonl") if row["split"] == "train"]
+        for name in ("positivity", "conciseness")
+    )
+    by_prompt = {row["prompt"]: row for row in prepared}
     if kind == "embedded":
-        full = [pairs for pairs in by_prompt.values() if len(pairs) >= 4]
-        return [row for pairs in full[: 2 * STEPS] for row in pairs[:4]]
-    firsts = [pairs[0] for pairs in by_prompt.values()][: BATCH * STEPS]
+        both = [(by_prompt[row["prompt"]], row) for row in others if row["prompt"] in by_prompt][: 2 * STEPS]
+        return [chosen | {"rejected": worse["rejected"]} for pair in both for chosen in pair for worse in pair]
+    firsts = list(by_prompt.values())[: BATCH * STEPS]
     if kind == "long":
         turns = [f"User: {row['prompt']}\nAssistant: {row['chosen']}\n" for row in prepared]
         firsts = [
