@@ -219,7 +219,7 @@ def test_what_is_said_of_the_trials_is_in_their_table():
 
 def test_what_is_said_of_the_ladder_is_in_its_table():
     text, table = prose(RESULTS_PAGE, "Weak to strong"), csv("weak_to_strong/table.csv")
-    tried = csv("weak_to_strong/trials.csv", "lr", "point")
+    tried = csv("weak_to_strong/trials.csv", "trial", "point")
 
     def quoted(pattern, *values):
         found = re.search(pattern, text)
@@ -244,9 +244,9 @@ def test_what_is_said_of_the_ladder_is_in_its_table():
     quoted(r"responses (\S+) and (\S+) are readable\. \*", *(own.readable["control", 0.0] for own in (small, middle)))
     default = csv("weak_to_strong/default_lr.csv", "base", "method", "alpha").reward_positivity
     quoted(r"choice: (\S+) on .*? has (\S+)", default["smollm2-135m", "genarm", 1.0], plain.reward_positivity)
-    steps = [tried.positivity[lr, "p100"] for lr in (0.0005, 0.001, 0.002)]
+    steps = [tried.positivity[f"lr_{lr}", "p100"] for lr in ("5.0e-4", "1.0e-3", "2.0e-3")]
     quoted(r"had (\S+) there, at twice that (\S+), at four times (\S+) with (\S+) readable",
-           *steps, tried.readable[0.002, "p100"])  # fmt: skip
+           *steps, tried.readable["lr_2.0e-3", "p100"])  # fmt: skip
 
 
 def test_the_models_of_the_ladder_are_those_of_its_page():

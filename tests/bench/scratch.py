@@ -18,12 +18,13 @@ from pipeline.generation import comparison
 from pipeline.models.loading import resolve_device, resolve_dtype
 
 
-def workspace_below(folder: Path, base: str) -> Workspace:
-    """A workspace of its own whose base and store of rows are the project's."""
+def workspace_below(folder: Path, *models: str) -> Workspace:
+    """A workspace of its own in which these models, the base among them, and the store of rows are the project's."""
     workspace = Workspace(folder / "models", folder / "results", Path("scratch"))
     workspace.models.mkdir(parents=True, exist_ok=True)
-    if not workspace.model(base).exists():
-        workspace.model(base).symlink_to(Workspace().model(base).absolute())
+    for name in models:
+        if not workspace.model(name).exists():
+            workspace.model(name).symlink_to(Workspace().model(name).absolute())
     return workspace
 
 

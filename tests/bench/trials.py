@@ -1,11 +1,14 @@
 """Trials on validation prompts: what was tried before a default was chosen, and what each gave.
 
     python -m tests.bench.trials NAME [HYDRA OVERRIDE ...]
+    python -m tests.bench.trials lr_1e-3 --table results/weak_to_strong/trials.csv experiment=weak_to_strong \\
+        data.prompts='${data.path}' weak_to_strong=none tune=none '~sweep.points.dpo' trainer.lr=1.0e-3
 
 A trial is a composition of conf/ with overrides. It samples and trains below scratch/trials/, in one folder for all
 trials whose options agree up to training, generates the *validation* prompts at every point of the sweep, and writes a
 line for each point to results/trials/table.csv (in the place of an earlier trial of that name), with the first texts in
-results/trials/texts.csv; README.md there shows the table. Test prompts and held-out scorers are not looked at.
+results/trials/texts.csv; README.md there shows the table. With `--table` the lines are all that is written. Test
+prompts and held-out scorers are not looked at.
 """
 
 import time
@@ -50,7 +53,7 @@ def composed(overrides: list[str]) -> tuple[Params, Path]:
 
 def rows_of(params: Params, folder: Path) -> pd.DataFrame:
     """Sample and train what is not there yet; generate and score the validation prompts."""
-    workspace = workspace_below(folder, params.base)
+    workspace = workspace_below(folder, params.base, params.arm.base, params.data.sampler)
     if not (workspace.results / "prepare" / "data_card.json").exists():
         prepare.run(params, workspace)
     for objective in params.objectives:
@@ -142,7 +145,8 @@ def main() -> None:
     parser = ArgumentParser("python -m tests.bench.trials")
     parser.add_argument("name", nargs="?", help="of the trial; without it the page is written again")
     parser.add_argument("overrides", nargs="*")
-    options = parser.parse_args()
+    parser.add_argument("--table", type=Path, help="the file of the lines, in the place of results/trials/")
+    options = parser.parse_intermixed_args()
     if options.name is None:
         write_page()
         return
@@ -151,9 +155,10 @@ def main() -> None:
     rows = rows_of(params, folder)
     table = lines_of(options.name, options.overrides, params, rows)
     texts = rows.groupby("point", sort=False).head(SHOWN)[["point", "prompt", "response"]]
-    keep(options.name, table, OUT / "table.csv")
-    keep(options.name, texts.assign(trial=options.name), OUT / "texts.csv")
-    write_page()
+    keep(options.name, table, options.table or OUT / "table.csv")
+    if not options.table:
+        keep(options.name, texts.assign(trial=options.name), OUT / "texts.csv")
+        write_page()
     print(table.drop(columns=["trial", "overrides"]).to_string(index=False))
     for text in texts.itertuples():
         print(f"{text.point}: {' '.join(text.response.split())}")
